@@ -1,0 +1,333 @@
+"""Run folders: what has been trained, under which key, and the tables of it.
+
+`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `history.csv`, `metrics.csv`, `slices.npz` and, written
+last, `manifest.json`: a run without a manifest is not done and is trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from kdlib.config import STUDENTS, InputError, Run, TrainingError, View
+from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
+from kdlib.evaluate import evaluate
+from kdlib.models import count_parameters
+from kdlib.train import Arm, new_model, pick_device, steps_per_epoch, train_cohort
+
+
+# ---------------------------------------------------------------------------------------------- what a run trains on
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as a run sees it: cases, target classes and folds, all fixed before anything is trained."""
+
+    dataset: Dataset
+    classes: dict[str, int]
+    folds: tuple[Fold, ...]
+    digest: str
+
+
+@functools.cache
+def source(data: str, target: str, folds: int, on_defect: str, results: Path) -> Source:
+    """Indexes a folder (or makes the phantom), and reads or writes its splits under `results/splits/`."""
+    folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
+    dataset = index(folder, on_defect)
+    classes = dataset.classes(target)
+    name = "-".join([dataset.name, *classes, str(folds)]).lower().replace(" ", "_").replace("/", "_")
+    path = results / "splits" / f"{name}.json"
+    parts = splits(dataset, classes, folds, path)
+    return Source(dataset, classes, parts, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@functools.lru_cache(maxsize=1)
+def _bank(data: str, target: str, folds: int, on_defect: str, results: Path, view: View) -> SliceBank:
+    found = source(data, target, folds, on_defect, results)
+    return build_bank(found.dataset, found.classes, view)
+
+
+def run_source(run: Run, results: Path) -> Source:
+    """The data, classes and folds of a run; read once a process."""
+    return source(run.data, run.target, run.profile.folds, run.on_defect, results)
+
+
+def run_bank(run: Run, results: Path) -> SliceBank:
+    """All slices of a run's data set; kept for the next cohort of the same process."""
+    return _bank(run.data, run.target, run.profile.folds, run.on_defect, results, run.profile.view)
+
+
+def run_key(run: Run, results: Path) -> str:
+    """A hash of all that changes the run's result and of nothing else.
+
+    That is its model, recipe, seed, view, length and optimisation, the files and folds of its data (not their path: a
+    moved folder keeps its runs), and the key of its teacher.
+    """
+    student, profile = run.model in STUDENTS, run.profile
+    description = {
+        "data": run_source(run, results).digest,
+        "run": [run.model, run.fold, run.fraction, run.seed],
+        "recipe": dataclasses.asdict(run.recipe) | {"name": ""},
+        "view": dataclasses.asdict(profile.view),
+        "length": [profile.student_epochs, profile.student_steps] if student else [profile.teacher_epochs, profile.teacher_steps],
+        "width": None if student else profile.width,
+        "optimisation": dataclasses.asdict(run.optimisation),
+        "teacher": run_key(run.teacher_run(), results) if run.teacher else None,
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_folder(run: Run, results: Path) -> Path:
+    return results / "runs" / run_key(run, results)
+
+
+def is_done(run: Run, results: Path) -> bool:
+    return (run_folder(run, results) / "manifest.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all: into a neighbour first, then renamed.
+
+    Raises:
+        InputError: the file system refuses (full disk, read-only folder); what was finished before stays.
+    """
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        cause = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower() else str(error)
+        raise InputError(f"{path} could not be saved: {cause}; mend that and run again, finished runs are kept") from None
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads safetensors into `model`.
+
+    Raises:
+        InputError: no such file, a damaged one, or one that does not fit the model (names what differs).
+    """
+    try:
+        weights = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"weights {path} do not exist: train that run first") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights {path} cannot be read ({error}): delete the run's folder and train again") from None
+    own = model.state_dict()
+    differ = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
+    if faults:
+        raise InputError(
+            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of another "
+            f"shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
+        )
+    model.load_state_dict(weights)
+
+
+def git_state() -> dict[str, object]:
+    """Commit of the code and whether the tree differs from it; nulls outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: torch.device) -> None:
+    """Evaluates the best weights on the test patients and writes the run folder, its manifest last."""
+    run, folder, fold = arm.run, run_folder(arm.run, results), found.folds[arm.run.fold]
+    save_weights(arm.model.state_dict(), folder / "last.safetensors")
+    save_weights(arm.best, folder / "best.safetensors")
+    arm.model.load_state_dict(arm.best)
+    begin = time.perf_counter()
+    metrics, examples = evaluate(arm.model, bank.select(fold.test).to(device), found.dataset, fold.test)
+    metrics["patient"] = metrics["case"].map(fold.groups)
+    history = pd.DataFrame(arm.history)
+    write(folder / "history.csv", lambda path: history.to_csv(path, index=False))
+    write(folder / "metrics.csv", lambda path: metrics.to_csv(path, index=False))
+    parts = {part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")}
+    save_arrays(folder / "slices.npz", parts)
+    manifest = {
+        "key": folder.name,
+        "arm": run.name,
+        "run": dataclasses.asdict(run) | {"data": found.dataset.name},
+        "data": {"digest": found.digest, "train": fold.subset(run.fraction), "val": fold.val, "test": fold.test},
+        "parameters": count_parameters(arm.model),
+        "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
+        "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "monai", "numpy")},
+        "git": git_state(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "status": "done",
+    }
+    write(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
+
+
+def save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Compressed arrays; an open file keeps numpy from adding a suffix to the partial name."""
+
+    def save(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **columns)
+
+    write(path, save)
+
+
+def load_arrays(path: Path) -> pd.DataFrame:
+    """The arrays of `save_arrays` as columns, one row for each first index; pickles are refused."""
+    with np.load(path, allow_pickle=False) as file:
+        return pd.DataFrame({column: list(file[column]) for column in file.files})
+
+
+# ------------------------------------------------------------------------------------------------------------- study
+
+
+def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that can share one teacher pass: alike in all but model and recipe, and trained with the same batches."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        how = run.optimisation
+        alone = run.model if run.teacher is None and run.recipe.reconstruction_weight else None
+        key = (run.data, run.target, run.fold, run.seed, run.fraction, run.profile, run.teacher, run.teacher_seed, how.batch, alone)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def train_missing(group: list[Run], results: Path, device: torch.device) -> list[TrainingError]:
+    """Trains one cohort and saves each of its runs; returns the failures of single arms."""
+    run = group[0]
+    found = run_source(run, results)
+    fold = found.folds[run.fold]
+    bank = run_bank(run, results)
+    train, val = bank.select(fold.subset(run.fraction)), bank.select(fold.val)
+    steps = steps_per_epoch(run, len(bank.select(fold.train)))
+    teacher = None
+    if run.teacher is not None:
+        teacher_run = run.teacher_run()
+        teacher = new_model(teacher_run, len(bank.classes))
+        load_weights(teacher, run_folder(teacher_run, results) / "best.safetensors")
+        teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    arms = train_cohort(group, train.to(device), val.to(device), steps, device, teacher)
+    for arm in arms:
+        if arm.failure is None:
+            save_run(arm, bank, found, results, device)
+    return [arm.failure for arm in arms if arm.failure is not None]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of a list of runs.
+
+    Args:
+        cases: tidy, one row a (run, case, class, metric): run, arm, model, teacher, fraction, recipe, fold, seed,
+            patient, case, class, metric, value.
+        history: tidy, one row a (run, epoch, name).
+        runs: one row a run: key, arm, recipe, parameters, best epoch and its validation Dice, seconds.
+        examples: one row a (run, case) with `image`, `truth`, `prediction` arrays (HW) of the slice with most truth.
+    """
+
+    cases: pd.DataFrame
+    history: pd.DataFrame
+    runs: pd.DataFrame
+    examples: pd.DataFrame
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes `tables/<name>_{cases,history,runs}.csv` and `slices/<name>.npz` under a study's folder."""
+        for part in ("cases", "history", "runs"):
+            write(folder / "tables" / f"{name}_{part}.csv", lambda path, part=part: getattr(self, part).to_csv(path, index=False))
+        columns = {column: np.stack(self.examples[column].to_list()) for column in self.examples}
+        save_arrays(folder / "slices" / f"{name}.npz", columns)
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Results:
+        """Reads what `save` wrote, without the runs themselves.
+
+        Raises:
+            InputError: the experiment was not saved there.
+        """
+        try:
+            tables = {part: pd.read_csv(folder / "tables" / f"{name}_{part}.csv") for part in ("cases", "history", "runs")}
+            examples = load_arrays(folder / "slices" / f"{name}.npz")
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename} does not exist: run notebook {name} of this study first") from None
+        return cls(**tables, examples=examples)
+
+
+def study(runs: Iterable[Run], results: Path | str = "results", device: str = "auto") -> Results:
+    """Trains and evaluates every run that has no result yet, teachers first, and returns the tables of all.
+
+    Raises:
+        InputError: the data, a fold, a target or the device cannot be used.
+        TrainingError: some runs failed, each named with its cause; the others are finished and kept.
+    """
+    results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
+    place = pick_device(device)
+    teachers = list(dict.fromkeys(run.teacher_run() for run in runs if run.teacher is not None))
+    failures: list[str] = []
+    for stage in (teachers, runs):
+        for group in cohorts(run for run in stage if not is_done(run, results)):
+            if group[0].teacher is not None and not is_done(group[0].teacher_run(), results):
+                failures += [f"{run.name}: its teacher {run.teacher} has no result" for run in group]
+                continue
+            failures += [str(failure) for failure in train_missing(group, results, place)]
+    if failures:
+        raise TrainingError(f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures)))
+    return collect(runs, results)
+
+
+def collect(runs: Sequence[Run], results: Path) -> Results:
+    """The tables of finished runs, read from their folders."""
+    cases, history, rows, examples = [], [], [], []
+    for run in runs:
+        folder = run_folder(run, results)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        label = {
+            "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
+            "recipe": run.recipe.name, "fold": run.fold, "seed": run.seed,
+        }  # fmt: skip
+        cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
+        history.append(pd.read_csv(folder / "history.csv").assign(**label))
+        rows.append(
+            label | {"parameters": manifest["parameters"]} | manifest["best"]
+            | {f"{name}_seconds": value for name, value in manifest["seconds"].items()} | {"device": manifest["device"]}
+        )  # fmt: skip
+        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label))
+    order = [*label, "patient", "case", "class", "metric", "value"]
+    return Results(
+        pd.concat(cases, ignore_index=True)[order],
+        pd.concat(history, ignore_index=True),
+        pd.DataFrame(rows),
+        pd.concat(examples, ignore_index=True),
+    )

@@ -1,0 +1,107 @@
+"""Descriptions of runs are strict: what cannot be meant is refused with a word on what can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kdlib.config import (
+    BASELINE, PROFILES, PROTOCOLS, TEACHING, InputError, Optimisation, Profile, Recipe, Run, Term, View, choose,
+    derive_seed, tailor, thesis_recipe,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build, word",
+    [
+        (lambda: View(size=100), "multiple of 16"),
+        (lambda: View(size=8), "multiple of 16"),
+        (lambda: View(spacing=0), "spacing"),
+        (lambda: View(channels="rgb"), "neighbours"),
+        (lambda: View(window=(10, 10)), "window"),
+        (lambda: View(percentiles=(50, 101)), "percentiles"),
+        (lambda: Term("E-B", "mse", 0.1), "E-E, B-B, D-D, PMD"),
+        (lambda: Term("PMD", "mse", 0.1), "kl"),
+        (lambda: Term("E-E", "kl", 0.1), "infonce, mse, labelled"),
+        (lambda: Term("E-E", "mse", 0.1, 0.0), "temperature"),
+        (lambda: Recipe("twice", terms=(Term("E-E", "mse", 0.1), Term("E-E", "mse", 0.2))), "twice"),
+        (lambda: Recipe("x", segmentation="focal"), "dice"),
+        (lambda: Optimisation("sgd"), "adamw"),
+        (lambda: Optimisation(schedule="step"), "cosine"),
+        (lambda: Run("phantom", "spleen", "S3"), "T1, T2, S1, S2"),
+        (lambda: Run("phantom", "spleen", "S1", teacher="T3"), "T1, T2"),
+        (lambda: Run("phantom", "spleen", "S1", teacher="T1"), "both or neither"),
+        (lambda: Run("phantom", "spleen", "S1", recipe=thesis_recipe("S1")), "both or neither"),
+        (lambda: Run("phantom", "spleen", "S1", fraction=0.0), "fraction"),
+        (lambda: Run("phantom", "spleen", "S1", fold=9), "folds 0 to 3"),
+        (lambda: thesis_recipe("S1", only=("E-D",)), "E-E"),
+        (lambda: choose("profile", "fast", PROFILES), "quick"),
+    ],
+)
+def test_refused_with_a_word_on_what_can_be_meant(build, word):
+    with pytest.raises(InputError, match=word):
+        build()
+
+
+def test_unknown_key_is_an_error():
+    with pytest.raises(TypeError):
+        Profile("x", View(), learning_rate=1.0)
+
+
+def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
+    small, large = thesis_recipe("S1"), thesis_recipe("S2")
+    assert {t.name: t.weight for t in small.terms} == {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}
+    assert small.segmentation_weight == 0.4 and small.segmentation == "dice"
+    assert {t.temperature for t in small.terms if t.name != "PMD"} == {0.4}
+    assert {t.temperature for t in large.terms if t.name != "PMD"} == {0.1}
+    assert {t.temperature for t in large.terms if t.name == "PMD"} == {4.0}
+
+
+def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
+    corrected, thesis = PROTOCOLS["corrected"], PROTOCOLS["thesis"]
+    assert corrected.teacher == corrected.baseline == corrected.distilled
+    assert (thesis.baseline.optimiser, thesis.baseline.lr, thesis.baseline.batch) == ("adamw", 1.5e-4, 16)
+    assert (thesis.distilled.optimiser, thesis.distilled.lr, thesis.distilled.batch) == ("rmsprop", 1e-2, 20)
+    assert (thesis.teacher.lr, thesis.teacher.betas, thesis.teacher.weight_decay) == (1e-4, (0.9, 0.95), 0.05)
+
+
+def test_thesis_profile_is_the_thesis_size():
+    profile = PROFILES["thesis"]
+    assert (profile.view.size, profile.width, profile.teacher_epochs, profile.student_epochs) == (256, 1.0, 200, 120)
+
+
+def test_a_profile_is_tailored_strictly():
+    profile = tailor("quick", {"spacing": 2.0, "window": [-160, 240], "folds": 3})
+    assert (profile.view.spacing, profile.view.window, profile.folds) == (2.0, (-160, 240), 3)
+    assert (profile.view.size, profile.width) == (PROFILES["quick"].view.size, PROFILES["quick"].width)
+    assert tailor("thesis") == PROFILES["thesis"]
+    with pytest.raises(InputError, match="'epoch' does not exist.*student_epochs"):
+        tailor("quick", {"epoch": 3})
+    with pytest.raises(InputError, match="multiple of 16"):
+        tailor("quick", {"size": 100})
+
+
+def test_run_names_recipe_and_teacher_run():
+    student = Run("phantom", "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), seed=3, teacher_seed=1)
+    assert student.name == "KD(T1, S1)"
+    assert Run("phantom", "spleen", "S2", fraction=0.5).name == "S2 (50 %)"
+    assert Run("phantom", "spleen", "S2").recipe == BASELINE
+    teacher = student.teacher_run()
+    assert (teacher.model, teacher.fraction, teacher.seed, teacher.recipe) == ("T1", 1.0, 1, TEACHING)
+    assert teacher == Run("phantom", "spleen", "T1", seed=1)
+
+
+def test_runs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Run("phantom", "spleen", "S1").seed = 2
+
+
+def test_derived_seeds_differ_and_repeat():
+    seeds = {derive_seed(seed, stream, step) for seed in range(3) for stream in ("order", "augment") for step in range(50)}
+    assert len(seeds) == 300
+    assert derive_seed(1, "order") == derive_seed(1, "order")
+
+
+def test_errors_show_as_one_line_in_jupyter():
+    assert InputError("no such fold")._render_traceback_() == ["InputError: no such fold"]

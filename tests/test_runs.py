@@ -1,0 +1,225 @@
+"""Run folders and the study: nothing trained twice, nothing finished lost, test patients seen by the evaluation alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kdlib import runs as running
+from kdlib.config import InputError, Profile, Run, TrainingError, View, thesis_recipe
+from kdlib.data import make_phantom
+from kdlib.models import build_model
+from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_weights, study, write
+
+TINY = Profile("tiny", View(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory) -> Path:
+    return make_phantom(tmp_path_factory.mktemp("data") / "phantom", patients=9)
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches():
+    yield
+    running.source.cache_clear()
+    running._bank.cache_clear()
+
+
+def runs_on(folder: Path, **changes) -> list[Run]:
+    base = dict(data=str(folder), target="spleen", profile=TINY, **changes)
+    recipes = [thesis_recipe("S1"), thesis_recipe("S1", only=("PMD",))]
+    return [
+        Run(model="S1", fraction=0.5, **base),
+        *(Run(model="S1", fraction=0.5, teacher="T1", recipe=recipe, **base) for recipe in recipes),
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(phantom, tmp_path_factory) -> tuple[Path, list[Run], Results]:
+    results, runs = tmp_path_factory.mktemp("results"), runs_on(phantom)
+    return results, runs, study(runs, results, "cpu")
+
+
+def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
+    results, runs, found = finished
+    columns = "run arm model teacher fraction recipe fold seed patient case class metric value".split()
+    assert list(found.cases.columns) == columns
+    assert not found.cases.duplicated(["run", "case", "class", "metric"]).any()
+    assert set(found.cases["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and found.runs["run"].nunique() == 3
+    assert found.runs["parameters"].eq(57_297).all()
+    assert (run_folder(runs[1].teacher_run(), results) / "manifest.json").is_file()
+    assert {"E-E", "grad/PMD", "val_dice"} <= set(found.history["name"])
+
+
+def test_manifest_says_where_a_number_came_from(finished):
+    results, runs, found = finished
+    manifest = json.loads((run_folder(runs[1], results) / "manifest.json").read_text())
+    data = manifest["data"]
+    parts = [set(data[part]) for part in ("train", "val", "test")]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert set(found.cases["case"]) == parts[2]
+    assert manifest["versions"]["torch"] == torch.__version__ and manifest["status"] == "done"
+    teacher = json.loads((run_folder(runs[1].teacher_run(), results) / "manifest.json").read_text())
+    assert set(data["train"]) < set(teacher["data"]["train"]) and teacher["data"]["test"] == data["test"]
+
+
+def test_a_finished_study_only_reads(finished, monkeypatch):
+    results, runs, found = finished
+    monkeypatch.setattr(running, "train_cohort", lambda *args: pytest.fail("trained a finished run again"))
+    again = study(runs, results, "cpu")
+    pd.testing.assert_frame_equal(again.cases, found.cases)
+
+
+def test_a_run_without_a_manifest_is_trained_again_and_ends_the_same(finished, monkeypatch):
+    results, runs, found = finished
+    folder = run_folder(runs[2], results)
+    (folder / "manifest.json").unlink()
+    (folder / "metrics.csv").write_text("half a tab")
+    trained = []
+    original = running.train_cohort
+    monkeypatch.setattr(running, "train_cohort", lambda group, *args: trained.append(group) or original(group, *args))
+    again = study(runs, results, "cpu")
+    assert trained == [[runs[2]]], "alone, without its cohort"
+    pd.testing.assert_frame_equal(again.cases, found.cases)
+
+
+def test_tables_survive_saving(finished, tmp_path):
+    _, _, found = finished
+    found.save(tmp_path, "02_distillation")
+    loaded = Results.load(tmp_path, "02_distillation")
+    pd.testing.assert_frame_equal(loaded.cases, found.cases, check_dtype=False)
+    assert np.array_equal(loaded.examples["image"][0], found.examples["image"][0])
+    with pytest.raises(InputError, match="run notebook 03_ablation"):
+        Results.load(tmp_path, "03_ablation")
+
+
+def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished, tmp_path):
+    """Other pixels and labels in the test patients leave all weights, and all but the metrics, as they were."""
+    results, runs, _ = finished
+    other = tmp_path / "phantom"
+    shutil.copytree(phantom, other)
+    for case in json.loads((run_folder(runs[1], results) / "manifest.json").read_text())["data"]["test"]:
+        path = other / "imagesTr" / f"{case}.nii.gz"
+        image = nib.load(path)
+        noise = np.random.default_rng(0).integers(-125, 275, image.shape).astype(np.int16)
+        nib.save(nib.Nifti1Image(noise, image.affine, image.header), path)
+        path = other / "labelsTr" / f"{case}.nii.gz"
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(label.dataobj)[::-1].copy(), label.affine, label.header), path)
+    # the folds are those of the clean data: a changed data set would rightly be refused, so its hashes are renewed
+    spoiled = tmp_path / "results"
+    stored = next((results / "splits").glob("*.json"))
+    fresh = running.source(str(other), "spleen", 3, "raise", tmp_path / "scratch")
+    document = json.loads(stored.read_text()) | {"files": json.loads(next((tmp_path / "scratch/splits").glob("*.json")).read_text())["files"]}
+    write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))
+    assert fresh.dataset.name == "Phantom"
+    study(runs_on(other), spoiled, "cpu")
+    for clean, dirty in zip([*runs, runs[1].teacher_run()], [*runs_on(other), runs_on(other)[1].teacher_run()], strict=True):
+        clean, dirty = run_folder(clean, results), run_folder(dirty, spoiled)
+        for name in ("best.safetensors", "last.safetensors", "history.csv"):
+            assert (clean / name).read_bytes() == (dirty / name).read_bytes(), name
+        assert (clean / "metrics.csv").read_text() != (dirty / "metrics.csv").read_text()
+
+
+def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished, phantom):
+    results, runs, _ = finished
+    student = runs[1]
+    key = run_key(student, results)
+    assert run_key(dataclasses.replace(student), results) == key
+    renamed = dataclasses.replace(student, profile=dataclasses.replace(TINY, name="other", shrinks="words"))
+    assert run_key(renamed, results) == key
+    longer = dataclasses.replace(student, profile=dataclasses.replace(TINY, student_epochs=2))
+    slower_teacher = dataclasses.replace(student, profile=dataclasses.replace(TINY, teacher_epochs=2))
+    changed = [
+        longer, slower_teacher, runs[0], runs[2], *(dataclasses.replace(student, **change) for change in
+        [{"seed": 1}, {"fold": 1}, {"fraction": 1.0}, {"teacher_seed": 1}, {"model": "S2"}, {"teacher": "T2"}, {"target": "liver"}]),
+    ]  # fmt: skip
+    keys = {run_key(run, results) for run in changed}
+    assert len(keys) == len(changed) and key not in keys
+    assert run_key(longer.teacher_run(), results) == run_key(student.teacher_run(), results), "its teacher is the same run"
+
+
+def test_cohorts_share_what_can_be_shared(phantom):
+    runs = runs_on(phantom) + runs_on(phantom, seed=1)
+    assert [len(group) for group in cohorts(runs)] == [1, 2, 1, 2]
+    teachers = [Run(str(phantom), "spleen", model, profile=TINY) for model in ("T1", "T2")]
+    assert [len(group) for group in cohorts(teachers)] == [1, 1], "a teacher trains alone"
+
+
+def test_one_failed_arm_leaves_the_others_and_is_named(phantom, tmp_path, monkeypatch):
+    runs, original = runs_on(phantom), running.train_cohort
+
+    def fail_first(group, *args):
+        arms = original(group, *args)
+        if group[0].teacher:
+            arms[0].failure = TrainingError(f"{arms[0].label}: loss became nan in epoch 1")
+        return arms
+
+    monkeypatch.setattr(running, "train_cohort", fail_first)
+    with pytest.raises(TrainingError, match="1 of 3 runs failed.*nan in epoch 1"):
+        study(runs, tmp_path, "cpu")
+    assert [running.is_done(run, tmp_path) for run in runs] == [True, False, True]
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path):
+    target = tmp_path / "history.csv"
+    write(target, lambda path: path.write_text("old"))
+
+    def full(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError, match="history.csv could not be saved: the disk is full.*finished runs are kept"):
+        write(target, full)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_teacher_file_that_does_not_fit(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_weights(build_model("T1", width=0.125).state_dict(), path)
+    load_weights(build_model("T1", width=0.125), path)
+    for other in (build_model("T1", width=0.25), build_model("S1"), build_model("T1", width=0.125, classes=2)):
+        with pytest.raises(InputError, match="do not fit"):
+            load_weights(other, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_weights(build_model("T1", width=0.125), path)
+    with pytest.raises(InputError, match="do not exist"):
+        load_weights(build_model("S1"), tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"target": "splen"}, "spleen"),
+        ({"fraction": 0.01}, "fraction"),
+    ],
+)
+def test_bad_input_is_one_clear_line(phantom, tmp_path, change, word):
+    run = dataclasses.replace(runs_on(phantom)[0], **change)
+    with pytest.raises(InputError, match=word) as caught:
+        study([run], tmp_path, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_data_set_is_refused(phantom, finished, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(finished[0] / "splits", results / "splits")
+    other = tmp_path / "phantom"
+    shutil.copytree(phantom, other)
+    label = next((other / "labelsTr").glob("*.nii.gz"))
+    image = nib.load(label)
+    nib.save(nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, 0), image.affine, image.header), label)
+    with pytest.raises(InputError, match=label.name.split(".")[0]):
+        study(runs_on(other), results, "cpu")
