@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from kdlib.config import STUDENTS, InputError, Run, TrainingError, View
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
+from kdlib.device import computes_bf16, pick_device
 from kdlib.evaluate import evaluate
 from kdlib.models import count_parameters
-from kdlib.train import Arm, new_model, pick_device, steps_per_epoch, train_cohort
+from kdlib.train import Arm, new_model, steps_per_epoch, train_cohort
 
 
 # ---------------------------------------------------------------------------------------------- what a run trains on
@@ -186,6 +187,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
         "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "precision": "bf16" if computes_bf16(device) else "fp32",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "monai", "numpy")},
         "git": git_state(),

@@ -20,30 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import STUDENTS, InputError, Run, TrainingError, derive_seed
+from kdlib.config import STUDENTS, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
+from kdlib.device import autocast
 from kdlib.distill import Distiller, Taps, channels_of, scales_of
 from kdlib.evaluate import volume_dice
 from kdlib.losses import SegmentationLoss
 from kdlib.models import build_model
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes a GPU where there is one.
-
-    Raises:
-        InputError: a GPU is asked for that is not there, or the name means nothing to torch.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} does not exist: choose 'auto', 'cpu' or 'cuda'") from None
-    count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise InputError(f"device {name!r} is not there (this machine has {count} CUDA devices): use 'auto' or 'cpu'")
-    return device
 
 
 def steps_per_epoch(run: Run, slices: int) -> int:
@@ -152,7 +135,7 @@ def training_step(
     """
     recipe = arm.run.recipe
     weights = {"segmentation": recipe.segmentation_weight} | {term.name: term.weight for term in recipe.terms}
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+    with autocast(images.device):
         output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
         losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
         if output.reconstruction is not None:
@@ -256,7 +239,7 @@ def train_cohort(
                 images = images.contiguous(memory_format=torch.channels_last)
                 taught: dict[str, Tensor] = {}
                 if teacher is not None:
-                    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    with torch.no_grad(), autocast(device):
                         output, taught = teacher_taps(images, reconstruct=False)
                     taught["logits"] = output.segmentation
                 for arm in arms:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kdlib import train as training
-from kdlib.config import PROTOCOLS, InputError, Profile, Recipe, Run, Term, TrainingError, View, thesis_recipe
+from kdlib.config import PROTOCOLS, Profile, Recipe, Run, Term, TrainingError, View, thesis_recipe
 from kdlib.data import SliceBank
 from kdlib.losses import LOSSES
-from kdlib.train import EpochLog, gradient_norm, new_arm, new_model, order, pick_device, steps_per_epoch, train_cohort
+from kdlib.train import EpochLog, gradient_norm, new_arm, new_model, order, steps_per_epoch, train_cohort
 
 CPU = torch.device("cpu")
 TINY = Profile("tiny", View(32), 0.125, 2, 2, 3, 3, folds=4)
@@ -204,14 +204,6 @@ def test_weights_of_the_recipe_scale_the_logged_gradient():
         run = run_of("S1", teacher="T1", recipe=chosen, fraction=0.5)
         logged.append(next(row["value"] for row in train_one(run, frozen_teacher()).history if row["name"] == "grad/PMD"))
     assert logged[1] == pytest.approx(2 * logged[0], rel=1e-5)
-
-
-def test_a_gpu_that_is_not_there():
-    assert pick_device("cpu") == CPU
-    with pytest.raises(InputError, match="is not there"):
-        pick_device(f"cuda:{torch.cuda.device_count()}")
-    with pytest.raises(InputError, match="'tpux' does not exist"):
-        pick_device("tpux")
 
 
 def test_plain_lines_where_asked(monkeypatch, capsys):

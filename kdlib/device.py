@@ -1,0 +1,38 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from kdlib.config import InputError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes a GPU where there is one.
+
+    Raises:
+        InputError: a GPU is asked for that is not there, or the name means nothing to torch.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} does not exist: choose 'auto', 'cpu' or 'cuda'") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise InputError(f"device {name!r} is not there (this machine has {count} CUDA devices): use 'auto' or 'cpu'")
+    return device
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 natively: every CUDA device of the last years, and CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is native (about twice as fast on such a CPU), float32 elsewhere; losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
