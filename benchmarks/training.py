@@ -1,0 +1,101 @@
+"""What the loop saves: native bfloat16 against float32, and a cohort against lone trainings; medians, in one process.
+
+    python benchmarks/training.py [--size 128] [--batch 16] [--width 0.25] [--repeats 7]
+
+Variants are timed in turns, so that a machine that slows down slows all of them; trust the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from kdlib import train
+from kdlib.config import PROFILES, Profile, Run, View, thesis_recipe
+from kdlib.device import autocast, computes_bf16, pick_device
+from kdlib.distill import Taps, scales_of
+
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+def seconds(function) -> float:
+    begin = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def in_turns(variants: dict, repeats: int) -> dict[str, float]:
+    """Median seconds of each variant, after one warm-up of each."""
+    for function in variants.values():
+        function()
+    times = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, function in variants.items():
+            times[name].append(seconds(function))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    device = pick_device()
+    profile = Profile("benchmark", View(options.size), options.width, folds=PROFILES["quick"].folds)
+    images = torch.rand(options.batch, 3, options.size, options.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = (torch.rand(options.batch, options.size, options.size, device=device) > 0.9).long()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.size} x {options.size}, batch {options.batch}")
+
+    def step(arm, taught=None, cast=autocast):
+        def run() -> None:
+            chosen, train.autocast = train.autocast, cast
+            train.training_step(arm, images, labels, taught or {}, 0)
+            train.autocast = chosen
+
+        return run
+
+    def arm_of(model, teacher=None, **changes):
+        run = Run("phantom", "spleen", model, profile=profile, teacher=teacher and "T1", **changes)
+        return train.new_arm(run, 1, 1000, device, teacher)
+
+    if computes_bf16(device) and device.type == "cpu":
+        for model in ("T1", "T2", "S1", "S2"):
+            arm = arm_of(model)
+            found = in_turns({"fp32": step(arm, cast=lambda _: FLOAT32), "bf16": step(arm)}, options.repeats)
+            print(f"{model} step: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {found['fp32'] / found['bf16']:.2f}")
+
+    teacher_run = Run("phantom", "spleen", "T1", profile=profile)
+    teacher = train.new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    subsets = [("E-E",), ("B-B",), ("D-D",), ("PMD",), ("E-E", "B-B"), ("E-E", "D-D"), ("B-B", "PMD"), ("D-D", "PMD")]
+    arms = [arm_of("S1", teacher, recipe=thesis_recipe("S1", only=only)) for only in subsets]
+    taps = Taps(teacher, teacher.scales, scales_of(arm.run.recipe for arm in arms))
+
+    def taught() -> dict:
+        with torch.no_grad(), autocast(device):
+            output, features = taps(images, reconstruct=False)
+        return features | {"logits": output.segmentation}
+
+    def cohort() -> None:
+        shared = taught()
+        for arm in arms:
+            step(arm, shared)()
+
+    def alone() -> None:
+        for arm in arms:
+            step(arm, taught())()
+
+    found = in_turns({"alone": alone, "cohort": cohort}, options.repeats)
+    print(f"8 distilled S1: alone {found['alone']:.3f} s, cohort {found['cohort']:.3f} s a step, "
+          f"ratio {found['alone'] / found['cohort']:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

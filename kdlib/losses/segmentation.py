@@ -1,0 +1,71 @@
+"""From logits to labels, and the supervised segmentation loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss, DiceLoss
+from torch import nn
+
+from kdlib.config import InputError
+from kdlib.losses._common import as_float
+
+
+def one_hot(labels: torch.Tensor, channels: int) -> torch.Tensor:
+    """Labels BH[WD] (int64) as float masks BNH[WD] with `channels` channels; for one channel, the foreground's mask."""
+    if channels == 1:
+        return (labels > 0).float().unsqueeze(1)
+    return F.one_hot(labels, channels).movedim(-1, 1).float()
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Logits BNH[WD] as probabilities of the same shape: sigmoid for one channel, softmax for several."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def predict(logits: torch.Tensor) -> torch.Tensor:
+    """Logits BNH[WD] as labels BH[WD] (int64): probability above 0.5 for one channel, likeliest class for several."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+class SegmentationLoss(nn.Module):
+    """Soft Dice loss (Milletari 2016, arXiv 1606.04797) of the foreground classes, optionally plus cross entropy.
+
+    Dice is taken over the pixels of the whole batch, for each class: most slices hold no foreground, and a Dice of each
+    slice would there be 1 however small the false positives, so that such slices would outweigh those with an organ.
+    MONAI's smoothing constants of 1e-5 (pixels) keep a batch without foreground finite: its Dice loss is almost 1,
+    with a gradient of almost 0.
+
+    Args:
+        cross_entropy: add the mean cross entropy (binary for one channel), as the teachers do; else Dice alone.
+    """
+
+    def __init__(self, cross_entropy: bool):
+        super().__init__()
+        loss = DiceCELoss if cross_entropy else DiceLoss
+        self.binary = loss(sigmoid=True, batch=True)
+        self.multiclass = loss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: BNH[WD].
+            labels: BH[WD], int64, 0 is background; for one channel, every other label is foreground.
+
+        Raises:
+            InputError: where the shapes do not fit or a label has no channel.
+        """
+        channels = logits.shape[1]
+        if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.dtype != torch.int64:
+            raise InputError(
+                f"labels {list(labels.shape)} ({labels.dtype}) do not fit logits {list(logits.shape)}: "
+                "give int64 labels of the logits' shape without its channels"
+            )
+        # on the CPU alone: on a GPU the check would wait for the device at every step, and the kernel asserts itself
+        if channels > 1 and labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < channels:
+            found = f"labels reach from {labels.min()} to {labels.max()}"
+            raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
+        logits = as_float(logits)
+        if channels == 1:
+            return self.binary(logits, one_hot(labels, 1).to(logits.dtype))
+        return self.multiclass(logits, labels.unsqueeze(1))
