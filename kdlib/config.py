@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 STUDENTS = ("S1", "S2")
 TEACHERS = ("T1", "T2")
+LOSS_NAMES = {"mse": "MSE", "infonce": "InfoNCE", "labelled": "labelled contrast"}  # of feature terms, as printed
 
 
 class InputError(ValueError):
@@ -78,7 +79,7 @@ class Term:
     temperature: float = 1.0
 
     def __post_init__(self):
-        losses = ("kl",) if self.name == "PMD" else ("infonce", "mse", "labelled")
+        losses = ("kl",) if self.name == "PMD" else tuple(LOSS_NAMES)
         if self.name not in ("E-E", "B-B", "D-D", "PMD"):
             raise InputError(f"distillation term {self.name!r}: choose from E-E, B-B, D-D, PMD")
         if self.loss not in losses:
@@ -213,12 +214,12 @@ PROFILES = {
         shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps a training: for trying out, not for claims",
     ),
     "hippocampus": Profile(
-        "hippocampus", View(64, 1.0), 0.25, 10, 10, 50, 50, folds=5,
-        shrinks="64 x 64 slices at 1 mm (a hippocampus volume fits), teachers a quarter as wide, 500 steps a training",
+        "hippocampus", View(64, 1.0), 0.25, 6, 6, 50, 50, folds=5,
+        shrinks="64 x 64 slices at 1 mm (a hippocampus volume fits), teachers a quarter as wide, 300 steps a training",
     ),
     "ct128": Profile(
-        "ct128", View(128, 3.0), 0.25, 10, 10, 60, 60, folds=4,
-        shrinks="128 x 128 slices at 3 mm, teachers a quarter as wide, 600 steps a training",
+        "ct128", View(128, 3.0), 0.25, 10, 10, 50, 50, folds=4,
+        shrinks="128 x 128 slices at 3 mm, teachers a quarter as wide, 500 steps a training",
     ),
     "thesis": Profile("thesis", View(256, 1.5)),
 }

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kdlib.config import STUDENTS, InputError, Run, TrainingError, View
+from kdlib.config import LOSS_NAMES, STUDENTS, InputError, Run, TrainingError, View
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
 from kdlib.device import computes_bf16, pick_device
 from kdlib.evaluate import evaluate
@@ -66,14 +66,14 @@ def _bank(data: str, target: str, folds: int, on_defect: str, results: Path, vie
     return build_bank(found.dataset, found.classes, view)
 
 
-def run_source(run: Run, results: Path) -> Source:
+def run_source(run: Run, results: Path | str) -> Source:
     """The data, classes and folds of a run; read once a process."""
-    return source(run.data, run.target, run.profile.folds, run.on_defect, results)
+    return source(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve())
 
 
-def run_bank(run: Run, results: Path) -> SliceBank:
+def run_bank(run: Run, results: Path | str) -> SliceBank:
     """All slices of a run's data set; kept for the next cohort of the same process."""
-    return _bank(run.data, run.target, run.profile.folds, run.on_defect, results, run.profile.view)
+    return _bank(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve(), run.profile.view)
 
 
 def run_key(run: Run, results: Path) -> str:
@@ -265,10 +265,20 @@ class Results:
     runs: pd.DataFrame
     examples: pd.DataFrame
 
+    def by_loss(self) -> pd.DataFrame:
+        """`cases` with the student and its feature loss as the arm, e.g. "S1 InfoNCE"; baselines are "S1 alone"."""
+        loss = self.cases["recipe"].str.extract(r"\((\w+)\)", expand=False).map(LOSS_NAMES).fillna("alone")
+        return self.cases.assign(arm=self.cases["model"] + " " + loss)
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters that inference needs, by arm."""
+        return dict(zip(self.runs["arm"], self.runs["parameters"], strict=True))
+
     def save(self, folder: Path, name: str) -> None:
         """Writes `tables/<name>_{cases,history,runs}.csv` and `slices/<name>.npz` under a study's folder."""
         for part in ("cases", "history", "runs"):
             write(folder / "tables" / f"{name}_{part}.csv", lambda path, part=part: getattr(self, part).to_csv(path, index=False))
+        # the stack of a text column is text: an object array would be a pickle
         columns = {column: np.stack(self.examples[column].to_list()) for column in self.examples}
         save_arrays(folder / "slices" / f"{name}.npz", columns)
 
@@ -325,7 +335,7 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
             label | {"parameters": manifest["parameters"]} | manifest["best"]
             | {f"{name}_seconds": value for name, value in manifest["seconds"].items()} | {"device": manifest["device"]}
         )  # fmt: skip
-        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label))
+        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher"))
     order = [*label, "patient", "case", "class", "metric", "value"]
     return Results(
         pd.concat(cases, ignore_index=True)[order],

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread costs more than it saves
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -23,7 +23,7 @@ from kdlib.config import (
         (lambda: View(percentiles=(50, 101)), "percentiles"),
         (lambda: Term("E-B", "mse", 0.1), "E-E, B-B, D-D, PMD"),
         (lambda: Term("PMD", "mse", 0.1), "kl"),
-        (lambda: Term("E-E", "kl", 0.1), "infonce, mse, labelled"),
+        (lambda: Term("E-E", "kl", 0.1), "mse, infonce, labelled"),
         (lambda: Term("E-E", "mse", 0.1, 0.0), "temperature"),
         (lambda: Recipe("twice", terms=(Term("E-E", "mse", 0.1), Term("E-E", "mse", 0.2))), "twice"),
         (lambda: Recipe("x", segmentation="focal"), "dice"),

@@ -165,7 +165,7 @@ def test_the_published_prediction_term_would_be_caught():
     """Fault 2: a softmax over one channel is exactly 1, so the term and its gradient are exactly 0."""
     arm = new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher())
     log, logits = EpochLog(arm), torch.randn(2, 1, 8, 8, requires_grad=True)
-    published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="mean")
+    published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="sum")
     log.add({"loss": published, "segmentation": published, "PMD": published}, {"segmentation": torch.ones(()), "PMD": torch.zeros(())})
     with pytest.raises(TrainingError, match="PMD .* was exactly zero in epoch 4"):
         log.rows(4)

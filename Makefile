@@ -1,0 +1,104 @@
+# Needs git, make and Python >= 3.11; all else is set up in .venv, at the versions of requirements.lock.
+
+.DEFAULT_GOAL := help
+.PHONY: help study test lab lock strip clean FORCE
+
+DATA ?= phantom
+TARGET ?= spleen
+PROFILE ?= quick
+PROTOCOL ?= corrected
+CHANGES ?= {}
+ON_DEFECT ?= raise
+FOLDS ?= 0
+SEEDS ?= 0
+DEVICE ?= auto
+RESULTS ?= results
+STUDY ?=
+LAB ?=
+PYTHON ?=
+
+# Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY LAB PYTHON
+$(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
+export $(VARIABLES)
+# Threads that wait must not spin: on a shared machine that costs more than all the rest.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+define HELP
+make study   run every experiment; finished trainings are kept, so a stopped study goes on where it was
+make test    run all tests
+make lab     open JupyterLab on notebooks/, on 127.0.0.1 and behind a token
+make strip   take outputs out of notebooks/ before a commit
+make lock    write requirements.lock anew (needs python3.11, the oldest Python that it must serve)
+make clean   remove the environment and caches, never results
+
+Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3"
+  DATA      phantom     a folder in Decathlon layout, or phantom
+  TARGET    spleen      label names joined by ",", or all
+  PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, ct128, thesis
+  PROTOCOL  corrected   optimisers: corrected (the same for every arm) or thesis (as published)
+  CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
+  ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
+  FOLDS     0           outer folds to train
+  SEEDS     0           seeds to train
+  DEVICE    auto        auto, cpu or cuda
+  RESULTS   results     folder of trained runs and of studies
+  STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
+  LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
+  PYTHON                the interpreter that .venv is made with; the newest that is found when empty
+endef
+export HELP
+
+help:
+	@printf '%s\n' "$$HELP"
+
+# The stamp holds the folder it was made in: a moved, half-made or broken environment is made again from nothing,
+# a changed pyproject.toml or requirements.lock only updates it.
+STAMP := .venv/.complete
+whole := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && .venv/bin/python -c "" 2>/dev/null && echo yes)
+
+$(STAMP): pyproject.toml requirements.lock $(if $(whole),,FORCE)
+ifneq ($(whole),yes)
+	@if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3.13 python3.12 python3.11 python3; fi; \
+	for python; do \
+	    "$$python" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && break; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "error: need Python 3.11 or newer with its venv module ($$* will not do): install it, on Debian and" \
+	        "Ubuntu by apt-get install python3 python3-venv, or name one by PYTHON=" >&2; exit 1; \
+	fi; \
+	echo "setting up .venv with $$python (downloads PyTorch: some minutes)"; \
+	rm -rf .venv && "$$python" -m venv .venv
+endif
+	@rm -f $(STAMP)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@pwd -P > $(STAMP)
+
+study: $(STAMP)
+	@.venv/bin/python -m kdlib.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
+	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
+	    --study="$$STUDY"
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -q --durations=10
+
+lab: $(STAMP)
+	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks
+
+strip: $(STAMP)
+	@.venv/bin/python -m nbconvert --log-level=WARN --inplace --clear-output --ClearMetadataPreprocessor.enabled=True \
+	    --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec notebooks/*.ipynb
+
+# aiohttp: papermill needs it on Python 3.12 only. CUDA builds of PyTorch pin the packages that sed leaves out.
+lock:
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && python3.11 -m venv "$$new" && \
+	"$$new/bin/python" -m pip install --quiet -e ".[dev]" "$$(grep '^torch==' requirements.lock)" aiohttp && \
+	"$$new/bin/python" -m pip freeze --all --exclude pip --exclude-editable > "$$new/all" && \
+	head -n 1 requirements.lock > "$$new/lock" && \
+	sed -E -e '/^(nvidia|cuda|triton)/d' -e 's/\+[a-z0-9]+$$//' "$$new/all" >> "$$new/lock" && \
+	cp "$$new/lock" requirements.lock
+
+clean:
+	rm -rf .venv build dist kdlib.egg-info .pytest_cache .hypothesis
+	find kdlib tests notebooks -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -1,0 +1,14 @@
+"""From a folder of scans to slices on the device: index, splits, slice bank, augmentation, phantom."""
+
+from kdlib.data.augment import augment
+from kdlib.data.decathlon import Case, Dataset, download, index
+from kdlib.data.phantom import make_phantom
+from kdlib.data.slices import SliceBank, restore
+from kdlib.data.slices import build as build_bank
+from kdlib.data.splits import Fold, splits
+from kdlib.data.summary import case_table, largest_slices, split_table
+
+__all__ = [
+    "Case", "Dataset", "Fold", "SliceBank", "augment", "build_bank", "case_table", "download", "index", "largest_slices",
+    "make_phantom", "restore", "split_table", "splits",
+]  # fmt: skip

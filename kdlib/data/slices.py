@@ -1,0 +1,292 @@
+"""Volumes as one tensor of axial slices, and the way back from slices to a volume's own grid.
+
+A slice is laid out as radiologists see it: row 0 is anterior, column 0 is the patient's right; slices go from
+inferior to superior. Slices are resampled in the plane only, by the exact factor, then padded or cropped about their
+centre. Nothing is ever stretched to fit, and z is never resampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel import orientations
+from nibabel.filebasedimages import ImageFileError
+from torch import Tensor
+from torch.nn import functional
+
+from kdlib.config import InputError, View
+from kdlib.data.decathlon import Case, Dataset
+
+SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one file's volume became slices: all that `restore` needs to invert it.
+
+    Args:
+        shape: of the file's volume, in its own axes.
+        affine: of the file, voxel to world in mm (RAS), row by row.
+        factor: slice pixels a volume voxel takes, along rows and columns (volume spacing / slice spacing).
+        start: row and column of the slice where the resampled volume begins; negative where it is cropped.
+        size: side of the slice in pixels.
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    factor: tuple[float, float]
+    start: tuple[int, int]
+    size: int
+
+    @property
+    def depth(self) -> int:
+        """Number of slices."""
+        return self.shape[[axis for axis, _ in self._to_slices()].index(0)]
+
+    def _to_slices(self) -> np.ndarray:
+        own = orientations.io_orientation(np.array(self.affine))
+        return orientations.ornt_transform(own, orientations.axcodes2ornt(SLICE_AXES)).astype(int)
+
+    def orient(self, volume: np.ndarray) -> np.ndarray:
+        """The file's array [X,Y,Z] as slices [D,H,W], in its own spacing."""
+        return orientations.apply_orientation(volume, self._to_slices())
+
+
+@dataclass(frozen=True)
+class SliceBank:
+    """The slices of many cases in one tensor each, all on one device.
+
+    Args:
+        images: [N,H,W] uint8, the window or percentile range as 0..255.
+        labels: [N,H,W] uint8, 0 background, k the k-th of `classes` (from 1).
+        case_index: [N] int64, the slice's position in `cases`.
+        neighbours: [N,2] int64, the slice below (inferior) and above in the same case; itself at the ends.
+        cases: names of the cases, in the order of their slices.
+        classes: names of the foreground classes.
+        channels: "repeat" or "neighbours", see `batch`.
+        geometry: case name -> how its volume became slices.
+    """
+
+    images: Tensor
+    labels: Tensor
+    case_index: Tensor
+    neighbours: Tensor
+    cases: tuple[str, ...]
+    classes: tuple[str, ...]
+    channels: str
+    geometry: dict[str, Geometry]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> SliceBank:
+        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "case_index", "neighbours")}
+        return dataclasses.replace(self, **tensors)
+
+    def select(self, cases: Sequence[str]) -> SliceBank:
+        """The bank of these cases alone, in this order; a copy, from which no other case can be reached.
+
+        Raises:
+            InputError: no case given, one given twice, or one that the bank does not hold.
+        """
+        unknown = [name for name in cases if name not in self.geometry]
+        if unknown:
+            raise InputError(f"cases {', '.join(unknown)} are not in the slice bank: it holds {', '.join(self.cases)}")
+        if not cases or len(set(cases)) < len(cases):
+            raise InputError(f"cases {list(cases)}: select at least one case of the slice bank, and each only once")
+        parts = [torch.nonzero(self.case_index == self.cases.index(name)).flatten() for name in cases]
+        index = torch.cat(parts)
+        moved = torch.full_like(self.case_index, -1)  # old slice number -> new slice number
+        moved[index] = torch.arange(len(index), device=index.device)
+        return dataclasses.replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]),
+            neighbours=moved[self.neighbours[index]],
+            cases=tuple(cases),
+            geometry={name: self.geometry[name] for name in cases},
+        )
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What a network takes: images [B,3,H,W] float32 in 0..1 and labels [B,H,W] int64.
+
+        The three channels are the slice itself ("repeat") or the slice below, itself and above ("neighbours").
+
+        Args:
+            index: [B] int64 slice numbers, on the bank's device.
+        """
+        if self.channels == "neighbours":
+            below, above = self.neighbours[index].unbind(1)
+            images = self.images[torch.stack([below, index, above], 1)]
+        else:
+            images = self.images[index][:, None].expand(-1, 3, -1, -1)
+        return images.float() / 255, self.labels[index].long()
+
+
+def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
+    """Slices of all cases of a data set, on the CPU.
+
+    CT is clipped to `view.window` (HU), MR to `view.percentiles` of each volume's non-zero voxels; the range becomes
+    0..255, rounded. Images are resampled with an antialiased bilinear kernel before they are rounded. Labels are
+    sampled at the nearest voxel: unlike the largest share of a pixel, that keeps a structure's area on average
+    however thin it is.
+
+    Args:
+        dataset: from `index`.
+        classes: class name -> value in the label files, from `dataset.classes(target)`; other values are background.
+        view: size, spacing, channels and intensities.
+
+    Raises:
+        InputError: the data set has no case; a file cannot be read; an image is constant or not finite.
+    """
+    if not dataset.cases:
+        raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
+    images, labels, geometry = [], [], {}
+    for case in dataset.cases:
+        geometry[case.name], image, label = _case_slices(case, dataset.modality, classes, view)
+        images.append(image)
+        labels.append(label)
+    depths = [len(image) for image in images]
+    ends = np.cumsum(depths)
+    number = np.arange(ends[-1])
+    first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
+    neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
+    return SliceBank(
+        images=torch.from_numpy(np.concatenate(images)),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        case_index=torch.from_numpy(np.repeat(np.arange(len(depths)), depths)),
+        neighbours=torch.from_numpy(neighbours),
+        cases=tuple(geometry),
+        classes=tuple(classes),
+        channels=view.channels,
+        geometry=geometry,
+    )
+
+
+def restore(scores: Tensor, geometry: Geometry) -> Tensor:
+    """Scores of one case's slices, back on its file's own grid and in its own orientation.
+
+    Bilinear in the plane, by the inverse of the factor the slices were made with. Outside the slices' field of view
+    no network has looked: scores are 0 there, and 1 for channel 0 (background) if there are several channels, so that
+    both a threshold and an argmax give background.
+
+    Args:
+        scores: [C,D,H,W] probabilities of the slices, from inferior to superior.
+        geometry: of the case.
+
+    Returns:
+        [C,X,Y,Z], on the device and of the type of `scores`.
+
+    Raises:
+        InputError: the scores are not of this case's number and size of slices.
+    """
+    expected = (geometry.depth, geometry.size, geometry.size)
+    if tuple(scores.shape[1:]) != expected:
+        raise InputError(f"scores of shape {tuple(scores.shape)}: this case's slices have [D, H, W] = {list(expected)}")
+    to_slices = geometry._to_slices()
+    rows_columns = [geometry.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
+    inside = []
+    for dim, voxels, factor, start in zip((2, 3), rows_columns, geometry.factor, geometry.start, strict=True):
+        position = (torch.arange(voxels, device=scores.device, dtype=torch.float64) + 0.5) * factor - 0.5 + start
+        inside.append((position >= -0.5) & (position < geometry.size - 0.5))
+        position = position.clamp(0, geometry.size - 1)
+        low = position.long()
+        high = (low + 1).clamp(max=geometry.size - 1)
+        share = (position - low).to(scores).view(-1, *[1] * (3 - dim))
+        scores = torch.lerp(scores.index_select(dim, low), scores.index_select(dim, high), share)
+    outside = ~(inside[0][:, None] & inside[1])
+    scores = scores.masked_fill(outside, 0)
+    if len(scores) > 1:
+        scores[0].masked_fill_(outside, 1)
+    flipped = [1 + int(axis) for axis, flip in to_slices if flip < 0]
+    return scores.flip(flipped).permute(0, *[1 + int(axis) for axis in to_slices[:, 0]]).contiguous()
+
+
+def _case_slices(case: Case, modality: str, classes: dict[str, int], view: View):
+    """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
+    affine, image = _read(case.image, np.float32)
+    image = _unit_range(image, modality, view, case.image)
+    _, label = _read(case.label, np.int64)
+    values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
+    values[list(classes.values())] = np.arange(1, len(classes) + 1)
+
+    placed = Geometry(case.shape, tuple(map(tuple, affine.tolist())), (1.0, 1.0), (0, 0), view.size)
+    image, label = placed.orient(image), placed.orient(values[label])
+    spacing = np.array(case.spacing)[np.argsort(placed._to_slices()[:, 0])][1:]
+    factor = (1.0, 1.0) if view.spacing is None else tuple((spacing / view.spacing).tolist())
+    image, label = _resample(image, factor), _resample_labels(label, factor)
+    start = tuple((view.size - pixels) // 2 for pixels in image.shape[1:])
+    placed = dataclasses.replace(placed, factor=factor, start=start)
+    image = np.rint(image * 255).clip(0, 255).astype(np.uint8)
+    return placed, _pad_or_crop(image, start, view.size), _pad_or_crop(label, start, view.size)
+
+
+def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """(affine, voxels) of a NIfTI file, voxels scaled as the header says."""
+    try:
+        file = nib.load(path)
+        voxels = np.asanyarray(file.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+        raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch or export it again") from error
+    return file.affine, np.rint(voxels).astype(dtype) if dtype is np.int64 else voxels.astype(dtype)
+
+
+def _unit_range(image: np.ndarray, modality: str, view: View, path: Path) -> np.ndarray:
+    """The image clipped to the view's window or percentiles, as 0..1."""
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: holds voxels that are NaN or infinite; replace them or leave the case out")
+    low, high = view.window
+    if modality == "MR":
+        body = image[image != 0]
+        low, high = np.percentile(body, view.percentiles) if body.size else (0.0, 0.0)
+        if low == high:
+            raise InputError(f"{path}: MR volume is constant (percentiles {view.percentiles} are equal); leave it out")
+    return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
+
+
+def _pixels(voxels: int, factor: float) -> int:
+    """Pixels that cover this many voxels: rounded up, so that no voxel is lost at the far edge."""
+    return math.ceil(round(voxels * factor, 4))
+
+
+def _resample(image: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
+    """Antialiased bilinear resampling of [D,H,W] by exactly `factor`."""
+    if factor == (1.0, 1.0):
+        return image
+    pixels = [_pixels(voxels, f) for voxels, f in zip(image.shape[1:], factor, strict=True)]
+    # interpolate rounds the number of pixels down: one pixel more of the edge values makes it cover the whole volume
+    rows, columns = (math.ceil(1 / f) for f in factor)
+    slices = functional.pad(torch.from_numpy(np.ascontiguousarray(image))[None], (0, columns, 0, rows), "replicate")
+    slices = functional.interpolate(
+        slices, scale_factor=factor, mode="bilinear", antialias=True, recompute_scale_factor=False
+    )
+    return slices[0, :, : pixels[0], : pixels[1]].numpy()
+
+
+def _resample_labels(label: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
+    """The nearest voxel to each pixel's centre, on the grid of `_resample`."""
+    rows, columns = (
+        ((np.arange(_pixels(voxels, f)) + 0.5) / f).astype(int).clip(max=voxels - 1)
+        for voxels, f in zip(label.shape[1:], factor, strict=True)
+    )
+    return label[:, rows[:, None], columns]
+
+
+def _pad_or_crop(slices: np.ndarray, start: tuple[int, int], size: int) -> np.ndarray:
+    """[D,h,w] on a [D,size,size] canvas of 0, beginning at `start`."""
+    canvas = np.zeros((len(slices), size, size), slices.dtype)
+    (to_rows, from_rows), (to_columns, from_columns) = (
+        (slice(max(s, 0), max(s, 0) + size), slice(max(-s, 0), max(-s, 0) + size - max(s, 0))) for s in start
+    )
+    part = slices[:, from_rows, from_columns]
+    canvas[:, to_rows, to_columns][:, : part.shape[1], : part.shape[2]] = part
+    return canvas

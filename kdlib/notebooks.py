@@ -1,0 +1,405 @@
+"""Strict papermill: runs one notebook with checked parameters, or every experiment of a study in its order.
+
+    python -m kdlib.notebooks run notebooks/01_baseline.ipynb -p folds 0 -p seeds "0 1" -o baseline.ipynb
+    python -m kdlib.notebooks study --data phantom --profile quick --results results
+
+Papermill only warns of a misspelt parameter and of a notebook without any; here both are errors, before anything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError, strip_color
+
+from kdlib.config import PROFILES, PROTOCOLS, InputError, TrainingError, choose, tailor
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+EXPERIMENTS = ("00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "06_figures")
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped on an error that kdlib did not foresee: the message ends with where its copy lies."""
+
+
+# --------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's `parameters` cell, e.g. `folds: list[int] = [0]`.
+
+    Args:
+        annotation: the type as written: int, float, str, bool, dict or list[...] of one of them, also with `| None`.
+        required: its default is None although its type is not optional, so that whoever runs the notebook must choose.
+    """
+
+    annotation: str
+    required: bool
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook file, checked against the notebook format.
+
+    Raises:
+        InputError: no such file (lists the notebooks beside it), or not a notebook.
+    """
+    if not path.is_file():
+        beside = ", ".join(sorted(file.name for file in path.parent.glob("*.ipynb"))) or "no notebook"
+        raise InputError(f"{path} does not exist: {path.parent} has {beside}")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    # a JSON file that is no notebook fails anywhere inside nbformat
+    except (OSError, ValueError, TypeError, AttributeError, nbformat.ValidationError) as error:
+        cause = str(error).splitlines()[0][:100]
+        raise InputError(f"{path} is not a readable notebook ({cause}): restore it or save it again") from None
+    return notebook
+
+
+def read_parameters(path: Path) -> dict[str, Parameter]:
+    """The parameters that a notebook declares in its one cell tagged `parameters`.
+
+    Papermill's own inspection cannot read `str | None`, hence the syntax tree.
+
+    Raises:
+        InputError: not exactly one such cell, not valid Python, or a parameter without a type.
+    """
+    cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise InputError(f"{path}: {len(cells)} cells are tagged 'parameters', one must be; set the tag in JupyterLab")
+    try:
+        lines = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise InputError(f"{path}: line {error.lineno} of its parameters cell is not Python ({error.msg})") from None
+    parameters = {}
+    for line in lines:
+        if isinstance(line, ast.Assign):
+            raise InputError(f"{path}: parameter {ast.unparse(line)!r} has no type; write it as `name: int = 0`")
+        if isinstance(line, ast.AnnAssign):
+            annotation = ast.unparse(line.annotation)
+            unset = line.value is None or (isinstance(line.value, ast.Constant) and line.value.value is None)
+            parameters[ast.unparse(line.target)] = Parameter(annotation, unset and not annotation.endswith("| None"))
+    return parameters
+
+
+def convert(value: object, annotation: str) -> object:
+    """A value as its annotation says: text is parsed, anything else must already be of that type.
+
+    Raises:
+        ValueError: it is not of that type.
+    """
+    if annotation.endswith(" | None"):
+        return None if value in (None, "None") else convert(value, annotation.removesuffix(" | None"))
+    if annotation.startswith("list["):
+        items = value.strip("[]() ").replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(value)
+        return [convert(item, annotation.removeprefix("list[").removesuffix("]")) for item in items]
+    if annotation.startswith("dict"):
+        kind, parse = dict, json.loads
+    else:
+        kinds = {
+            "int": (int, int),
+            "float": (float, float),
+            "str": (str, str),
+            "bool": (bool, lambda text: ("false", "true").index(text.lower()) == 1),
+        }
+        kind, parse = choose("type", annotation, kinds)
+    value = parse(value) if isinstance(value, str) else value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(value)
+    return value
+
+
+def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
+    """The given values, converted to the types that the notebook declares.
+
+    Raises:
+        InputError: a name that the notebook does not have, a value of another type, or a required one not given.
+    """
+    declared = read_parameters(path)
+    values = {}
+    for name, value in given.items():
+        if name not in declared:
+            close = difflib.get_close_matches(name, declared, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ";"
+            raise InputError(f"{path} has no parameter {name!r}{hint} It has: {', '.join(declared) or 'none'}")
+        try:
+            values[name] = convert(value, declared[name].annotation)
+        except InputError as error:
+            raise InputError(f"{path}: parameter {name!r}: {error}") from None
+        except ValueError:
+            raise InputError(f"{path}: parameter {name!r} is {declared[name].annotation}, not {value!r}") from None
+    missing = [name for name, parameter in declared.items() if parameter.required and name not in values]
+    if missing:
+        raise InputError(f"{path}: give its required parameters: {', '.join(missing)}")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------- one notebook
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _literal(path: Path) -> str:
+    """A path that papermill leaves as it is: it reads braces as placeholders."""
+    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kernel: str = "python3") -> None:
+    """Runs a notebook in its own folder and saves the executed copy; what it prints also goes to the terminal.
+
+    Args:
+        notebook: the file to run; it is not changed.
+        output: the executed copy, written whole or not at all. A notebook that stops is kept as `<name>.failed.ipynb`.
+        parameters: values by name; text is converted to the type that the notebook declares.
+        kernel: name of the Jupyter kernel.
+
+    Raises:
+        InputError: parameters that do not fit the notebook, a folder that cannot be written, or the notebook's own.
+        TrainingError: the notebook's own.
+        NotebookError: any other error in the notebook, with the last lines of its traceback.
+    """
+    values = check_parameters(notebook, parameters)
+    partial = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")  # papermill saves after every cell
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _environment(KDLIB_PROGRESS="plain"):  # the kernel inherits it: lines, not bars, in a log
+            papermill.execute_notebook(
+                _literal(notebook), _literal(partial), values, kernel_name=kernel, language="python",
+                cwd=notebook.resolve().parent, progress_bar=False, stdout_file=sys.stdout,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # the kernel's own log tells a reader nothing
+            )  # fmt: skip
+        os.replace(partial, output)
+        failed.unlink(missing_ok=True)
+    except PapermillExecutionError as error:
+        raise _stopped(notebook, error, failed) from None
+    except RuntimeError as error:  # of the kernel, not of the code in it
+        raise NotebookError(f"{notebook.name}: {error} (out of memory?); as far as it came: {failed}") from None
+    except OSError as error:
+        raise InputError(f"{output} could not be saved: {error}; mend that and run again") from None
+    finally:
+        if partial.exists():  # whatever stopped it, Ctrl-C included
+            os.replace(partial, failed)
+
+
+def _stopped(notebook: Path, error: PapermillExecutionError, failed: Path) -> Exception:
+    for known in (InputError, TrainingError):
+        if error.ename == known.__name__:
+            return known(error.evalue)
+    trace = strip_color("\n".join(error.traceback)).rstrip().splitlines()[-12:]
+    lines = [f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}", *(f"    {line}" for line in trace)]
+    return NotebookError("\n".join([*lines, f"as far as it came: {failed}"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- study
+
+
+def study_parameters(
+    data: str, target: str, profile: str, protocol: str, folds: list[int], seeds: list[int], device: str, results: str,
+    study: str = "", changes: Mapping[str, object] | None = None, on_defect: str = "raise",
+) -> dict[str, object]:  # fmt: skip
+    """The parameters that the experiments share, checked before the first training; paths become absolute.
+
+    Args:
+        study: name of the study's folder in `results`; empty for one made of data, target, profile and protocol.
+        changes: fields of the profile to change (see `kdlib.config.tailor`).
+
+    Raises:
+        InputError: no such folder, profile, protocol or fold, or a study name that is not a plain folder name.
+    """
+    choose("protocol", protocol, PROTOCOLS)
+    known = range(tailor(profile, changes).folds)
+    for name, numbers in (("folds", folds), ("seeds", seeds)):
+        if not numbers:
+            raise InputError(f"{name}: give at least one, e.g. 0")
+    if any(fold not in known for fold in folds):
+        raise InputError(f"folds {folds}: profile {profile!r} has folds 0 to {known[-1]}")
+    if data != "phantom":
+        folder = Path(data).expanduser().resolve()
+        if not folder.is_dir():
+            raise InputError(f"data folder {folder} does not exist: give a folder in Decathlon layout, or 'phantom'")
+        data = str(folder)
+    if not study:
+        parts = [Path(data).name, target, profile, *([protocol] if protocol != "corrected" else [])]
+        study = re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    if study in ("data", "runs", "splits"):
+        raise InputError(f"study name {study!r}: results keeps its {study} under that name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
+        raise InputError(f"study name {study!r}: use letters, digits, '.', '_' and '-', the first a letter or digit")
+    return {
+        "data": data, "target": target, "profile": profile, "protocol": protocol, "folds": folds, "seeds": seeds,
+        "changes": dict(changes or {}), "on_defect": on_defect, "device": device,
+        "results": str(Path(results).expanduser().resolve()), "study": study,
+    }  # fmt: skip
+
+
+def run_study(
+    shared: Mapping[str, object], experiments: Sequence[str] = EXPERIMENTS, notebooks: Path = NOTEBOOKS
+) -> dict[str, str]:
+    """Runs experiments into `<results>/<study>/notebooks/`; one that fails does not hold up the others.
+
+    Args:
+        shared: see `study_parameters`; each notebook gets those that it declares.
+        experiments: names of notebooks, without `.ipynb`.
+        notebooks: the folder they lie in.
+
+    Returns:
+        What stopped each experiment that failed; empty when all went well.
+
+    Raises:
+        InputError: an experiment does not exist, or its notebook cannot take these parameters; nothing has run then.
+    """
+    plans = {}
+    for name in experiments:
+        path = notebooks / f"{name}.ipynb"
+        declared = read_parameters(path)
+        plans[path] = check_parameters(path, {key: value for key, value in shared.items() if key in declared})
+    folder = Path(str(shared["results"])) / str(shared["study"])
+    failures = {}
+    for path, values in plans.items():
+        print(f"== {path.stem}")
+        start = time.perf_counter()
+        try:
+            execute(path, folder / "notebooks" / path.name, values)
+            print(f"== {path.stem} took {time.perf_counter() - start:.0f} s")
+        except (InputError, TrainingError, NotebookError) as error:
+            failures[path.stem] = str(error)
+            print(f"== {path.stem} failed after {time.perf_counter() - start:.0f} s: {error}")
+    return failures
+
+
+def _made(folder: Path, experiments: Sequence[str]) -> list[Path]:
+    notebooks = [folder / "notebooks" / f"{name}.ipynb" for name in experiments]
+    patterns = ("tables/*.csv", "tables/*.tex", "figures/*.pdf", "figures/*.png")
+    return notebooks + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kdlib.notebooks", description="Runs notebooks without JupyterLab.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run one notebook")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument("-o", "--output", type=Path, required=True, help="the executed copy")
+    study = commands.add_parser("study", help="run every experiment")
+    study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
+    study.add_argument("--target", default="spleen", help="label names joined by ',', or 'all'")
+    study.add_argument("--profile", default="quick", help=", ".join(PROFILES))
+    study.add_argument("--protocol", default="corrected", help=", ".join(PROTOCOLS))
+    study.add_argument("--changes", default="{}", help="fields of the profile to change, as JSON")
+    study.add_argument("--on-defect", default="raise", help="raise: stop at defective cases; drop: leave them out")
+    study.add_argument("--folds", default="0", help="e.g. '0 1'")
+    study.add_argument("--seeds", default="0", help="e.g. '0 1'")
+    study.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    study.add_argument("--results", default="results", help="folder that trained runs and studies are kept in")
+    study.add_argument("--study", default="", help="name of the study's folder in results; empty for data-target-profile")
+    study.add_argument("--only", nargs="+", default=EXPERIMENTS, metavar="NAME", help="experiments to run")
+    study.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the experiments' notebooks")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = [name for name, _ in options.parameter]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"parameter {repeated[0]!r} is given twice; a list is one value, e.g. '0 1'")
+    execute(options.notebook, options.output, dict(options.parameter))
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _changes(text: str) -> dict[str, object]:
+    try:
+        changes = json.loads(text)
+    except json.JSONDecodeError:
+        changes = None
+    if not isinstance(changes, dict):
+        raise InputError(f"changes {text!r}: give a JSON object of profile fields, e.g. '{{\"spacing\": 2.0}}'")
+    return changes
+
+
+def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
+    numbers = {}
+    for name in ("folds", "seeds"):
+        try:
+            numbers[name] = convert(getattr(options, name), "list[int]")
+        except ValueError:
+            raise InputError(f"{name} {getattr(options, name)!r}: give whole numbers, e.g. '0 1'") from None
+    for name in options.only:
+        choose("experiment", name, dict.fromkeys(EXPERIMENTS))
+    experiments = [name for name in EXPERIMENTS if name in options.only]
+    shared = study_parameters(
+        options.data, options.target, options.profile, options.protocol, **numbers, device=options.device,
+        results=options.results, study=options.study, changes=_changes(options.changes), on_defect=options.on_defect,
+    )  # fmt: skip
+    print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
+    print(f"profile {options.profile} against the thesis: {PROFILES[options.profile].shrinks}")
+    failures = run_study(shared, experiments, options.notebooks)
+    folder = Path(str(shared["results"])) / str(shared["study"])
+    print(f"made in {folder}:")
+    for path in _made(folder, [name for name in experiments if name not in failures]):
+        print(f"    {path.relative_to(folder)}")
+    for name, message in failures.items():
+        print(f"failed: {name}: {message.splitlines()[0]}", file=sys.stderr)
+    if failures:
+        print("finished trainings are kept; the same command goes on from them:", file=sys.stderr)
+        print(f"    {shlex.join([sys.executable, '-m', 'kdlib.notebooks', *command])}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(command: Sequence[str]) -> int:
+    """Runs a command line.
+
+    Returns:
+        The exit status: 0, 1 for a notebook that failed, 2 for input that cannot be used, 130 when stopped by Ctrl-C.
+    """
+    options = _parser().parse_args(command)
+    try:
+        return _run(options) if options.command == "run" else _study(options, command)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingError, NotebookError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped: finished trainings are kept, the same command goes on from them", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log shows each line when it is printed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop ends the kernel as Ctrl-C does
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import ast
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import kdlib.figures
+import kdlib.metrics
+import kdlib.statistics
+from kdlib.config import InputError
+from kdlib.statistics import (
+    PRINTED,
+    THESIS_TABLE,
+    compare,
+    holm,
+    interval,
+    paired,
+    per_patient,
+    pivot_thesis,
+    save_table,
+    summarise,
+    thesis_row,
+)
+
+
+def tidy(arms: dict[str, object], metric="dice", **columns) -> pd.DataFrame:
+    """A table of arm -> values, one case each (or a list of values a case, one a seed)."""
+    rows = []
+    for arm, values in arms.items():
+        for number, seeds in enumerate(values):
+            for seed, value in enumerate(np.atleast_1d(seeds)):
+                row = dict(run=f"{arm}-{seed}", arm=arm, model="S1", fold=0, seed=seed, case=f"case_{number}")
+                rows.append(row | {"class": "spleen", "metric": metric, "value": value} | columns)
+    return pd.DataFrame(rows)
+
+
+# -------------------------------------------------------------------------------------------------- the unit of a mean
+
+
+def test_seeds_are_averaged_within_a_case_first():
+    # case 0 was run with three seeds, case 1 with one: each counts once
+    found = summarise(tidy({"S1": [[0.6, 0.7, 0.8], [0.5]]})).iloc[0]
+    assert found["n"] == 2
+    assert found["mean"] == pytest.approx(0.6)
+    assert found["sd"] == pytest.approx(np.std([0.7, 0.5], ddof=1))
+
+
+def test_two_cases_of_a_patient_are_one_unit():
+    table = tidy({"S1": [0.2, 0.4, 0.9]}).assign(patient=["a", "a", "b"])
+    assert per_patient(table)["value"].tolist() == pytest.approx([0.3, 0.9])
+    found = summarise(table).iloc[0]
+    assert (found["n"], found["mean"]) == (2, pytest.approx(0.6))
+    assert summarise(table.drop(columns="patient")).iloc[0]["n"] == 3
+
+
+def test_each_level_is_averaged_before_the_next():
+    # one patient: a case of three seeds and one of a single seed, in which the liver is defined too
+    table = tidy({"S1": [[0.1, 0.2, 0.3], 0.5]})
+    table = pd.concat([table, tidy({"S1": [0.9]}).assign(case="case_1", **{"class": "liver"})]).assign(patient="a")
+    assert per_patient(table)["value"].tolist() == pytest.approx([(0.2 + (0.5 + 0.9) / 2) / 2])
+
+
+def test_classes_are_averaged_within_a_case_unless_asked_for():
+    table = pd.concat([tidy({"S1": [0.2, 0.4]}), tidy({"S1": [0.8, np.nan]}).assign(**{"class": "liver"})])
+    assert per_patient(table)["value"].tolist() == pytest.approx([0.5, 0.4])  # of case 1 only the spleen is defined
+    found = summarise(table, ["arm", "class"]).set_index("class")
+    assert found["n"].to_dict() == {"spleen": 2, "liver": 1}
+    assert found["mean"].to_dict() == pytest.approx({"spleen": 0.3, "liver": 0.8})
+
+
+def test_undefined_values_are_dropped_and_n_says_so():
+    found = summarise(tidy({"S1": [0.5, np.nan, 0.7], "S2": [np.nan]}, "recall"), metric="recall").set_index("arm")
+    assert found["n"].tolist() == [2, 0]
+    assert found.loc["S1", "mean"] == pytest.approx(0.6) and np.isnan(found.loc["S2", "mean"])
+
+
+@pytest.mark.parametrize(
+    "column, values", [("recipe", ["E-E", "B-B"]), ("fraction", [0.5, 1.0]), ("teacher", ["T1", None])]
+)
+def test_different_trainings_are_never_averaged(column, values):
+    table = tidy({"KD": [0.5, 0.6]}).assign(**{column: values})
+    with pytest.raises(InputError, match=f"'KD' mixes 2 values of '{column}'"):
+        summarise(table)
+    assert summarise(table, ["arm", column])["n"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "table, metric, message",
+    [
+        (pd.DataFrame(), "dice", "no column arm"),
+        (tidy({"S1": [0.5]}).iloc[:0], "dice", "no rows"),
+        (tidy({"S1": [0.5]}), "hd95", "no metric 'hd95': it has dice"),
+    ],
+)
+def test_unusable_tables_are_refused(table, metric, message):
+    for call in (lambda: summarise(table, metric=metric), lambda: paired(table, "S1", "S2", metric)):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_degenerate_intervals():
+    assert np.isnan(interval([])).all() and np.isnan(interval([0.7])).all()
+    assert interval([0.1 + 0.2, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+    low, high = interval([0.2, 0.4])
+    assert 0.2 <= low < high <= 0.4
+
+
+def test_interval_is_bca_by_its_definition():
+    # Efron & Tibshirani 1993, eq. 14.9 to 14.15, on resamples of our own
+    x = np.random.default_rng(5).lognormal(0, 1.2, size=25)
+    means = np.sort(np.random.default_rng(6).choice(x, (200_000, len(x))).mean(1))
+    bias = stats.norm.ppf((means < x.mean()).mean())
+    left_out = (x.sum() - x) / (len(x) - 1)
+    away = left_out.mean() - left_out
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    shifted = bias + stats.norm.ppf([0.025, 0.975])
+    expected = np.quantile(means, stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    percentile = np.quantile(means, [0.025, 0.975])
+    # near enough to tell BCa from the plain percentile interval
+    assert (abs(interval(x) - expected) < 0.3 * abs(percentile - expected)).all()
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    inside = [low <= 0 <= high for low, high in (interval(generator.normal(size=24)) for _ in range(300))]
+    assert 0.90 <= np.mean(inside) <= 0.98
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.randoms())
+def test_interval_properties(values, random):
+    low, high = interval(values)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert (low, high) == interval(values)  # the seed is fixed
+    mean = np.mean(values)
+    assert low - 1e-9 <= mean <= high + 1e-9
+
+
+# -------------------------------------------------------------------------------------------------------- paired tests
+
+
+def test_paired_difference_and_exact_p():
+    a, b = np.array([0.7, 0.8, 0.6, 0.9, 0.75, 0.72, 0.66]), np.array([0.6, 0.65, 0.62, 0.7, 0.5, 0.69, 0.60])
+    found = paired(tidy({"KD": a, "S1": b}), "KD", "S1")
+    assert found["difference"] == pytest.approx((a - b).mean()) and found["n"] == 7
+    # all 2^7 signs of the ranks of |a - b| by hand
+    ranks = stats.rankdata(abs(a - b).round(12))
+    plus = (ranks * (a > b)).sum()
+    sums = np.array([(ranks * signs).sum() for signs in itertools.product([0, 1], repeat=7)])
+    centre = ranks.sum() / 2
+    assert found["p"] == pytest.approx((abs(sums - centre) >= abs(plus - centre) - 1e-9).mean())
+    assert found["p"] == pytest.approx(4 / 128)  # one negative difference, of rank 1
+    assert (found["low"], found["high"]) == pytest.approx(interval(a - b))
+    assert found["verdict"] == "better"
+
+
+def test_exact_p_with_ties():
+    a = np.full(8, 0.7)
+    b = a - [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, -0.1]
+    found = paired(tidy({"a": a, "b": b}), "a", "b")
+    assert found["p"] == pytest.approx(2 * (1 + 8) / 2**8)  # sign flips at most as extreme, both tails
+    assert found["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize("metric, verdict", [("dice", "better"), ("hd95", "worse")])
+def test_verdict_knows_which_direction_is_better(metric, verdict):
+    base = np.linspace(0.1, 0.5, 8)
+    table = tidy({"a": base + np.linspace(0.05, 0.1, 8), "b": base}, metric)
+    assert paired(table, "a", "b", metric)["verdict"] == verdict
+    opposite = {"better": "worse", "worse": "better"}[verdict]
+    assert paired(table, "b", "a", metric)["verdict"] == opposite
+
+
+def test_few_patients_stay_inconclusive():
+    # five patients, all better: the exact two-sided p is 2 / 2^5
+    found = paired(tidy({"a": [0.9] * 5, "b": [0.1, 0.2, 0.3, 0.35, 0.4]}), "a", "b")
+    assert found["p"] == pytest.approx(0.0625) and found["verdict"] == "inconclusive"
+    alone = paired(tidy({"a": [0.9], "b": [0.1]}), "a", "b")
+    assert alone["n"] == 1 and alone["verdict"] == "inconclusive" and np.isnan(alone["low"])
+
+
+@pytest.mark.parametrize("cases", [2, 10, 60])
+def test_equal_arms(cases):
+    same = np.linspace(0.2, 0.8, cases)
+    # three seeds in another order average to the same number but for rounding
+    table = tidy({"a": [[x, x + 0.1, x + 0.3] for x in same], "b": [[x + 0.3, x, x + 0.1] for x in same]})
+    found = paired(table, "a", "b")
+    assert (found["difference"], found["p"], found["verdict"]) == (0, 1, "inconclusive")
+
+
+def test_undefined_pairs_are_dropped():
+    found = paired(tidy({"a": [0.5, np.nan, 0.7], "b": [0.4, 0.4, np.nan]}, "recall"), "a", "b", "recall")
+    assert found["n"] == 1 and found["difference"] == pytest.approx(0.1)
+    none = paired(tidy({"a": [np.nan], "b": [0.4]}, "recall"), "a", "b", "recall")
+    assert none["n"] == 0 and np.isnan(none["difference"]) and none["verdict"] == "inconclusive"
+
+
+def test_paired_by_patient():
+    table = tidy({"a": [0.5, 0.7, 0.9], "b": [0.4, 0.4, 0.8]}).assign(patient=["p", "p", "q"] * 2)
+    found = paired(table, "a", "b")
+    assert found["n"] == 2 and found["difference"] == pytest.approx((0.2 + 0.1) / 2)
+
+
+def test_paired_by_recipe():
+    table = pd.concat([tidy({"KD": [0.5, 0.6]}, recipe="E-E"), tidy({"KD": [0.4, 0.4]}, recipe="B-B")])
+    assert paired(table, "E-E", "B-B", by="recipe")["difference"] == pytest.approx(0.15)
+
+
+def test_missing_cases_and_arms_are_named():
+    table = tidy({"a": [0.5, 0.6, 0.7], "b": [0.5]})
+    with pytest.raises(InputError, match="'b' has no dice of cases case_1, case_2"):
+        paired(table, "a", "b")
+    with pytest.raises(InputError, match="'b' has no dice of cases case_1, case_2"):
+        paired(table, "b", "a")
+    with pytest.raises(InputError, match="no arm 'c'"):
+        paired(table, "a", "c")
+    with pytest.raises(InputError, match="no better direction"):
+        paired(tidy({"a": [0.1], "b": [0.2]}, "volume_error"), "a", "b", "volume_error")
+
+
+# ---------------------------------------------------------------------------------------------------------------- Holm
+
+
+@pytest.mark.parametrize(
+    "p, expected",
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 3 x 0.01, then max(0.06, 2 x 0.03), then max(0.06, 0.04)
+        ([0.02], [0.02]),
+        ([0.9, 0.8], [1.0, 1.0]),
+        ([0.03, np.nan], [0.06, np.nan]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p, expected):
+    assert holm(p) == pytest.approx(expected, nan_ok=True)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_properties(p):
+    p = np.array(p)
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= np.minimum(p * len(p), 1) + 1e-15).all()  # no worse than Bonferroni
+    order = np.argsort(p)
+    assert (np.diff(adjusted[order]) >= 0).all()
+    # what Holm's procedure rejects at 0.05, step by step
+    rejected = np.zeros(len(p), bool)
+    for step, index in enumerate(order):
+        if p[index] * (len(p) - step) > 0.05:
+            break
+        rejected[index] = True
+    assert ((adjusted <= 0.05) == rejected).all()
+
+
+def test_compare_takes_its_verdict_from_the_adjusted_p():
+    base = np.linspace(0.3, 0.6, 7)
+    better = base + [0.1, 0.2, 0.15, 0.12, 0.11, 0.13, -0.01]  # p = 4 / 128 alone
+    table = tidy({"S1": base, "KD": better, "far": base + np.linspace(0.1, 0.2, 7), "same": base})
+    assert paired(table, "KD", "S1")["verdict"] == "better"
+    found = compare(table, [("KD", "S1"), ("far", "S1"), ("same", "S1")])
+    assert found["p"].tolist() == pytest.approx([4 / 128, 2 / 128, 1.0])
+    assert found["p_holm"].tolist() == pytest.approx([8 / 128, 6 / 128, 1.0])
+    assert found["verdict"].tolist() == ["inconclusive", "better", "inconclusive"]
+    with pytest.raises(InputError, match="no pairs"):
+        compare(table, [])
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def study():
+    arms = {"S1 (50 %)": [0.6, 0.7, 0.8], "KD(T1, S1)": [0.7, 0.8, 0.9], "T1": [0.9, 0.9, 0.9]}
+    parts = [tidy(arms, metric) for metric in ("dice", "iou", "recall", "precision")]
+    table = pd.concat(parts, ignore_index=True)
+    table.loc[(table["metric"] == "recall") & (table["case"] == "case_2") & (table["arm"] == "T1"), "value"] = np.nan
+    return table
+
+
+def test_thesis_numbers_agree_with_each_other():
+    # Dice = 2 IoU / (1 + IoU) for pooled pixels, to the three digits printed
+    assert np.allclose(THESIS_TABLE["dice"], 2 * THESIS_TABLE["iou"] / (1 + THESIS_TABLE["iou"]), atol=0.0011)
+    harmonic = 2 / (1 / THESIS_TABLE["recall"] + 1 / THESIS_TABLE["precision"])
+    assert np.allclose(THESIS_TABLE["dice"], harmonic, atol=0.0011)
+    assert thesis_row("S1 (50 %)")["dice"] == thesis_row("S1")["dice"] == 0.715
+    assert thesis_row("KD(T2, S2)")["dice"] == 0.793 and thesis_row("T1").isna().all()
+
+
+def test_pivot_in_the_form_of_the_thesis(study):
+    found = pivot_thesis(study, {"S1 (50 %)": 57_297, "KD(T1, S1)": 57_297})
+    assert list(found.index) == ["S1 (50 %)", "KD(T1, S1)", "T1"]
+    assert set(PRINTED) <= set(found)
+    row = found.loc["KD(T1, S1)"]
+    assert row["Dice"].startswith("0.800 [0.7") and row["n"] == 3
+    assert row["dice_mean"] == pytest.approx(0.8) and 0.699 < row["dice_low"] < 0.8 < row["dice_high"] < 0.901
+    assert row["params (M)"] == pytest.approx(0.057297)
+    assert row["thesis Dice"] == 0.772 and row["thesis params (M)"] == 0.057
+    assert found.loc["T1", "Recall"] == "0.900 [0.90, 0.90] (n = 2)"
+    assert np.isnan(found.loc["T1", "params (M)"]) and np.isnan(found.loc["T1", "thesis Dice"])
+
+
+def test_pivot_of_one_case_has_no_interval(study):
+    found = pivot_thesis(study[study["case"] == "case_2"], {})
+    assert found.loc["S1 (50 %)", "Dice"] == "0.800" and found.loc["T1", "Recall"] == "undefined"
+
+
+def test_saved_tables(study, tmp_path):
+    found = pivot_thesis(study, {})
+    csv, tex = save_table(found, tmp_path / "tables", "thesis_4_2", "Mean & 95 % interval of arm_1", PRINTED)
+    assert csv.name == "thesis_4_2.csv" and tex.name == "thesis_4_2.tex"
+    pd.testing.assert_frame_equal(pd.read_csv(csv, index_col=0), found, check_dtype=False)
+    text = tex.read_text()
+    for part in (r"\toprule", r"S1 (50 \%)", r"Mean \& 95 \% interval of arm\_1", r"\label{tab:thesis_4_2}", "-- "):
+        assert part in text
+    assert "dice_mean" not in text and "dice\\_mean" not in text
+    assert text.count(r"\\") == 4  # headings and three arms
+    plain = save_table(compare(study, [("KD(T1, S1)", "T1")]), tmp_path, "pairs", "All pairs")[1].read_text()
+    assert r"KD(T1, S1) & T1 & 3 &" in plain and r"p\_holm" in plain and "\n0 &" not in plain
+
+
+@pytest.mark.parametrize("module", [kdlib.statistics, kdlib.figures, kdlib.metrics])
+def test_tables_are_enough(module):
+    """No torch and no training code is imported."""
+    nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    assert imported.isdisjoint({"torch", "monai", "kdlib"})
+    own = {name for name in imported if name.startswith("kdlib.")}
+    assert own <= {"kdlib.config", "kdlib.metrics", "kdlib.statistics"}
