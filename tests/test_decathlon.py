@@ -80,7 +80,7 @@ def truncate(path, keep=0.6):
 
 
 def break_every_case(root):
-    """25 more cases, each with a defect of its own kind; returns what the table must say of each."""
+    """26 more cases, each with a defect of its own kind; returns what the table must say of each."""
     good = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
     bad = good.copy()
     bad[1, 1, 1] = np.nan
@@ -99,7 +99,7 @@ def break_every_case(root):
         "nanlabel": label_array(1) * np.float32(np.nan),
     }  # fmt: skip
     affines = {"shifted": shifted, "rotated": rotated}
-    others = "flat noimage nolabel cut tail raw zero text shortdata flipped listed nii swapped"
+    others = "flat huge noimage nolabel cut tail raw zero text shortdata flipped listed nii swapped"
     names = [*images, *labels, *affines, *others.split()]
     for name in names:
         write(root / "imagesTr" / f"{name}.nii.gz", images.get(name, good))
@@ -111,6 +111,9 @@ def break_every_case(root):
     blob = bytearray(gzip.decompress(image("flat").read_bytes()))
     blob[296:312] = bytes(16)  # srow_y: nibabel itself would not write it
     image("flat").write_bytes(gzip.compress(bytes(blob)))
+    blob = bytearray(gzip.decompress(image("huge").read_bytes()))
+    blob[42:48] = np.array([30000] * 3, "<i2").tobytes()  # dim: 98 TiB, not to be set aside
+    image("huge").write_bytes(gzip.compress(bytes(blob)))
     image("noimage").unlink()
     (root / "labelsTr/nolabel.nii.gz").unlink()
     truncate(image("cut"))
@@ -138,7 +141,8 @@ def break_every_case(root):
         "negative": r"labelsTr.*\[-1\] are not in dataset.json", "fraction": "labelsTr.*non-integer",
         "nanlabel": "labelsTr.*non-integer", "shifted": "labelsTr.*affine differs",
         "rotated": "labelsTr.*affine differs", "flat": "imagesTr.*affine without a volume",
-        "noimage": "imagesTr.*label without an image", "nolabel": "labelsTr.*image without a label",
+        "huge": "imagesTr.*truncated", "noimage": "imagesTr.*label without an image",
+        "nolabel": "labelsTr.*image without a label",
         "cut": "imagesTr.*truncated", "tail": "imagesTr.*truncated",
         "raw": "imagesTr.*not a gzip", "zero": "imagesTr.*not a gzip", "text": "imagesTr.*not a NIfTI",
         "shortdata": "imagesTr.*truncated", "flipped": "imagesTr.*damaged",

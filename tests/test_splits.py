@@ -126,10 +126,11 @@ def test_unusual_patients_are_parted(folds, blocks, more, seed):
     parts = _stratify(table, folds, seed)
     for extreme in (ranked[:folds], ranked[-folds:]):
         assert [len(set(fold["test"]) & set(extreme)) for fold in parts] == [1] * folds
-    for fold in parts:  # one of every two neighbours is in the half
-        train = sorted(fold["train"], key=ranked.index)
-        half = fold["train"][: len(train) // 2]
-        assert [len({low, high} & set(half)) for low, high in zip(train[::2], train[1::2])] == [1] * len(half)
+    for fold in parts:  # the half has one of every two neighbours, the quarter one of every two of the half
+        whole = fold["train"]
+        for length in (len(whole), len(whole) // 2):
+            part, half = sorted(whole[:length], key=ranked.index), whole[: length // 2]
+            assert [len({low, high} & set(half)) for low, high in zip(part[::2], part[1::2])] == [1] * len(half)
         val = sorted(fold["val"], key=ranked.index)
         rest = sorted(fold["train"] + fold["val"], key=ranked.index)
         assert all(name in block for name, block in zip(val, np.array_split(rest, len(val)), strict=True))
@@ -138,6 +139,13 @@ def test_unusual_patients_are_parted(folds, blocks, more, seed):
 def test_another_seed_is_another_split(dataset, tmp_path):
     one, other = (splits(dataset, SPLEEN, 4, tmp_path / f"{seed}.json", seed) for seed in (0, 1))
     assert [fold.test for fold in one] != [fold.test for fold in other]
+
+
+def test_which_neighbour_comes_first_is_chance():
+    table = {f"p{i:02d}": {"patient": f"p{i:02d}", "covariate": 1.0 * i} for i in range(20)}
+    folds = [fold["train"] for seed in range(20) for fold in _stratify(table, 2, seed)]
+    lowest = [min(train) in train[: len(train) // 2] for train in folds]
+    assert 0.2 < np.mean(lowest) < 0.8
 
 
 def test_cases_need_no_order(dataset, tmp_path):

@@ -188,17 +188,18 @@ def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float):
     yield organ((9, -22, 0), (10, 10, 900), 0, 2, 1), tissue(42, 110), 0  # aorta
     yield organ((-18, -22, 0), (12, 10, 900), 0, 2, 1), tissue(42, 85), 0  # inferior vena cava
     yield organ((22, 2, -2), (50, 10, 13), 15), tissue(40, 55), 0  # pancreas
-    right_kidney, left_kidney = (organ((side * 57, -44, -22 + side * 6), (27, 24, 52), side * -25) for side in (-1, 1))
-    for side, name, kidney in ((-1, "right kidney", right_kidney), (1, "left kidney", left_kidney)):
+    # the spleen lies against the wall and its neighbours make room, in a third of the patients without fat between
+    gap = rng.choice([0.0, 6.0, 9.0])
+    spleen = np.maximum(organ((92, -26, 22), (34, 56, 50), 20, 5), inside)
+    for side, name in ((-1, "right kidney"), (1, "left kidney")):
+        kidney = organ((side * 55, -44, -22 + side * 6), (27, 24, 52), side * -25, 4)
+        kidney = np.maximum(kidney, gap - spleen)
         yield kidney, tissue(33, 120, 10), LABELS[name]
         yield np.maximum(kidney + 14, -side * (side * 52 - x)), -20.0, LABELS[name]  # sinus
-    # in a third of the patients no fat parts the spleen from its neighbours
-    gap = rng.choice([0.0, 6.0, 9.0])
-    spleen = np.maximum(np.maximum(organ((92, -26, 22), (34, 56, 50), 20, 5), inside), gap - left_kidney)
     stomach = np.maximum(np.maximum(organ((52, 36, 22), (48, 34, 46), -25, 6), inside), gap - spleen)
     yield stomach, tissue(42, 40), LABELS["stomach"]
     yield stomach + 6, full[1], LABELS["stomach"]
-    yield np.maximum(stomach + 6, rng.uniform(35, 65) - y), -900.0, LABELS["stomach"]
+    yield np.maximum(stomach + 6, rng.uniform(35, 65) - y), -900.0, LABELS["stomach"]  # gas rises
     yield spleen, full[2], LABELS["spleen"]
 
 
