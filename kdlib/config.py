@@ -214,8 +214,8 @@ PROFILES = {
         shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps a training: for trying out, not for claims",
     ),
     "hippocampus": Profile(
-        "hippocampus", View(64, 1.0), 0.25, 6, 6, 50, 50, folds=5,
-        shrinks="64 x 64 slices at 1 mm (a hippocampus volume fits), teachers a quarter as wide, 300 steps a training",
+        "hippocampus", View(64, 1.0), 0.25, 10, 10, 60, 60, folds=5,
+        shrinks="64 x 64 slices at 1 mm (a hippocampus volume fits), teachers a quarter as wide, 600 steps a training",
     ),
     "ct128": Profile(
         "ct128", View(128, 3.0), 0.25, 10, 10, 50, 50, folds=4,
