@@ -52,7 +52,9 @@ def main() -> None:
     images = torch.rand(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = (torch.rand(options.batch, options.size, options.size, device=device) > 0.9).long()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.size} x {options.size}, batch {options.batch}")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, slices of {options.size}, batch {options.batch}"
+    )
 
     def step(arm, taught=None, cast=autocast):
         def run() -> None:
@@ -70,7 +72,9 @@ def main() -> None:
         for model in ("T1", "T2", "S1", "S2"):
             arm = arm_of(model)
             found = in_turns({"fp32": step(arm, cast=lambda _: FLOAT32), "bf16": step(arm)}, options.repeats)
-            print(f"{model} step: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {found['fp32'] / found['bf16']:.2f}")
+            print(
+                f"{model}: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {found['fp32'] / found['bf16']:.2f}"
+            )
 
     teacher_run = Run("phantom", "spleen", "T1", profile=profile)
     teacher = train.new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

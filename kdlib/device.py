@@ -26,7 +26,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 natively: every CUDA device of the last years, and CPUs with AVX512-BF16 or AMX."""
+    """Whether `device` multiplies bfloat16 natively: CUDA devices since Ampere, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = getattr(torch.cpu, "get_capabilities", dict)()

@@ -49,7 +49,9 @@ class Taps:
                 raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
             if layers[name] not in modules:
                 known = ", ".join(path for path in modules if path)
-                raise InputError(f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}")
+                raise InputError(
+                    f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}"
+                )
             self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name)))
 
     def _reader(self, name: str):
@@ -77,7 +79,9 @@ def scales_of(recipes: Iterable[Recipe]) -> list[str]:
 
 
 @torch.no_grad()
-def channels_of(model: nn.Module, layers: dict[str, str], names: Iterable[str], in_channels: int, dims: int = 2) -> dict:
+def channels_of(
+    model: nn.Module, layers: dict[str, str], names: Iterable[str], in_channels: int, dims: int = 2
+) -> dict:
     """Channels of each named scale, found by one small forward pass in eval mode."""
     parameter = next(model.parameters())
     taps, training = Taps(model, layers, names), model.training

@@ -106,7 +106,7 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the model's device."""
+    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -116,9 +116,7 @@ def _inference(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
-def _logits(
-    model: nn.Module, bank: SliceBank, batch: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(model: nn.Module, bank: SliceBank, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [B,C,H,W] float32 and labels [B,H,W] of the bank's slices in order, on the model's device."""
     for index in torch.arange(len(bank), device=bank.images.device).split(batch):
         images, labels = bank.batch(index)

@@ -324,7 +324,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", default="0", help="e.g. '0 1'")
     study.add_argument("--device", default="auto", help="auto, cpu or cuda")
     study.add_argument("--results", default="results", help="folder that trained runs and studies are kept in")
-    study.add_argument("--study", default="", help="name of the study's folder in results; empty for data-target-profile")
+    study.add_argument(
+        "--study", default="", help="name of the study's folder in results; empty for data-target-profile"
+    )
     study.add_argument("--only", nargs="+", default=EXPERIMENTS, metavar="NAME", help="experiments to run")
     study.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the experiments' notebooks")
     return parser

@@ -1,7 +1,7 @@
 """Run folders: what has been trained, under which key, and the tables of it.
 
-`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `history.csv`, `metrics.csv`, `slices.npz` and, written
-last, `manifest.json`: a run without a manifest is not done and is trained again.
+`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `history.csv`, `metrics.csv`, `slices.npz` and,
+written last, `manifest.json`: a run without a manifest is not done and is trained again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from kdlib.device import computes_bf16, pick_device
 from kdlib.evaluate import evaluate
 from kdlib.models import count_parameters
 from kdlib.train import Arm, new_model, steps_per_epoch, train_cohort
-
 
 # ---------------------------------------------------------------------------------------------- what a run trains on
 
@@ -88,7 +87,9 @@ def run_key(run: Run, results: Path) -> str:
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": dataclasses.asdict(run.recipe) | {"name": ""},
         "view": dataclasses.asdict(profile.view),
-        "length": [profile.student_epochs, profile.student_steps] if student else [profile.teacher_epochs, profile.teacher_steps],
+        "length": [profile.student_epochs, profile.student_steps]
+        if student
+        else [profile.teacher_epochs, profile.teacher_steps],
         "width": None if student else profile.width,
         "optimisation": dataclasses.asdict(run.optimisation),
         "teacher": run_key(run.teacher_run(), results) if run.teacher else None,
@@ -120,8 +121,14 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        cause = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower() else str(error)
-        raise InputError(f"{path} could not be saved: {cause}; mend that and run again, finished runs are kept") from None
+        cause = (
+            "the disk is full"
+            if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
+            else str(error)
+        )
+        raise InputError(
+            f"{path} could not be saved: {cause}; mend that and run again, finished runs are kept"
+        ) from None
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -146,8 +153,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
     if faults:
         raise InputError(
-            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of another "
-            f"shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
+            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of "
+            f"another shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
         )
     model.load_state_dict(weights)
 
@@ -176,7 +183,9 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
     history = pd.DataFrame(arm.history)
     write(folder / "history.csv", lambda path: history.to_csv(path, index=False))
     write(folder / "metrics.csv", lambda path: metrics.to_csv(path, index=False))
-    parts = {part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")}
+    parts = {
+        part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")
+    }
     save_arrays(folder / "slices.npz", parts)
     manifest = {
         "key": folder.name,
@@ -189,7 +198,8 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "precision": "bf16" if computes_bf16(device) else "fp32",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "monai", "numpy")},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "monai", "numpy")},
         "git": git_state(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "status": "done",
@@ -222,7 +232,18 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
     for run in runs:
         how = run.optimisation
         alone = run.model if run.teacher is None and run.recipe.reconstruction_weight else None
-        key = (run.data, run.target, run.fold, run.seed, run.fraction, run.profile, run.teacher, run.teacher_seed, how.batch, alone)
+        key = (
+            run.data,
+            run.target,
+            run.fold,
+            run.seed,
+            run.fraction,
+            run.profile,
+            run.teacher,
+            run.teacher_seed,
+            how.batch,
+            alone,
+        )
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
@@ -277,7 +298,10 @@ class Results:
     def save(self, folder: Path, name: str) -> None:
         """Writes `tables/<name>_{cases,history,runs}.csv` and `slices/<name>.npz` under a study's folder."""
         for part in ("cases", "history", "runs"):
-            write(folder / "tables" / f"{name}_{part}.csv", lambda path, part=part: getattr(self, part).to_csv(path, index=False))
+            write(
+                folder / "tables" / f"{name}_{part}.csv",
+                lambda path, part=part: getattr(self, part).to_csv(path, index=False),
+            )
         # the stack of a text column is text: an object array would be a pickle
         columns = {column: np.stack(self.examples[column].to_list()) for column in self.examples}
         save_arrays(folder / "slices" / f"{name}.npz", columns)
@@ -290,7 +314,9 @@ class Results:
             InputError: the experiment was not saved there.
         """
         try:
-            tables = {part: pd.read_csv(folder / "tables" / f"{name}_{part}.csv") for part in ("cases", "history", "runs")}
+            tables = {
+                part: pd.read_csv(folder / "tables" / f"{name}_{part}.csv") for part in ("cases", "history", "runs")
+            }
             examples = load_arrays(folder / "slices" / f"{name}.npz")
         except FileNotFoundError as error:
             raise InputError(f"{error.filename} does not exist: run notebook {name} of this study first") from None
@@ -315,7 +341,9 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
                 continue
             failures += [str(failure) for failure in train_missing(group, results, place)]
     if failures:
-        raise TrainingError(f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures)))
+        raise TrainingError(
+            f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
+        )
     return collect(runs, results)
 
 
@@ -335,7 +363,9 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
             label | {"parameters": manifest["parameters"]} | manifest["best"]
             | {f"{name}_seconds": value for name, value in manifest["seconds"].items()} | {"device": manifest["device"]}
         )  # fmt: skip
-        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher"))
+        examples.append(
+            load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher")
+        )
     order = [*label, "patient", "case", "class", "metric", "value"]
     return Results(
         pd.concat(cases, ignore_index=True)[order],

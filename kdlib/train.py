@@ -192,8 +192,12 @@ class EpochLog:
         recipe = self.arm.run.recipe
         for term in recipe.terms:
             if float(self.magnitude[term.name]) == 0 or self.gradients[term.name] == 0:
-                fault = "was exactly zero" if float(self.magnitude[term.name]) == 0 else "passed no gradient to the student"
-                raise TrainingError(f"{self.arm.label}: distillation term {term.name} ({term.loss}) {fault} in epoch {epoch}")
+                fault = (
+                    "was exactly zero" if float(self.magnitude[term.name]) == 0 else "passed no gradient to the student"
+                )
+                raise TrainingError(
+                    f"{self.arm.label}: distillation term {term.name} ({term.loss}) {fault} in epoch {epoch}"
+                )
         weights = {"segmentation": recipe.segmentation_weight} | {term.name: term.weight for term in recipe.terms}
         shares = {f"grad/{name}": weights[name] * norm for name, norm in self.gradients.items()}
         return [dict(epoch=epoch, name=name, value=value) for name, value in (values | shares).items()]
@@ -227,7 +231,11 @@ def train_cohort(
     teacher_taps = Taps(teacher, teacher.scales, scales_of(run.recipe for run in runs)) if teacher is not None else None
     batches = order(len(train), batch, seed)
     begin = time.perf_counter()
-    what = arms[0].label if len(arms) == 1 else f"{len(arms)} students of {runs[0].teacher or 'none'}, fold {runs[0].fold}, seed {seed}"
+    what = (
+        arms[0].label
+        if len(arms) == 1
+        else f"{len(arms)} students of {runs[0].teacher or 'none'}, fold {runs[0].fold}, seed {seed}"
+    )
     with Progress(what, epochs, steps) as progress:
         for epoch in range(1, epochs + 1):
             logs = {id(arm): EpochLog(arm) for arm in arms}
@@ -235,7 +243,9 @@ def train_cohort(
                 arm.model.train()
             for step in range((epoch - 1) * steps, epoch * steps):
                 images, labels = train.batch(next(batches).to(device))
-                images, labels = augment(images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step)))
+                images, labels = augment(
+                    images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step))
+                )
                 images = images.contiguous(memory_format=torch.channels_last)
                 taught: dict[str, Tensor] = {}
                 if teacher is not None:
@@ -304,4 +314,7 @@ class Progress:
         text += f" to {max(dice):.3f}" if len(dice) > 1 else ""
         self.bar.set_postfix_str(text)
         if self.plain:
-            print(f"{self.what}: epoch {epoch}/{self.epochs}, {text}, {time.perf_counter() - self.begin:.0f} s", flush=True)
+            print(
+                f"{self.what}: epoch {epoch}/{self.epochs}, {text}, {time.perf_counter() - self.begin:.0f} s",
+                flush=True,
+            )

@@ -132,9 +132,7 @@ def test_image_and_label_move_together(monkeypatch):
 )
 def test_movements_by_hand(angle, scale, shift, expected):
     labels = _disc(64, 31.5, 43.5, 6)[None]  # 12 pixels to the right of the centre
-    _, mask = warp(
-        labels[:, None].float(), labels, torch.tensor([angle]), torch.tensor([scale]), torch.tensor([shift])
-    )
+    _, mask = warp(labels[:, None].float(), labels, torch.tensor([angle]), torch.tensor([scale]), torch.tensor([shift]))
     assert _centre(mask[0]) == pytest.approx(expected, abs=0.35)
     assert mask.sum().item() == pytest.approx(labels.sum().item() * scale**2, rel=0.08)
 

@@ -7,8 +7,21 @@ import dataclasses
 import pytest
 
 from kdlib.config import (
-    BASELINE, PROFILES, PROTOCOLS, TEACHING, InputError, Optimisation, Profile, Recipe, Run, Term, View, choose,
-    derive_seed, tailor, thesis_recipe,
+    BASELINE,
+    PROFILES,
+    PROTOCOLS,
+    TEACHING,
+    InputError,
+    Optimisation,
+    Profile,
+    Recipe,
+    Run,
+    Term,
+    View,
+    choose,
+    derive_seed,
+    tailor,
+    thesis_recipe,
 )  # fmt: skip
 
 
@@ -34,7 +47,7 @@ from kdlib.config import (
         (lambda: Run("phantom", "spleen", "S1", teacher="T1"), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", recipe=thesis_recipe("S1")), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", fraction=0.0), "fraction"),
-        (lambda: Run("phantom", "spleen", "S1", fold=9), "folds 0 to 3"),
+        (lambda: Run("phantom", "spleen", "S1", fold=9), "has 0 to 3"),
         (lambda: thesis_recipe("S1", only=("E-D",)), "E-E"),
         (lambda: choose("profile", "fast", PROFILES), "quick"),
     ],
@@ -83,7 +96,9 @@ def test_a_profile_is_tailored_strictly():
 
 
 def test_run_names_recipe_and_teacher_run():
-    student = Run("phantom", "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), seed=3, teacher_seed=1)
+    student = Run(
+        "phantom", "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), seed=3, teacher_seed=1
+    )
     assert student.name == "KD(T1, S1)"
     assert Run("phantom", "spleen", "S2", fraction=0.5).name == "S2 (50 %)"
     assert Run("phantom", "spleen", "S2").recipe == BASELINE
@@ -98,7 +113,9 @@ def test_runs_are_frozen():
 
 
 def test_derived_seeds_differ_and_repeat():
-    seeds = {derive_seed(seed, stream, step) for seed in range(3) for stream in ("order", "augment") for step in range(50)}
+    seeds = {
+        derive_seed(seed, stream, step) for seed in range(3) for stream in ("order", "augment") for step in range(50)
+    }
     assert len(seeds) == 300
     assert derive_seed(1, "order") == derive_seed(1, "order")
 

@@ -49,7 +49,10 @@ def test_a_scale_that_does_not_exist_lists_those_that_do():
 
 def test_an_outside_model_joins_by_naming_its_layers():
     net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, stride=2))
-    assert channels_of(net, {"encoder2": "0", "bottleneck": "2"}, ["encoder2", "bottleneck"], 3) == {"encoder2": 5, "bottleneck": 7}
+    assert channels_of(net, {"encoder2": "0", "bottleneck": "2"}, ["encoder2", "bottleneck"], 3) == {
+        "encoder2": 5,
+        "bottleneck": 7,
+    }
 
 
 def test_probing_channels_leaves_the_model_as_it_was():
@@ -120,7 +123,9 @@ def test_a_term_of_a_subset_has_the_value_it_has_in_the_whole():
         scales = scales_of([recipe])
         distiller = Distiller(recipe, *channels, seed=0)
         with torch.no_grad():
-            values[only] = distiller(features_of(student, images, scales), features_of(teacher, images, scales), labels, seed=7)
+            values[only] = distiller(
+                features_of(student, images, scales), features_of(teacher, images, scales), labels, seed=7
+            )
     assert torch.equal(values[ALL]["D-D"], values[("D-D",)]["D-D"])
 
 
@@ -128,9 +133,14 @@ def test_projecting_before_resizing_commutes():
     torch.manual_seed(0)
     projector, features = nn.Conv2d(16, 8, 1), torch.randn(2, 16, 4, 4)
     grid = torch.Size((16, 16))
-    torch.testing.assert_close(resize(projector(features), grid), projector(resize(features, grid)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        resize(projector(features), grid), projector(resize(features, grid)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_scales_of_reads_only_what_is_used():
     assert scales_of([Recipe("p", terms=(Term("PMD", "kl", 0.2, 4.0),))]) == []
-    assert scales_of([thesis_recipe("S1", only=("B-B",)), thesis_recipe("S2", only=("E-E", "PMD"))]) == ["encoder2", "bottleneck"]
+    assert scales_of([thesis_recipe("S1", only=("B-B",)), thesis_recipe("S2", only=("E-E", "PMD"))]) == [
+        "encoder2",
+        "bottleneck",
+    ]

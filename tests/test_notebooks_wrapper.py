@@ -15,7 +15,15 @@ from nbformat import v4
 import kdlib.notebooks
 from kdlib.config import InputError, TrainingError
 from kdlib.notebooks import (
-    EXPERIMENTS, NotebookError, check_parameters, convert, execute, main, read_parameters, run_study, study_parameters,
+    EXPERIMENTS,
+    NotebookError,
+    check_parameters,
+    convert,
+    execute,
+    main,
+    read_parameters,
+    run_study,
+    study_parameters,
 )  # fmt: skip
 
 

@@ -239,8 +239,20 @@ def test_no_usable_python_is_one_line_that_says_what_to_install(project):
 
 
 def test_variables_reach_a_study_as_plain_text(project):
-    nasty = "it's \"a\" $HOME; touch one & `touch two` $(touch three) $(shell touch four) #5 é"
-    names = ("data", "target", "profile", "protocol", "changes", "on-defect", "folds", "seeds", "device", "results", "study")
+    nasty = 'it\'s "a" $HOME; touch one & `touch two` $(touch three) $(shell touch four) #5 é'
+    names = (
+        "data",
+        "target",
+        "profile",
+        "protocol",
+        "changes",
+        "on-defect",
+        "folds",
+        "seeds",
+        "device",
+        "results",
+        "study",
+    )
     _, calls, _ = project.make("study", *(f"{name.upper().replace('-', '_')}={nasty}" for name in names))
     assert calls[-1] == "<-m><kdlib.notebooks><study>" + "".join(f"<--{name}={nasty}>" for name in names)
     _, calls, _ = project.make("study", DATA=nasty, LAB=nasty)  # from the environment

@@ -1,11 +1,13 @@
-"""Run folders and the study: nothing trained twice, nothing finished lost, test patients seen by the evaluation alone."""
+"""Run folders and the study: nothing trained twice, nothing finished lost, test patients seen at the very end."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +20,7 @@ from kdlib import runs as running
 from kdlib.config import InputError, Profile, Run, TrainingError, View, thesis_recipe
 from kdlib.data import make_phantom
 from kdlib.models import build_model
-from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_weights, study, write
+from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_arrays, save_weights, study, write
 
 TINY = Profile("tiny", View(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
 
@@ -124,7 +126,9 @@ def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished,
     document = json.loads(stored.read_text()) | {"cases": hashes}
     write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))
     study(runs_on(other), spoiled, "cpu")
-    for clean, dirty in zip([*runs, runs[1].teacher_run()], [*runs_on(other), runs_on(other)[1].teacher_run()], strict=True):
+    for clean, dirty in zip(
+        [*runs, runs[1].teacher_run()], [*runs_on(other), runs_on(other)[1].teacher_run()], strict=True
+    ):
         clean, dirty = run_folder(clean, results), run_folder(dirty, spoiled)
         for name in ("best.safetensors", "last.safetensors", "history.csv"):
             assert (clean / name).read_bytes() == (dirty / name).read_bytes(), name
@@ -142,11 +146,14 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
     slower_teacher = dataclasses.replace(student, profile=dataclasses.replace(TINY, teacher_epochs=2))
     changed = [
         longer, slower_teacher, runs[0], runs[2], *(dataclasses.replace(student, **change) for change in
-        [{"seed": 1}, {"fold": 1}, {"fraction": 1.0}, {"teacher_seed": 1}, {"model": "S2"}, {"teacher": "T2"}, {"target": "liver"}]),
+        [{"seed": 1}, {"fold": 1}, {"fraction": 1.0}, {"teacher_seed": 1}, {"model": "S2"}, {"teacher": "T2"},
+         {"target": "liver"}]),
     ]  # fmt: skip
     keys = {run_key(run, results) for run in changed}
     assert len(keys) == len(changed) and key not in keys
-    assert run_key(longer.teacher_run(), results) == run_key(student.teacher_run(), results), "its teacher is the same run"
+    assert run_key(longer.teacher_run(), results) == run_key(student.teacher_run(), results), (
+        "its teacher is the same run"
+    )
 
 
 def test_cohorts_share_what_can_be_shared(phantom):
@@ -182,6 +189,23 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path):
     with pytest.raises(InputError, match="history.csv could not be saved: the disk is full.*finished runs are kept"):
         write(target, full)
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to mount a small file system")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        write(disk / "run" / "history.csv", lambda path: path.write_text("epoch,name,value"))
+        with pytest.raises(InputError, match="best.safetensors could not be saved: the disk is full"):
+            save_weights(build_model("S2").state_dict(), disk / "run" / "best.safetensors")
+        with pytest.raises(InputError, match="slices.npz could not be saved: the disk is full"):
+            save_arrays(disk / "run" / "slices.npz", {"image": np.random.default_rng(0).random((2, 400, 400))})
+        assert [path.name for path in (disk / "run").iterdir()] == ["history.csv"], "finished files stay, no half ones"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_teacher_file_that_does_not_fit(tmp_path):

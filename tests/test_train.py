@@ -65,7 +65,13 @@ def test_same_seed_same_weights_to_the_bit(run):
 
 
 def test_cohort_and_alone_give_the_same_weights():
-    runs = [distilled(), distilled(("PMD",)), distilled(("B-B", "D-D"), "infonce"), distilled(("E-E",), "mse"), distilled(model="S2")]
+    runs = [
+        distilled(),
+        distilled(("PMD",)),
+        distilled(("B-B", "D-D"), "infonce"),
+        distilled(("E-E",), "mse"),
+        distilled(model="S2"),
+    ]
     teacher = frozen_teacher()
     together = train_cohort(runs, blobs(), blobs(1, seed=9), 3, CPU, teacher)
     for run, arm in zip(runs, together, strict=True):
@@ -166,7 +172,10 @@ def test_the_published_prediction_term_would_be_caught():
     arm = new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher())
     log, logits = EpochLog(arm), torch.randn(2, 1, 8, 8, requires_grad=True)
     published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="sum")
-    log.add({"loss": published, "segmentation": published, "PMD": published}, {"segmentation": torch.ones(()), "PMD": torch.zeros(())})
+    log.add(
+        {"loss": published, "segmentation": published, "PMD": published},
+        {"segmentation": torch.ones(()), "PMD": torch.zeros(())},
+    )
     with pytest.raises(TrainingError, match="PMD .* was exactly zero in epoch 4"):
         log.rows(4)
 
@@ -202,7 +211,9 @@ def test_weights_of_the_recipe_scale_the_logged_gradient():
     logged = []
     for chosen in (recipe, double):
         run = run_of("S1", teacher="T1", recipe=chosen, fraction=0.5)
-        logged.append(next(row["value"] for row in train_one(run, frozen_teacher()).history if row["name"] == "grad/PMD"))
+        logged.append(
+            next(row["value"] for row in train_one(run, frozen_teacher()).history if row["name"] == "grad/PMD")
+        )
     assert logged[1] == pytest.approx(2 * logged[0], rel=1e-5)
 
 
@@ -217,7 +228,9 @@ def test_plain_lines_where_asked(monkeypatch, capsys):
 def test_gpu_trains_in_bf16_channels_last():
     device = torch.device("cuda")
     teacher = frozen_teacher().to(device, memory_format=torch.channels_last)
-    arms = train_cohort([distilled(), distilled(model="S2")], blobs().to(device), blobs(1).to(device), 3, device, teacher)
+    arms = train_cohort(
+        [distilled(), distilled(model="S2")], blobs().to(device), blobs(1).to(device), 3, device, teacher
+    )
     for arm in arms:
         assert arm.failure is None
         assert all(math.isfinite(row["value"]) for row in arm.history)

@@ -9,6 +9,18 @@ from kdlib.data.splits import Fold, splits
 from kdlib.data.summary import case_table, largest_slices, split_table
 
 __all__ = [
-    "Case", "Dataset", "Fold", "SliceBank", "augment", "build_bank", "case_table", "download", "index", "largest_slices",
-    "make_phantom", "restore", "split_table", "splits",
-]  # fmt: skip
+    "Case",
+    "Dataset",
+    "Fold",
+    "SliceBank",
+    "augment",
+    "build_bank",
+    "case_table",
+    "download",
+    "index",
+    "largest_slices",
+    "make_phantom",
+    "restore",
+    "split_table",
+    "splits",
+]

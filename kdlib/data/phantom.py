@@ -11,6 +11,7 @@ import gzip
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -134,7 +135,9 @@ def _ellipsoid(place: np.ndarray, centre, axes, turn: float = 0.0) -> np.ndarray
     return reach * (reach - 1) / slope
 
 
-def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float):
+def _anatomy(
+    rng: np.random.Generator, place: np.ndarray, contrast: float
+) -> Iterator[tuple[np.ndarray, float, int]]:
     """(distance in mm, HU, label value) of every structure, the later painted over the earlier.
 
     Args:
@@ -160,7 +163,7 @@ def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float):
     ribs = np.maximum(np.abs(muscle + wall * 0.6) - 4, 11 * (0.6 - np.cos(2 * np.pi * (z + 0.7 * y) / 34)))
     dome = np.minimum(*[((x - side) ** 2 + (y - 5) ** 2) / 160 for side in (-58, 58)])
     parenchyma = tissue(54, 58)  # one HU for liver, spleen and what imitates them
-    full = [parenchyma + rng.normal(0, 5) for _ in range(6)]
+    liver_hu, stomach_hu, spleen_hu, bowel_hu = parenchyma + rng.normal(0, 5, 4)
 
     yield skin, 30.0, 0
     yield skin + 3, fat, 0
@@ -178,13 +181,14 @@ def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float):
         yield organ((side * 31, -50, -75), (15, 17, 70), 0, 3), tissue(55, 8), 0
     inside = cavity + rng.uniform(0, 3)
     yield np.maximum(organ((20, 20, 88), (48, 42, 32)), inside), tissue(42, 100), 0  # heart
-    for centre, axes in COLON + tuple(((rng.uniform(-75, 75), rng.uniform(5, 60), rng.uniform(-75, -15)), (24, 18, 18)) for _ in range(6)):
+    small = tuple((rng.uniform((-75, 5, -75), (75, 60, -15)), (24, 18, 18)) for _ in range(6))
+    for centre, axes in COLON + small:  # bowel: a wall, contents, gas above them
         loop = np.maximum(organ(centre, axes, rng.uniform(-40, 40), 7), inside)
         yield loop, tissue(40, 35), 0
-        yield loop + 4, rng.choice([full[3], 15.0, parenchyma], p=[0.5, 0.2, 0.3]), 0
+        yield loop + 4, rng.choice([bowel_hu, 15.0, parenchyma], p=[0.5, 0.2, 0.3]), 0
         yield np.maximum(loop + 4, rng.uniform(-10, 40) + centre[1] - y), -900.0, 0
     liver = np.minimum(organ((-56, 4, 18), (68, 70, 60)), organ((-2, 42, 28), (66, 28, 30), -10))
-    yield np.maximum(liver, inside), full[0], LABELS["liver"]
+    yield np.maximum(liver, inside), liver_hu, LABELS["liver"]
     yield organ((9, -22, 0), (10, 10, 900), 0, 2, 1), tissue(42, 110), 0  # aorta
     yield organ((-18, -22, 0), (12, 10, 900), 0, 2, 1), tissue(42, 85), 0  # inferior vena cava
     yield organ((22, 2, -2), (50, 10, 13), 15), tissue(40, 55), 0  # pancreas
@@ -198,9 +202,9 @@ def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float):
         yield np.maximum(kidney + 14, -side * (side * 52 - x)), -20.0, LABELS[name]  # sinus
     stomach = np.maximum(np.maximum(organ((52, 36, 22), (48, 34, 46), -25, 6), inside), gap - spleen)
     yield stomach, tissue(42, 40), LABELS["stomach"]
-    yield stomach + 6, full[1], LABELS["stomach"]
+    yield stomach + 6, stomach_hu, LABELS["stomach"]
     yield np.maximum(stomach + 6, rng.uniform(35, 65) - y), -900.0, LABELS["stomach"]  # gas rises
-    yield spleen, full[2], LABELS["spleen"]
+    yield spleen, spleen_hu, LABELS["spleen"]
 
 
 def _is_there(folder: Path, about: dict) -> bool:
@@ -218,7 +222,7 @@ def _is_there(folder: Path, about: dict) -> bool:
 
 
 def _save(path: Path, volume: np.ndarray) -> None:
-    """Stored from left-positive to the file's LAS; no time in the gzip header, so that equal volumes are equal files."""
+    """Stored LAS, as the arrays are; no time in the gzip header, so that equal volumes are equal files."""
     affine = np.diag([-SPACING[0], SPACING[1], SPACING[2], 1.0])
     affine[:3, 3] = [(n - 1) / 2 * mm * sign for n, mm, sign in zip(SHAPE, SPACING, (1, -1, -1))]
     image = nib.Nifti1Image(volume, affine)

@@ -146,7 +146,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
         view: size, spacing, channels and intensities.
 
     Raises:
-        InputError: the data set has no case; a file cannot be read; an image is constant or not finite.
+        InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
     """
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
@@ -242,8 +242,6 @@ def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _unit_range(image: np.ndarray, modality: str, view: View, path: Path) -> np.ndarray:
     """The image clipped to the view's window or percentiles, as 0..1."""
-    if not np.isfinite(image).all():
-        raise InputError(f"{path}: holds voxels that are NaN or infinite; replace them or leave the case out")
     low, high = view.window
     if modality == "MR":
         body = image[image != 0]

@@ -32,7 +32,9 @@ def split_table(folds: Sequence[Fold]) -> pd.DataFrame:
     for number, fold in enumerate(folds):
         parts = {"train": fold.train, "train, half": fold.subset(0.5), "validation": fold.val, "test": fold.test}
         counts = {name: (len({fold.groups[case] for case in cases}), len(cases)) for name, cases in parts.items()}
-        rows.append({"fold": number} | {name: f"{patients} ({volumes})" for name, (patients, volumes) in counts.items()})
+        rows.append(
+            {"fold": number} | {name: f"{patients} ({volumes})" for name, (patients, volumes) in counts.items()}
+        )
     return pd.DataFrame(rows)
 
 

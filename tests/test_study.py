@@ -1,0 +1,157 @@
+"""The notebooks, through papermill, at the smallest size: what `make study` leaves, and what a second look costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from kdlib.config import InputError
+from kdlib.notebooks import EXPERIMENTS, NOTEBOOKS, execute, main, run_study, study_parameters
+
+TINY = {
+    "width": 0.125, "folds": 3, "teacher_epochs": 2, "student_epochs": 2, "teacher_steps": 4, "student_steps": 4,
+}  # fmt: skip
+
+
+def parameters(results: Path, **changes) -> dict[str, object]:
+    given = dict(
+        data="phantom", target="spleen", profile="quick", protocol="corrected", folds=[0], seeds=[0], device="cpu",
+        results=str(results), study="tiny", changes=TINY,
+    )  # fmt: skip
+    return study_parameters(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    results = tmp_path_factory.mktemp("results")
+    return results, run_study(parameters(results))
+
+
+@pytest.mark.slow
+def test_every_experiment_ends_and_leaves_tables_and_figures(done):
+    results, failures = done
+    assert failures == {}
+    folder = results / "tiny"
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(EXPERIMENTS)
+    figures = {path.stem for path in (folder / "figures").glob("*.pdf")}
+    assert {"01_training_curves", "02_dice_per_method", "02_qualitative", "02_dice_against_parameters"} <= figures
+    assert {"03_ablation", "04_loss_comparison", "ablation", "qualitative"} <= figures
+    for name in figures:
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5_000 and (
+            folder / "figures" / f"{name}.txt"
+        ).read_text()
+    latex = (folder / "tables" / "02_distillation.tex").read_text()
+    assert "\\toprule" in latex and "thesis Dice" in latex and "0.772" in latex
+
+
+@pytest.mark.slow
+def test_the_experiments_have_the_arms_of_the_thesis(done):
+    tables = done[0] / "tiny" / "tables"
+    arms = set(pd.read_csv(tables / "02_distillation_cases.csv")["arm"])
+    students = {"S1", "S2", "S1 (50 %)", "S2 (50 %)"}
+    assert arms == {"T1", "T2"} | students | {f"KD({t}, {s})" for t in ("T1", "T2") for s in ("S1", "S2")}
+    assert set(pd.read_csv(tables / "01_baseline_cases.csv")["arm"]) == {"T1", "T2"} | students
+    assert pd.read_csv(tables / "03_ablation_runs.csv")["recipe"].nunique() == 16
+    losses = pd.read_csv(tables / "04_loss_comparison_runs.csv")
+    assert len(losses) == 8 and losses["recipe"].nunique() == 4
+    cases = pd.read_csv(tables / "02_distillation_cases.csv")
+    assert set(cases["metric"]) == {
+        "dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error", "truth_volume",
+    }  # fmt: skip
+    assert cases.groupby("arm")["case"].nunique().nunique() == 1, "every arm is tested on the same patients"
+
+
+@pytest.mark.slow
+def test_runs_are_shared_between_experiments(done):
+    keys = [set(pd.read_csv(path)["run"]) for path in (done[0] / "tiny" / "tables").glob("*_runs.csv")]
+    assert len(set.union(*keys)) < sum(map(len, keys))
+    assert {path.name for path in (done[0] / "runs").iterdir()} == set.union(*keys)
+
+
+@pytest.mark.slow
+def test_a_notebook_opened_again_only_draws(done, tmp_path, capsys):
+    results, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*")}
+    values = {key: value for key, value in parameters(results).items()}
+    execute(NOTEBOOKS / "03_ablation.ipynb", tmp_path / "again.ipynb", values)
+    assert "epoch" not in capsys.readouterr().out, "nothing was trained"
+    assert {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_one_figure_can_be_redrawn_alone(done, tmp_path):
+    results, _ = done
+    for path in (results / "tiny" / "figures").iterdir():
+        path.unlink()
+    shared = {"results": str(results), "study": "tiny"}
+    execute(NOTEBOOKS / "06_figures.ipynb", tmp_path / "figure.ipynb", shared | {"figure": "ablation"})
+    assert {path.name for path in (results / "tiny" / "figures").iterdir()} == {
+        "ablation.pdf",
+        "ablation.png",
+        "ablation.txt",
+    }
+    with pytest.raises(InputError, match="'ablatoin' does not exist: choose from training_curves"):
+        execute(NOTEBOOKS / "06_figures.ipynb", tmp_path / "figure.ipynb", shared | {"figure": "ablatoin"})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "no/such/folder"], "no/such/folder does not exist"),
+        (["--profile", "fast"], "choose from quick"),
+        (["--folds", "7"], "folds 0 to 3"),
+        (["--changes", '{"size": 100}'], "multiple of 16"),
+        (["--changes", "size=64"], "JSON object"),
+        (["--protocol", "theses"], "choose from corrected, thesis"),
+        (["--study", "../elsewhere"], "study name"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_trained(options, message, tmp_path, capsys):
+    assert main(["study", "--results", str(tmp_path), *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target": "splen"}, "did you mean 'spleen'"),
+        ({"device": "cuda:9"}, "'cuda:9' is not there"),
+        ({"data": "EMPTY"}, "dataset.json"),
+    ],
+)
+def test_bad_input_within_a_notebook_is_one_line(changes, message, tmp_path):
+    if changes.get("data"):
+        changes = {"data": str(tmp_path)}
+    with pytest.raises(InputError, match=message) as caught:
+        execute(NOTEBOOKS / "01_baseline.ipynb", tmp_path / "out.ipynb", parameters(tmp_path / "results", **changes))
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.slow
+def test_real_scans_run_end_to_end(real_data, tmp_path):
+    """Both hippocampus classes, through data, baseline and distillation, at the smallest size."""
+    shared = parameters(
+        tmp_path, data=str(real_data("hippocampus")), target="all", profile="hippocampus",
+        changes=TINY | {"folds": 8, "size": 64},
+    )  # fmt: skip
+    assert run_study(shared, ("00_data", "01_baseline")) == {}
+    cases = pd.read_csv(tmp_path / "tiny" / "tables" / "01_baseline_cases.csv")
+    assert set(cases["class"]) == {"Anterior", "Posterior"}
+    assert cases.groupby("arm")["patient"].nunique().eq(9).all() and cases.groupby("arm")["case"].nunique().eq(18).all()
+
+
+def test_committed_notebooks_are_short_cells_with_typed_commented_parameters():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            assert len(cell.source.splitlines()) <= 20, f"{path.name}: a cell reads like a chapter's paragraph"
+            if "parameters" in cell.metadata.get("tags", []):
+                for line in cell.source.splitlines():
+                    assert ": " in line.split("=")[0] and "  # " in line, f"{path.name}: {line}"
+        assert json.loads(path.read_text())["metadata"].keys() == {"kernelspec"}
