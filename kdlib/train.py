@@ -231,11 +231,9 @@ def train_cohort(
     teacher_taps = Taps(teacher, teacher.scales, scales_of(run.recipe for run in runs)) if teacher is not None else None
     batches = order(len(train), batch, seed)
     begin = time.perf_counter()
-    what = (
-        arms[0].label
-        if len(arms) == 1
-        else f"{len(arms)} students of {runs[0].teacher or 'none'}, fold {runs[0].fold}, seed {seed}"
-    )
+    place = f"fold {runs[0].fold}, seed {seed}"
+    students = f"{len(arms)} students {f'of {runs[0].teacher}' if runs[0].teacher else 'without a teacher'}, {place}"
+    what = arms[0].label if len(arms) == 1 else students
     with Progress(what, epochs, steps) as progress:
         for epoch in range(1, epochs + 1):
             logs = {id(arm): EpochLog(arm) for arm in arms}

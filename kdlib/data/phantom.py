@@ -163,7 +163,8 @@ def _anatomy(
     ribs = np.maximum(np.abs(muscle + wall * 0.6) - 4, 11 * (0.6 - np.cos(2 * np.pi * (z + 0.7 * y) / 34)))
     dome = np.minimum(*[((x - side) ** 2 + (y - 5) ** 2) / 160 for side in (-58, 58)])
     parenchyma = tissue(54, 58)  # one HU for liver, spleen and what imitates them
-    liver_hu, stomach_hu, spleen_hu, bowel_hu = parenchyma + rng.normal(0, 5, 4)
+    # two draws are spare: without them every later number, and so the volumes of version 1, would be others
+    liver_hu, stomach_hu, spleen_hu, bowel_hu, *_ = (parenchyma + rng.normal(0, 5, 6)).tolist()
 
     yield skin, 30.0, 0
     yield skin + 3, fat, 0
@@ -181,7 +182,7 @@ def _anatomy(
         yield organ((side * 31, -50, -75), (15, 17, 70), 0, 3), tissue(55, 8), 0
     inside = cavity + rng.uniform(0, 3)
     yield np.maximum(organ((20, 20, 88), (48, 42, 32)), inside), tissue(42, 100), 0  # heart
-    small = tuple((rng.uniform((-75, 5, -75), (75, 60, -15)), (24, 18, 18)) for _ in range(6))
+    small = tuple((rng.uniform((-75, 5, -75), (75, 60, -15)).tolist(), (24, 18, 18)) for _ in range(6))
     for centre, axes in COLON + small:  # bowel: a wall, contents, gas above them
         loop = np.maximum(organ(centre, axes, rng.uniform(-40, 40), 7), inside)
         yield loop, tissue(40, 35), 0

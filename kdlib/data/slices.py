@@ -137,8 +137,8 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
 
     CT is clipped to `view.window` (HU), MR to `view.percentiles` of each volume's non-zero voxels; the range becomes
     0..255, rounded. Images are resampled with an antialiased bilinear kernel before they are rounded. Labels are
-    sampled at the nearest voxel: unlike the largest share of a pixel, that keeps a structure's area on average
-    however thin it is.
+    sampled at the nearest voxel: a vote of the voxels under a pixel would shrink what is thinner than a pixel (the
+    adrenal glands of btcv by an eighth at 5 mm), while the nearest voxel keeps its volume on average.
 
     Args:
         dataset: from `index`.
