@@ -14,11 +14,12 @@ SEEDS ?= 0
 DEVICE ?= auto
 RESULTS ?= results
 STUDY ?=
+ONLY ?=
 LAB ?=
 PYTHON ?=
 
 # Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
-VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY LAB PYTHON
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY LAB PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
@@ -47,6 +48,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
+  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; all of them when empty
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef
@@ -80,7 +82,7 @@ endif
 study: $(STAMP)
 	@.venv/bin/python -m kdlib.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
 	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
-	    --study="$$STUDY"
+	    --study="$$STUDY" $${ONLY:+--only $$ONLY}
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -q --durations=10
