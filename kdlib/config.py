@@ -215,7 +215,18 @@ def _shrunk(name: str, view: View, epochs: int, steps: int, folds: int, shrinks:
 
 
 PROFILES = {
-    "quick": _shrunk("quick", View(64, 5.0), 8, 25, 4, "64 x 64 slices at 5 mm, to try out and not for claims"),
+    "quick": Profile(
+        "quick",
+        View(64, 5.0),
+        width=0.25,
+        teacher_epochs=8,
+        student_epochs=5,
+        teacher_steps=25,
+        student_steps=25,
+        folds=4,
+        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 125 for students: "
+        "to try out, not for claims",
+    ),
     "hippocampus": _shrunk(
         "hippocampus", View(64, 1.0), 10, 60, 5, "64 x 64 slices at 1 mm (a hippocampus volume fits)"
     ),

@@ -307,3 +307,15 @@ def test_ci_only_runs_make_test(tmp_path):
 @pytest.mark.parametrize("path", ["Makefile", ".ci/run", "requirements.lock", "environment.yml", "pyproject.toml"])
 def test_no_network_address_is_written_down(path):
     assert "://" not in (ROOT / path).read_text()
+
+
+def test_no_scan_no_weights_and_no_picture_of_real_pixels_is_committed():
+    names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.splitlines()
+    if not names:
+        pytest.skip("not a git checkout")
+    scans = [name for name in names if re.search(r"\.(nii|nii\.gz|mgz|dcm|npz|npy|h5|pt|pth|ckpt|safetensors)$", name)]
+    pictures = [
+        name for name in names
+        if re.search(r"(slices|qualitative)\.(png|pdf|svg)$", name) and not name.startswith("results/phantom-")
+    ]  # fmt: skip
+    assert scans == [] and pictures == []
