@@ -276,7 +276,8 @@ def run_study(
         What stopped each experiment that failed; empty when all went well.
 
     Raises:
-        InputError: an experiment does not exist, or its notebook cannot take these parameters; nothing has run then.
+        InputError: an experiment does not exist, or its notebook cannot take these parameters, and nothing has run; or
+            a notebook refused its input, which would stop all that follow too.
     """
     plans = {}
     for name in experiments:
@@ -291,7 +292,7 @@ def run_study(
         try:
             execute(path, folder / "notebooks" / path.name, values)
             print(f"== {path.stem} took {time.perf_counter() - start:.0f} s")
-        except (InputError, TrainingError, NotebookError) as error:
+        except (TrainingError, NotebookError) as error:
             failures[path.stem] = str(error)
             print(f"== {path.stem} failed after {time.perf_counter() - start:.0f} s: {error}")
     return failures

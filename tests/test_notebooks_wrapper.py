@@ -278,7 +278,7 @@ folds: list[int] = [0]
 seeds: list[int] = [0]
 device: str = "auto"
 results: str = "../results"
-study: str = "phantom-quick"
+study: str = "phantom-spleen-quick"
 """
 
 
@@ -293,9 +293,9 @@ def parameters(tmp_path: Path, **changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({}, "phantom-quick"),
-        ({"protocol": "thesis"}, "phantom-quick-thesis"),
-        ({"data": "Task09 Spleen/", "profile": "ct128"}, "task09-spleen-ct128"),
+        ({}, "phantom-spleen-quick"),
+        ({"protocol": "thesis"}, "phantom-spleen-quick-thesis"),
+        ({"data": "Task09 Spleen/", "profile": "ct128"}, "task09-spleen-spleen-ct128"),
         ({"study": "My_study.2"}, "My_study.2"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_study_goes_on_after_a_failure_and_names_what_it_made(tmp_path, capsys
     folder = tmp_path / "notebooks"
     write_notebook(folder / "00_data.ipynb", SHARED, "print(data, folds, seeds, device, study)")
     write_notebook(
-        folder / "01_baseline.ipynb", SHARED, "from kdlib.config import InputError\nraise InputError('no such label')"
+        folder / "01_baseline.ipynb", SHARED, "from kdlib import TrainingError\nraise TrainingError('loss became nan')"
     )
     write_notebook(
         folder / "06_figures.ipynb",
@@ -349,15 +349,25 @@ def test_a_study_goes_on_after_a_failure_and_names_what_it_made(tmp_path, capsys
     printed, errors = capsys.readouterr()
     steps = [line for line in printed.splitlines() if line.startswith("== ")]
     assert [step.split()[1] for step in steps] == ["00_data"] * 2 + ["01_baseline"] * 2 + ["06_figures"] * 2
-    assert "phantom [0, 1] [0] cpu phantom-quick\n" in printed
+    assert "phantom [0, 1] [0] cpu phantom-spleen-quick\n" in printed
     made = printed.partition("made in ")[2].splitlines()
-    assert made[0] == f"{tmp_path / 'my results' / 'phantom-quick'}:"
+    assert made[0] == f"{tmp_path / 'my results' / 'phantom-spleen-quick'}:"
     assert [line.strip() for line in made[1:]] == [
         "notebooks/00_data.ipynb", "notebooks/06_figures.ipynb",
         "tables/t.csv", "tables/t.tex", "figures/f.pdf", "figures/f.png",
     ]  # fmt: skip
-    assert "failed: 01_baseline: no such label\n" in errors
+    assert "failed: 01_baseline: loss became nan\n" in errors
     assert f"--results '{tmp_path / 'my results'}'" in errors  # can be pasted into a shell
+
+
+def test_input_that_a_notebook_refuses_stops_the_study_in_one_line(tmp_path, capsys):
+    refuse = "from kdlib import InputError\nraise InputError('no such label')"
+    write_notebook(tmp_path / "00_data.ipynb", SHARED, refuse)
+    write_notebook(tmp_path / "01_baseline.ipynb", SHARED, "print('never')")
+    only = ["--only", "00_data", "01_baseline"]
+    assert main(["study", "--results", str(tmp_path / "r"), "--notebooks", str(tmp_path), *only]) == 2
+    printed, errors = capsys.readouterr()
+    assert errors == "error: no such label\n" and "01_baseline" not in printed
 
 
 def test_nothing_runs_when_one_notebook_cannot_take_the_parameters(tmp_path):
