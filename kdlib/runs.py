@@ -292,7 +292,7 @@ class Results:
         return self.cases.assign(arm=self.cases["model"] + " " + loss)
 
     def parameters(self) -> dict[str, int]:
-        """Parameters that inference needs, by arm."""
+        """Parameters of the whole network (a teacher's reconstruction decoder included), by arm."""
         return dict(zip(self.runs["arm"], self.runs["parameters"], strict=True))
 
     def save(self, folder: Path, name: str) -> None:
