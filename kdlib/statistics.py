@@ -195,7 +195,7 @@ def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame
 
     Args:
         table: tidy.
-        params: arm -> number of parameters that inference needs.
+        params: arm -> number of parameters.
 
     Returns:
         one row an arm: the columns of `PRINTED` (means with their 95 % interval as text, n patients of the Dice), and
