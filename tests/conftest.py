@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -31,3 +35,21 @@ def real_data():
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def torchdistill() -> ModuleType:
+    """torchdistill, an oracle for losses. It imports torchvision, whose CUDA build cannot load beside a CPU build of
+    torch; its losses use nothing of it, so a stand-in serves there."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        with mock.patch.dict(sys.modules):
+            for name in [name for name in sys.modules if name.startswith("torchvision")]:
+                del sys.modules[name]
+            for name in ("", ".models", ".ops", ".datasets", ".transforms"):
+                sys.modules["torchvision" + name] = mock.MagicMock()
+            importlib.import_module("torchdistill.losses")
+            return importlib.import_module("torchdistill")
+    importlib.import_module("torchdistill.losses")
+    return importlib.import_module("torchdistill")

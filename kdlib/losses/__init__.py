@@ -1,22 +1,62 @@
-"""The losses of the study. Distillation terms take (student, teacher, labels, generator) and return a scalar."""
+"""The losses of the study. Distillation terms take (student, teacher, labels, context) and return a scalar.
+
+A term says what it `reads` ("logits" or "features") and which channels it needs (`adapt`): "none", the "student"
+projected to the teacher's channels, "both" projected to a common width, or "own" where it brings its own projections.
+"""
 
 from __future__ import annotations
 
-from kdlib.losses.contrastive import InfoNCE, LabelledContrast
-from kdlib.losses.feature import FeatureMSE
-from kdlib.losses.prediction import PredictionKL
+from kdlib.losses._common import NOTHING, Context
+from kdlib.losses.contrastive import CRD, InfoNCE, LabelledContrast, PrototypeContrast
+from kdlib.losses.feature import (
+    AttentionTransfer,
+    FeatureCWD,
+    FeatureMSE,
+    ImportanceMap,
+    RegionAffinity,
+    ReviewKD,
+)
+from kdlib.losses.prediction import (
+    DIST,
+    DKD,
+    BoundaryKL,
+    ChannelWiseDistillation,
+    OneChannelSoftmaxKL,
+    PredictionKL,
+)
+from kdlib.losses.relation import IFVD, CrossImageRelation, PairwiseAffinity, SimilarityPreserving
 from kdlib.losses.segmentation import SegmentationLoss, one_hot, predict, probabilities
+
+LOSSES = {
+    "kl": PredictionKL,
+    "softmax_kl": OneChannelSoftmaxKL,
+    "dkd": DKD,
+    "dist": DIST,
+    "cwd": ChannelWiseDistillation,
+    "boundary_kl": BoundaryKL,
+    "mse": FeatureMSE,
+    "at": AttentionTransfer,
+    "feature_cwd": FeatureCWD,
+    "reviewkd": ReviewKD,
+    "importance": ImportanceMap,
+    "affinity": RegionAffinity,
+    "sp": SimilarityPreserving,
+    "skd": PairwiseAffinity,
+    "ifvd": IFVD,
+    "cirkd": CrossImageRelation,
+    "infonce": InfoNCE,
+    "labelled": LabelledContrast,
+    "prototype": PrototypeContrast,
+    "crd": CRD,
+}
 
 __all__ = [
     "LOSSES",
-    "FeatureMSE",
-    "InfoNCE",
-    "LabelledContrast",
-    "PredictionKL",
+    "NOTHING",
+    "Context",
     "SegmentationLoss",
     "one_hot",
     "predict",
     "probabilities",
+    *sorted(loss.__name__ for loss in LOSSES.values()),
 ]
-
-LOSSES = {"infonce": InfoNCE, "mse": FeatureMSE, "labelled": LabelledContrast, "kl": PredictionKL}

@@ -1,23 +1,82 @@
-"""What every term asks of its two tensors."""
+"""What every term asks of its tensors, and what it may know of a step besides them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from kdlib.config import InputError
 
 
-def as_float(x: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Context:
+    """What a term may know of a training step besides its tensors and labels.
+
+    Args:
+        generator: on the CPU, for whatever the term draws; None takes torch's own.
+        patients: [B] int64, the patient of each image of the batch; None where a term cannot need it.
+        step: number of the training step.
+    """
+
+    generator: torch.Generator | None = None
+    patients: Tensor | None = None
+    step: int = 0
+
+
+NOTHING = Context()
+
+
+def as_float(x: Tensor) -> Tensor:
     """At least single precision: sums and exponentials in half precision lose what a loss is about."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Raises InputError where the two are not maps of one shape, BNH[WD]."""
-    if student.shape != teacher.shape:
+def unit(vectors: Tensor, dim: int = 1) -> Tensor:
+    """Vectors of length 1 in at least single precision."""
+    # eps bounds the gradient of a vector of zeros, which a ReLU can give, at 1e4 instead of 1e12
+    return F.normalize(as_float(vectors), dim=dim, eps=1e-4)
+
+
+def check_pair(student: Tensor, teacher: Tensor, channels: bool = True) -> None:
+    """Raises InputError where the two are not maps BNH[WD] of one shape (one batch and grid where not `channels`)."""
+    differ = student.shape != teacher.shape if channels else _without(student) != _without(teacher)
+    if differ:
         raise InputError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape: "
-            "project and resize both to the same channels and grid first"
+            f"project and resize both to the same {'channels and ' if channels else ''}grid first"
         )
-    if student.dim() < 3 or 0 in student.shape:
+    if student.dim() < 3 or 0 in student.shape or 0 in teacher.shape:
         raise InputError(f"maps of shape {list(student.shape)}: give [batch, channels, spatial ...], none of them 0")
+
+
+def _without(maps: Tensor) -> tuple[int, ...]:
+    return (*maps.shape[:1], *maps.shape[2:])
+
+
+def check_positive(**values: float) -> None:
+    """Raises InputError where a named value is not above 0: a negative temperature would teach the opposite."""
+    for name, value in values.items():
+        if not value > 0:
+            raise InputError(f"{name} is {value}: give a number above 0")
+
+
+def labels_on(labels: Tensor | None, maps: Tensor, term: str) -> Tensor:
+    """Labels BH[WD] (int64) on the grid of `maps` (BNH[WD]).
+
+    A position takes the label nearest to its centre: averages are no labels, a majority would erase thin structures.
+
+    Raises:
+        InputError: labels are missing, or not of the maps' batch and dimensions.
+    """
+    if labels is None:
+        raise InputError(f"the {term} needs labels: use a term without where there are none")
+    if labels.dim() != maps.dim() - 1 or len(labels) != len(maps):
+        shapes = f"labels {list(labels.shape)} do not fit maps {list(maps.shape)}"
+        raise InputError(f"{shapes}: give one label map an image, of as many dimensions")
+    if labels.shape[1:] == maps.shape[2:]:
+        return labels
+    # as float: interpolation knows no integers, and labels are small enough to be exact
+    return F.interpolate(labels[:, None].float(), size=maps.shape[2:], mode="nearest-exact")[:, 0].long()

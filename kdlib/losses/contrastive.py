@@ -1,55 +1,79 @@
-"""Contrast of student features with teacher features: between whole images, and between labelled pixels."""
+"""Contrast of student features with teacher features: between images, labelled pixels, and regions of a class."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import as_float, check_pair
+from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses.linear import log_sum_exp
+from kdlib.losses.memory import MemoryBank
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    # eps bounds the gradient of a vector of zeros, which a ReLU can give, at 1e4 instead of 1e12
-    return F.normalize(as_float(vectors), dim=1, eps=1e-4)
+def _patients(context: Context, maps: Tensor, term: str) -> Tensor:
+    """The patient of each image, [B] int64 on the maps' device."""
+    if context.patients is None:
+        raise InputError(f"the {term} needs to know the patient of each image: give a Context with patients")
+    if context.patients.shape != maps.shape[:1]:
+        raise InputError(f"patients {list(context.patients.shape)} for {len(maps)} images: give one patient an image")
+    return context.patients.to(maps.device)
 
 
 class InfoNCE(nn.Module):
     """InfoNCE between images (van den Oord 2018, arXiv 1807.03748), as in the thesis: no labels.
 
     Every map is flattened to one vector an image. The positive of a student's image is the same image of the teacher,
-    its negatives are the teacher's other images of the batch.
+    its negatives are the teacher's other images of the batch. With `same_patient` those of the anchor's own patient are
+    left out: neighbouring slices are near copies, and no negatives. An anchor left without a negative counts 0.
 
     Args:
         temperature: divisor of the cosine similarities.
+        same_patient: leave out other images of the anchor's own patient.
     """
 
-    def __init__(self, temperature: float):
+    reads, adapt = "features", "both"
+
+    def __init__(self, temperature: float, same_patient: bool = False):
         super().__init__()
-        self.temperature = temperature
+        check_positive(temperature=temperature)
+        self.temperature, self.same_patient = temperature, same_patient
 
     def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
         """
         Args:
             student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels, generator: not used.
+            labels: not used.
+            context: its patients, with `same_patient`.
 
         Raises:
-            InputError: where the shapes differ, or the batch has one image alone and so no negative.
+            InputError: where the shapes differ, the batch has one image alone and so no negative, or patients are
+                missing.
         """
         check_pair(student, teacher)
         if len(student) < 2:
             raise InputError("InfoNCE between images needs at least two images in a batch: use a larger batch")
+        keys = self._keys(student, context)
         with torch.autocast(student.device.type, enabled=False):
-            similarity = _unit(student.flatten(1)) @ _unit(teacher.flatten(1)).T / self.temperature
+            similarity = unit(student.flatten(1)) @ unit(teacher.flatten(1)).T / self.temperature
+            similarity = similarity.masked_fill(~keys, -torch.inf)
             return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
+
+    def chance(self, student: Tensor, context: Context = NOTHING) -> float:
+        """The loss where all similarities are alike: ln(batch), of fewer keys where `same_patient` leaves some out."""
+        return self._keys(student, context).sum(1).log().mean().item()
+
+    def _keys(self, student: Tensor, context: Context) -> Tensor:
+        """Which images are keys of which anchor, [B, B] bool."""
+        if not self.same_patient:
+            return torch.ones(len(student), len(student), dtype=torch.bool, device=student.device)
+        patients = _patients(context, student, "InfoNCE without the same patient")
+        return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
 class LabelledContrast(nn.Module):
@@ -58,7 +82,8 @@ class LabelledContrast(nn.Module):
     For an anchor z of class c and keys k, unit vectors at the same positions of the batch,
     `loss(z) = log sum_j exp(z . k_j / t) - mean over keys of class c of z . k_j / t`.
     The key of the anchor's own position is one of its positives: it is the teacher's vector, not the anchor itself. The
-    mean over positives is linear, `z . (mean of the class's keys)`, so only the log-sum-exp is quadratic.
+    mean over positives is linear, `z . (mean of the class's keys)`; only the log-sum-exp is quadratic, and it is made
+    in blocks: memory is linear in the positions, so that all of them can be taken.
 
     Positions are drawn in equal number from each class present, all of a class that is smaller than its share, and
     spread evenly over the batch. The loss is the mean over the classes of the mean over their anchors, so that a small
@@ -67,62 +92,278 @@ class LabelledContrast(nn.Module):
 
     Args:
         temperature: divisor of the cosine similarities.
-        samples: most positions to draw from a batch (at least one a class).
+        samples: most positions to draw from a batch (at least one a class); None takes all.
+        hard: share of a class's positions to draw near a boundary, as far as there are such; the rest is drawn from all
+            that are left.
+        radius: a position is near a boundary if another label lies within so many positions (along each axis).
+        memory: keys of earlier steps to keep as further keys, with their labels, in a `MemoryBank` (0: none). Whoever
+            trains admits the training patients to it. Keys enter in training mode only, after the loss they were in.
+        same_patient: leave out the keys of the anchor's own patient, other than the one at its own position:
+            neighbouring slices are near copies.
     """
 
-    def __init__(self, temperature: float, samples: int = 1024):
+    reads, adapt = "features", "both"
+
+    def __init__(
+        self,
+        temperature: float,
+        samples: int | None = 1024,
+        hard: float = 0.0,
+        radius: int = 1,
+        memory: int = 0,
+        same_patient: bool = False,
+    ):
         super().__init__()
+        if not 0 <= hard <= 1:
+            raise InputError(f"a share of {hard} of the positions near boundaries: give one between 0 and 1")
+        if hard and samples is None:
+            raise InputError("all positions are taken, so none can be drawn near boundaries: give samples, or hard=0")
+        if radius < 1:
+            raise InputError(f"a radius of {radius} about a boundary: give at least 1")
+        check_positive(temperature=temperature)
         self.temperature, self.samples = temperature, samples
+        self.hard, self.radius, self.same_patient = hard, radius, same_patient
+        self.bank = MemoryBank(memory) if memory else None
 
     def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
         """
         Args:
             student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
             labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre, because
                 averages are no labels and a majority would erase thin structures.
-            generator: on the CPU, draws the positions; None takes torch's own.
+            context: its generator draws the positions; its patients are needed with `memory` or `same_patient`.
+
+        Raises:
+            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions,
+                patients are missing, or one was not admitted to the memory.
+        """
+        check_pair(student, teacher)
+        labels = labels_on(labels, student, "labelled contrast")
+        positions = self._draw(labels, context.generator)
+        image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
+        key_labels = own_labels = labels.flatten()[positions]
+        key_patients = patients = None
+        if self.bank is not None or self.same_patient:
+            key_patients = patients = _patients(context, student, "labelled contrast")[image]
+        with torch.autocast(student.device.type, enabled=False):
+            anchors, keys = (unit(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+            own_keys = keys
+            if self.bank is not None and len(self.bank):
+                vectors, bank_labels, bank_patients, _ = self.bank.entries()
+                keys = torch.cat([keys, vectors.to(keys)])
+                key_labels, key_patients = torch.cat([own_labels, bank_labels]), torch.cat([patients, bank_patients])
+            classes = own_labels.unique()
+            members, key_members = ((x[:, None] == classes).to(keys) for x in (own_labels, key_labels))
+            if self.same_patient:
+                positives = _means_without_patient(members, key_members, own_keys, keys, patients, key_patients)
+                everything = log_sum_exp(anchors, keys, 1 / self.temperature, patients, key_patients, unit=True)
+            else:
+                positives = members @ (key_members.T @ keys / key_members.sum(0)[:, None])
+                everything = log_sum_exp(anchors, keys, 1 / self.temperature, unit=True)
+            loss = everything - (anchors * positives).sum(1) / self.temperature
+            loss = ((members.T @ loss) / members.sum(0)).mean()
+        if self.bank is not None and self.training:
+            # positions come class by class: even steps keep the classes balanced where not all keys fit
+            count = min(len(positions), self.bank.size)
+            kept = torch.arange(count, device=positions.device) * len(positions) // count
+            self.bank.push(own_keys[kept], own_labels[kept], patients[kept], context.step)
+        return loss
+
+    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Positions [n] in the flat labels, class by class."""
+        if self.samples is None:
+            return torch.arange(labels.numel(), device=labels.device)
+        flat = labels.flatten()
+        near = near_boundary(labels, self.radius).flatten() if self.hard else None
+        classes = flat.unique()
+        share = max(1, self.samples // len(classes))
+        drawn = []
+        for label in classes:
+            found = (flat == label).nonzero()[:, 0]
+            count = min(share, len(found))
+            if near is not None:
+                edge = found[near[found]]
+                hard = _spread(edge, min(len(edge), round(self.hard * count)), generator)
+                drawn.append(hard)
+                found, count = found[~torch.isin(found, hard)], count - len(hard)
+            drawn.append(_spread(found, count, generator))
+        return torch.cat(drawn)
+
+
+def _spread(found: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` distinct elements, one from each of `count` runs of near-equal length: from every image alike."""
+    if count == 0:
+        return found[:0]
+    edges = torch.arange(count + 1) * len(found) // count
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64) * edges.diff()
+    return found[(edges[:-1] + offsets.long()).to(found.device)]
+
+
+def near_boundary(labels: Tensor, radius: int) -> Tensor:
+    """Where BH[WD] labels have another label within `radius` along each axis (the morphological gradient), bool."""
+    pool = {2: F.max_pool1d, 3: F.max_pool2d, 4: F.max_pool3d}[labels.dim()]
+    values = labels[:, None].float()
+    greatest, least = (sign * pool(sign * values, 2 * radius + 1, stride=1, padding=radius) for sign in (1, -1))
+    return (greatest != least)[:, 0]
+
+
+def _means_without_patient(
+    members: Tensor, key_members: Tensor, own_keys: Tensor, keys: Tensor, patients: Tensor, key_patients: Tensor
+) -> Tensor:
+    """For each anchor the mean key of its class from other patients and its own position, [n, d]."""
+    means = torch.zeros_like(own_keys)
+    for patient in patients.unique():
+        mine = (patients == patient).nonzero()[:, 0]
+        # summed over the others: all minus mine would lose the digits of a class that is mostly mine
+        others = key_members * (key_patients != patient)[:, None]
+        total = members[mine] @ (others.T @ keys) + own_keys[mine]
+        means = means.index_put((mine,), total / (members[mine] @ others.sum(0) + 1)[:, None])
+    return means
+
+
+class PrototypeContrast(nn.Module):
+    """Contrast of the student's regions, or pixels, with the teacher's mean vector of each class's region.
+
+    The prototype k_c of a class is the teacher's unit vectors averaged over the positions of the class, of length 1
+    again. An anchor z of class c, a student's prototype made alike or a pixel, has
+    `loss(z) = log sum over classes present of exp(z . k_c' / t) - z . k_c / t`:
+    InfoNCE over classes, as of pixels with class prototypes in Zhou 2022 (arXiv 2203.15102), here with the teacher's
+    prototypes. The loss is the mean over the classes of the mean over their anchors. Classes absent are left out. One
+    class alone has nothing to be told from: the loss and its gradient are 0.
+
+    Args:
+        temperature: divisor of the cosine similarities.
+        anchors: "regions" or "pixels" of the student.
+        per_image: prototypes of each image, contrasted within the image, rather than of the batch.
+    """
+
+    reads, adapt = "features", "both"
+
+    def __init__(self, temperature: float = 0.1, anchors: str = "regions", per_image: bool = False):
+        super().__init__()
+        if anchors not in ("regions", "pixels"):
+            raise InputError(f"anchors {anchors!r} of the prototype contrast: choose from regions, pixels")
+        check_positive(temperature=temperature)
+        self.temperature, self.anchors, self.per_image = temperature, anchors, per_image
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
+            labels: BH[WD], int64; brought to the maps' grid as in `LabelledContrast`.
+            context: not used.
 
         Raises:
             InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
         """
         check_pair(student, teacher)
-        if labels is None:
-            raise InputError("the labelled contrast needs labels: use 'infonce' where there are none")
-        if labels.dim() != student.dim() - 1 or len(labels) != len(student):
-            shapes = f"labels {list(labels.shape)} do not fit maps {list(student.shape)}"
-            raise InputError(f"{shapes}: give one label map an image, of as many dimensions")
-        if labels.shape[1:] != student.shape[2:]:
-            # as float: interpolation knows no integers, and labels are small enough to be exact
-            labels = F.interpolate(labels[:, None].float(), size=student.shape[2:], mode="nearest-exact")[:, 0].long()
-
-        positions, members = self._draw(labels.flatten(), generator)
-        with torch.autocast(student.device.type, enabled=False):
-            image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
-            anchors, keys = (_unit(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
-            members = members.to(anchors.dtype)  # [positions, classes], one 1 a row
-            counts = members.sum(0)
-            class_means = members.T @ keys / counts[:, None]
-            positive = (anchors * (members @ class_means)).sum(1)
-            loss = (anchors @ keys.T / self.temperature).logsumexp(1) - positive / self.temperature
-            return ((members.T @ loss) / counts).mean()
-
-    def _draw(self, labels: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [n] in the flat `labels`, and which class each is of [n, classes present] (bool)."""
+        labels = labels_on(labels, student, "prototype contrast")
         classes = labels.unique()
-        share = max(1, self.samples // len(classes))
-        drawn = []
-        for label in classes:
-            found = (labels == label).nonzero()[:, 0]
-            # one draw from each of `count` runs of near-equal length: distinct, and from every image of the batch alike
-            count = min(share, len(found))
-            edges = torch.arange(count + 1) * len(found) // count
-            offsets = torch.rand(count, generator=generator, dtype=torch.float64) * edges.diff()
-            drawn.append(found[(edges[:-1] + offsets.long()).to(found.device)])
-        positions = torch.cat(drawn)
-        return positions, labels[positions][:, None] == classes
+        with torch.autocast(student.device.type, enabled=False):
+            # [G, positions, d]: groups are the images, or the batch as one
+            student, teacher = (unit(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
+            labels = labels.flatten(1)
+            if not self.per_image:
+                student, teacher, labels = (x.flatten(0, 1)[None] for x in (student, teacher, labels))
+            members = (labels[:, None] == classes[:, None]).to(student)  # [G, classes, positions]
+            counts = members.sum(2)
+            present = counts > 0
+            keys = unit(members @ teacher / counts.clamp(min=1)[:, :, None], dim=2)
+            if self.anchors == "regions":
+                anchors = unit(members @ student / counts.clamp(min=1)[:, :, None], dim=2)
+                members, counts = torch.diag_embed(present.to(student)), present.to(student)
+            else:
+                anchors = student
+            similarity = keys @ anchors.mT / self.temperature  # [G, classes, anchors]
+            everything = similarity.masked_fill(~present[:, :, None], -torch.inf).logsumexp(1)
+            loss = members * (everything[:, None] - similarity)
+            return (loss.sum((0, 2)) / counts.sum(0)).mean()
+
+
+class CRD(nn.Module):
+    """Contrastive representation distillation between images (Tian 2020, arXiv 1910.10699).
+
+    An image's embedding is the mean of its map over positions, of length 1. Noise-contrastive estimation tells the pair
+    of student z and teacher k of one image from N pairs of different images:
+    `loss = - log h(z, k) - sum over negatives k_j of log(1 - h(z, k_j))`,
+    `h(z, k) = exp(z . k / t) / (exp(z . k / t) + N Z)`,
+    mean over the batch, once with students as anchors and once with teachers, both added. The paper writes N / M for
+    N Z, M the number of training images; Z here is the mean of exp(z . k / t) over the negatives of the first training
+    step with any, kept from then on, which does what the normalising constant of the authors' code does: where nothing
+    tells the images apart the loss is 2 ln(1 + N) + 2 N ln(1 + 1 / N), whatever the width and temperature.
+
+    The paper keeps a vector of every training image; here negatives are the other images of the batch and a memory of
+    the latest embeddings, one for each side. What it holds of the anchor's own patient is no negative: it may be the
+    anchor's own image, an epoch ago. Without any negative (one image, empty memory) the positive alone counts.
+    Embeddings enter in training mode only, after the loss; whoever trains admits the training patients to both
+    memories.
+
+    Args:
+        temperature: divisor of the cosine similarities.
+        memory: embeddings to keep of each side (0: negatives of the batch alone).
+        same_patient: leave out other images of the anchor's own patient in the batch too.
+    """
+
+    reads, adapt = "features", "both"
+
+    def __init__(self, temperature: float = 0.07, memory: int = 1024, same_patient: bool = False):
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.temperature, self.same_patient = temperature, same_patient
+        self.student_bank, self.teacher_bank = (MemoryBank(memory) if memory else None for _ in range(2))
+        # log Z with students, and with teachers as anchors; -inf before the first training step with a negative
+        self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
+            labels: not used.
+            context: its patients, with `memory` or `same_patient`.
+
+        Raises:
+            InputError: where the shapes differ, patients are missing, or one was not admitted to the memory.
+        """
+        check_pair(student, teacher)
+        patients = torch.arange(
+            len(student), device=student.device
+        )  # where none are asked for: as if of one image each
+        if self.student_bank is not None or self.same_patient:
+            patients = _patients(context, student, "CRD")
+        with torch.autocast(student.device.type, enabled=False):
+            z, k = (unit(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
+            loss = self._direction(0, z, k, self.teacher_bank, patients)
+            loss = loss + self._direction(1, k, z, self.student_bank, patients)
+        if self.student_bank is not None and self.training:
+            for bank, vectors in ((self.student_bank, z), (self.teacher_bank, k)):
+                bank.push(vectors, torch.zeros_like(patients), patients, context.step)
+        return loss
+
+    def _direction(self, side: int, anchors: Tensor, keys: Tensor, bank: MemoryBank | None, patients: Tensor) -> Tensor:
+        negative = ~torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
+        if self.same_patient:
+            negative &= patients[:, None] != patients
+        if bank is not None and len(bank):
+            vectors, _, others, _ = bank.entries()
+            keys = torch.cat([keys, vectors.to(keys)])
+            negative = torch.cat([negative, patients[:, None] != others], dim=1)
+        similarity = anchors @ keys.T / self.temperature
+        normaliser = self._normaliser(side, similarity.detach()[negative])
+        number = negative.sum(1, keepdim=True).clamp(min=1)
+        log_odds = similarity - normaliser - number.log()  # of h
+        return (F.softplus(log_odds) * negative).sum(1).mean() + F.softplus(-log_odds.diagonal()).mean()
+
+    def _normaliser(self, side: int, negatives: Tensor) -> Tensor:
+        known = self.log_normaliser[side]
+        if known.isfinite() or not len(negatives):
+            return torch.where(known.isfinite(), known, 0.0).to(negatives)
+        found = negatives.logsumexp(0) - math.log(len(negatives))
+        if self.training:
+            self.log_normaliser[side] = found
+        return found

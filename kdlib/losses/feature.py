@@ -1,31 +1,256 @@
-"""Direct regression of the teacher's features."""
+"""Distillation of the features of single layers, of several scales, and of labelled regions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from kdlib.losses._common import as_float, check_pair
+from kdlib.config import InputError
+from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses.prediction import ChannelWiseDistillation
 
 
 class FeatureMSE(nn.Module):
     """Mean squared difference of student and teacher features (FitNets, Romero 2015, arXiv 1412.6550)."""
 
+    reads, adapt = "features", "student"
+
     def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
         """
         Args:
             student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels, generator: not used.
+            labels, context: not used.
 
         Raises:
             InputError: where the shapes differ.
         """
         check_pair(student, teacher)
         return F.mse_loss(as_float(student), as_float(teacher))
+
+
+class FeatureCWD(ChannelWiseDistillation):
+    """Channel-wise distillation (`ChannelWiseDistillation`) of features, at the temperature 1."""
+
+    reads, adapt = "features", "student"
+
+    def __init__(self, temperature: float = 1.0):
+        super().__init__(temperature)
+
+
+class AttentionTransfer(nn.Module):
+    """Attention transfer (AT, Zagoruyko & Komodakis 2017, arXiv 1612.03928): which positions respond, of any channels.
+
+    An image's attention map is the sum of `|F|^power` over channels, divided by its L2 norm; the loss is the squared
+    distance of student and teacher maps, mean over the images: from 0 to 2 whatever the grid. The authors' code divides
+    it by the number of positions, and makes up for that by a large weight; their paper has the distance, not squared.
+    The scale of an image's features is not seen.
+
+    Args:
+        power: of the features; a higher one looks at the strongest responses alone.
+
+    Raises:
+        InputError: where the power is below 1, which has no gradient at 0.
+    """
+
+    reads, adapt = "features", "none"
+
+    def __init__(self, power: float = 2.0):
+        super().__init__()
+        if not power >= 1:
+            raise InputError(f"power of an attention map is {power}: give 1 or more")
+        self.power = power
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one batch and grid, each with its own channels; gradients flow to
+                both.
+            labels, context: not used.
+
+        Raises:
+            InputError: where batch or grid differ.
+        """
+        check_pair(student, teacher, channels=False)
+        return (self.attention(student) - self.attention(teacher)).pow(2).sum(1).mean()
+
+    def attention(self, features: Tensor) -> Tensor:
+        """The maps' attention, [B, positions], of length 1 (less where all features of an image are below 1e-4)."""
+        size = as_float(features).flatten(2).abs()
+        # the map does not depend on the scale, but its powers over- and underflow: a constant, so no gradient is lost
+        size = size / size.detach().amax(dim=(1, 2), keepdim=True).clamp(min=1e-4)
+        # the strongest feature is now 1, and so the norm at least 1; where all are below 1e-4, gradients stay bounded
+        return F.normalize(size.pow(self.power).sum(1), eps=1)
+
+
+class ImportanceMap(AttentionTransfer):
+    """Importance map distillation of EMKD (Qin 2021, arXiv 2108.09987): `AttentionTransfer` with a higher power.
+
+    Args:
+        power: of the features; 4 in the authors' code.
+
+    Raises:
+        InputError: where the power is below 1.
+    """
+
+    def __init__(self, power: float = 4.0):
+        super().__init__(power)
+
+
+class RegionAffinity(nn.Module):
+    """Region affinity distillation of EMKD (Qin 2021, arXiv 2108.09987): how alike the tissues look, of any channels.
+
+    The features of an image are averaged over the region of each label; the affinity of two regions is the cosine of
+    their averages. The loss is the squared difference of the student's and the teacher's affinity, mean over all pairs
+    of regions that one image holds, over the batch: from 0 to 4. The authors' code has one pair, background and organ;
+    here, with several labels, every pair counts the same. Without a pair in the batch it is 0, with a gradient of 0.
+    Features of one channel have cosines of +1 or -1 and nothing to learn.
+    """
+
+    reads, adapt = "features", "none"
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one batch and grid, each with its own channels; gradients flow to
+                both.
+            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
+            context: not used.
+
+        Raises:
+            InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
+        """
+        check_pair(student, teacher, channels=False)
+        labels = labels_on(labels, student, "region affinity").flatten(1)
+        members = labels[:, None] == labels.unique()[:, None]  # [B, regions, positions]
+        counts = members.sum(2)
+        present = counts > 0
+        pairs = (present[:, :, None] & present[:, None]).triu(1)
+        with torch.autocast(student.device.type, enabled=False):
+            difference = _affinity(student, members, counts) - _affinity(teacher, members, counts)
+            # with no pair all is masked: a 0 that still belongs to the student's graph
+            return (difference.pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def _affinity(features: Tensor, members: Tensor, counts: Tensor) -> Tensor:
+    """Cosines [B, regions, regions] between the mean features of the regions."""
+    features = as_float(features).flatten(2)
+    means = members.to(features.dtype) @ features.transpose(1, 2) / counts.clamp(min=1)[:, :, None]
+    means = unit(means, dim=2)
+    return means @ means.transpose(1, 2)
+
+
+class ReviewKD(nn.Module):
+    """Knowledge review (Chen 2021, arXiv 2104.09044): the student's deeper scales help to match a shallower one.
+
+    From the deepest scale to the shallowest, a 1x1 convolution brings the student's features to `width` channels; two
+    attention maps, the sigmoid of a 1x1 convolution of these and the deeper fused features (resized, nearest), weigh
+    the two, and their sum is the scale's fused features (ABF). A 3x3 convolution of them, of the teacher's channels, is
+    compared with the teacher's features of that scale by `hierarchical_context_loss`; mean over the scales (the
+    authors' code has the sum). Convolutions have biases in place of the authors' batch norms, so that an image counts
+    the same in any batch. They are trained with the student.
+
+    Args:
+        student_channels, teacher_channels: of each scale, from shallow to deep.
+        dims: 2 or 3 spatial dimensions.
+        width: channels of the fusion.
+
+    Raises:
+        InputError: where the scales do not pair, or dims is neither 2 nor 3.
+    """
+
+    reads, adapt = "features", "own"
+
+    def __init__(
+        self, student_channels: Sequence[int], teacher_channels: Sequence[int], dims: int = 2, width: int = 64
+    ):
+        super().__init__()
+        if not student_channels or len(student_channels) != len(teacher_channels):
+            scales = f"{len(student_channels)} scales of the student and {len(teacher_channels)} of the teacher"
+            raise InputError(f"ReviewKD between {scales}: give channels of one or more pairs, from shallow to deep")
+        if dims not in (2, 3):
+            raise InputError(f"ReviewKD in {dims} dimensions: give 2 or 3")
+        check_positive(width=width)
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.dims = dims
+        self.reduce = nn.ModuleList(conv(channels, width, 1) for channels in student_channels)
+        self.attend = nn.ModuleList(conv(2 * width, 2, 1) for _ in student_channels[1:])
+        self.expand = nn.ModuleList(conv(width, channels, 3, padding=1) for channels in teacher_channels)
+        for layer in [*self.reduce, *self.expand]:  # no activation follows: keep the variance as it is
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        labels: Tensor | None = None,
+        context: Context = NOTHING,
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNHW[D] of each scale, from shallow to deep. Grids may differ in every way:
+                the teacher is brought to the student's by (bi/tri)linear interpolation. Gradients flow to both.
+            labels, context: not used.
+
+        Raises:
+            InputError: where the maps are not those that the module was made for, or batches differ.
+        """
+        self._check(student, teacher)
+        mode = {2: "bilinear", 3: "trilinear"}[self.dims]
+        with torch.autocast(student[0].device.type, enabled=False):
+            losses = [
+                hierarchical_context_loss(ours, F.interpolate(as_float(theirs), size=ours.shape[2:], mode=mode))
+                for ours, theirs in zip(self.review(student), teacher, strict=True)
+            ]
+        return torch.stack(losses).mean()
+
+    def review(self, student: Sequence[Tensor]) -> list[Tensor]:
+        """The student's features of each scale, fused with the deeper ones, with the teacher's channels."""
+        fused, outputs = None, []
+        for scale in reversed(range(len(self.reduce))):
+            features = self.reduce[scale](as_float(student[scale]))
+            if fused is not None:
+                deeper = F.interpolate(fused, size=features.shape[2:], mode="nearest-exact")
+                attention = self.attend[scale](torch.cat([features, deeper], dim=1)).sigmoid()
+                features = features * attention[:, :1] + deeper * attention[:, 1:]
+            fused = features
+            outputs.append(self.expand[scale](fused))
+        return outputs[::-1]
+
+    def _check(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+        if not len(student) == len(teacher) == len(self.reduce):
+            given = f"{len(student)} maps of the student and {len(teacher)} of the teacher"
+            raise InputError(f"ReviewKD of {len(self.reduce)} scales got {given}: give one a scale, shallow to deep")
+        for ours, theirs, reduce, expand in zip(student, teacher, self.reduce, self.expand, strict=True):
+            batch = len(student[0])
+            for maps, channels in ((ours, reduce.in_channels), (theirs, expand.out_channels)):
+                if maps.dim() != self.dims + 2 or maps.shape[:2] != (batch, channels) or 0 in maps.shape:
+                    wanted = f"[{batch}, {channels}, {self.dims} spatial axes]"
+                    raise InputError(f"ReviewKD got maps of shape {list(maps.shape)} where it takes {wanted}")
+
+
+def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The hierarchical context loss (HCL) of ReviewKD for maps BNHW[D] of one shape.
+
+    The weighted mean of the mean squared differences at the full grid (weight 1) and at averages over 4, 2 and 1
+    positions an axis, each with half the weight of the one before. Sizes that the shortest axis does not exceed are
+    left out.
+    """
+    pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[student.dim() - 2]
+    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < min(student.shape[2:]):
+            weight /= 2
+            # the mean is linear: one pooling of the difference serves both
+            loss = loss + weight * pool(student - teacher, size).pow(2).mean()
+            total += weight
+    return loss / total

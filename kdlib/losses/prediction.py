@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from kdlib.losses._common import as_float, check_pair
+from kdlib.config import InputError
+from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses.segmentation import probabilities
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Logits BNH[WD] as logarithms of the classes' probabilities; one channel becomes two, background first."""
+    if logits.shape[1] == 1:
+        # both outcomes as logarithms from the logit itself: 1 - sigmoid would round to 0
+        return torch.cat([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=1)
+    return logits.log_softmax(1)
+
+
+def divergence(log_p_student: Tensor, log_p_teacher: Tensor, dim: int = 1) -> Tensor:
+    """KL(teacher || student) of distributions along `dim`, which is summed over."""
+    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(dim)
 
 
 class PredictionKL(nn.Module):
@@ -17,35 +32,256 @@ class PredictionKL(nn.Module):
 
     Args:
         temperature: divisor of the logits; its square keeps the gradient's size independent of it.
+
+    Raises:
+        InputError: where the temperature is not above 0.
     """
 
-    def __init__(self, temperature: float):
+    reads, adapt = "logits", "none"
+
+    def __init__(self, temperature: float = 4.0):
         super().__init__()
+        check_positive(temperature=temperature)
         self.temperature = temperature
 
     def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
         """
         Args:
             student, teacher: logits BNH[WD] of one shape; gradients flow to both.
-            labels, generator: not used.
+            labels, context: not used.
+
+        Raises:
+            InputError: where the shapes differ.
+        """
+        return self.of_pixels(student, teacher).mean() * self.temperature**2
+
+    def of_pixels(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence BH[WD] of every pixel, without the squared temperature."""
+        check_pair(student, teacher)
+        return divergence(*(self.log_probabilities(as_float(x) / self.temperature) for x in (student, teacher)))
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        return log_probabilities(logits)
+
+
+class OneChannelSoftmaxKL(PredictionKL):
+    """As published; dead for one channel, kept for the `thesis` protocol.
+
+    A softmax over the channel axis whatever the number of channels: the softmax of one channel is 1 everywhere, so
+    value and gradient are exactly 0. With several channels it equals `PredictionKL`.
+
+    Args:
+        temperature: divisor of the logits.
+
+    Raises:
+        InputError: where the temperature is not above 0.
+    """
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(1)
+
+
+class BoundaryKL(PredictionKL):
+    """`PredictionKL` that weighs the pixels near a boundary of the labels more.
+
+    `sum(w * KL) / sum(w) * temperature^2` over the pixels of the batch, with `w = boundary` where labels differ within
+    `radius` pixels along the axes or diagonals (a window of 2 radius + 1; the image's border is no boundary), and 1
+    elsewhere. Without a boundary in the batch it equals `PredictionKL`. A band in place of the distances of U-Net's
+    boundary weights (Ronneberger 2015, arXiv 1505.04597), which are weights of the supervised loss.
+
+    Args:
+        temperature: divisor of the logits.
+        boundary: weight of a pixel in the band, relative to one outside.
+        radius: of the band, in pixels of the logits.
+
+    Raises:
+        InputError: where temperature or boundary is not above 0, or the radius is no whole number above 0.
+    """
+
+    def __init__(self, temperature: float = 4.0, boundary: float = 5.0, radius: int = 2):
+        super().__init__(temperature)
+        check_positive(boundary=boundary)
+        if radius != int(radius) or radius < 1:
+            raise InputError(f"radius of the boundary is {radius}: give whole pixels, 1 or more")
+        self.boundary, self.radius = boundary, int(radius)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
+            labels: BH[WD], int64; for one channel every label above 0 is foreground.
+            context: not used.
+
+        Raises:
+            InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
+        """
+        divergences = self.of_pixels(student, teacher)
+        labels = labels_on(labels, student, "boundary KL")
+        band = self.band(labels > 0 if student.shape[1] == 1 else labels)
+        weights = 1 + (self.boundary - 1) * band.to(divergences.dtype)
+        return (weights * divergences).sum() / weights.sum() * self.temperature**2
+
+    def band(self, labels: Tensor) -> Tensor:
+        """The pixels (bool, BH[WD]) whose window holds several labels: its maximum and minimum differ."""
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[labels.dim() - 2]
+        labels = labels[:, None].float()
+        highest, lowest = (
+            sign * pool(sign * labels, 2 * self.radius + 1, stride=1, padding=self.radius) for sign in (1, -1)
+        )
+        return (highest != lowest)[:, 0]
+
+
+class DKD(nn.Module):
+    """Decoupled distillation of every pixel (Zhao 2022, arXiv 2203.08679), mean over the pixels of the batch.
+
+    `temperature^2 * (alpha * TCKD + beta * NCKD)`. TCKD is KL(teacher || student) of "the pixel's own class or not",
+    `(p_t, 1 - p_t)`; NCKD is that of the distribution among the other classes, `p_c / (1 - p_t)`. With a `beta` of each
+    pixel's teacher `1 - p_t` and alpha 1 the sum would be `PredictionKL`.
+    With two classes (one channel, or two) only one other class is left: NCKD is exactly 0, and DKD is alpha times
+    `PredictionKL`.
+
+    Args:
+        alpha, beta: weights of TCKD and NCKD.
+        temperature: divisor of the logits.
+
+    Raises:
+        InputError: where the temperature is not above 0.
+    """
+
+    reads, adapt = "logits", "none"
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
+            labels: BH[WD], int64, the own class of each pixel; for one channel every label above 0 is foreground.
+            context: not used.
+
+        Raises:
+            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions, or
+                a label has no channel.
+        """
+        check_pair(student, teacher)
+        labels = labels_on(labels, student, "DKD")
+        channels = student.shape[1]
+        if channels == 1:
+            labels = (labels > 0).long()
+        # on the CPU alone: on a GPU the check would wait for the device at every step, and the kernel asserts itself
+        elif labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < channels:
+            found = f"labels reach from {labels.min()} to {labels.max()}"
+            raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
+
+        own, others = zip(*(self._decoupled(logits, labels[:, None]) for logits in (student, teacher)), strict=True)
+        tckd, nckd = divergence(*own), divergence(*others)
+        return (self.alpha * tckd + self.beta * nckd).mean() * self.temperature**2
+
+    def _decoupled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of (p_t, 1 - p_t), and of the distribution among the other classes (0 at the own class)."""
+        log_p = log_probabilities(as_float(logits) / self.temperature)
+        is_own = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, labels, True)
+        # summed from the other classes' logarithms: 1 - p_t would round to 0
+        log_other = log_p.masked_fill(is_own, -torch.inf).logsumexp(1, keepdim=True)
+        own = torch.cat([log_p.gather(1, labels), log_other], dim=1)
+        return own, (log_p - log_other).masked_fill(is_own, 0.0)  # 0 on both sides adds nothing to a divergence
+
+
+class DIST(nn.Module):
+    """Distillation from a stronger teacher (Huang 2022, arXiv 2205.10536): correlations, not values, for maps.
+
+    `temperature^2 * (beta * inter + gamma * intra)`, both 1 minus Pearson's correlation of student and teacher
+    probabilities: `inter` over the classes of a pixel, mean over the pixels of the batch; `intra` over all the pixels
+    of the batch for a class, mean over the classes. So the student may be an affine function of the teacher. Defaults
+    are those of the authors' segmentation code.
+
+    Over two classes a pixel's correlation is +1 or -1, a sign without gradient: for one or two channels only the intra
+    term is used. One channel is correlated through its foreground probability, which gives the same as both classes.
+    A map without variation has correlation 0, hence loss 1.
+
+    Args:
+        beta, gamma: weights of the inter-class and the intra-class relation.
+        temperature: divisor of the logits.
+
+    Raises:
+        InputError: where the temperature is not above 0.
+    """
+
+    reads, adapt = "logits", "none"
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
+            labels, context: not used.
 
         Raises:
             InputError: where the shapes differ.
         """
         check_pair(student, teacher)
-        student, teacher = as_float(student) / self.temperature, as_float(teacher) / self.temperature
-        if student.shape[1] == 1:
-            # both outcomes as logarithms from the logit itself: 1 - sigmoid would round to 0
-            log_p_student, log_p_teacher = (
-                torch.cat([F.logsigmoid(-logit), F.logsigmoid(logit)], dim=1) for logit in (student, teacher)
-            )
-        else:
-            log_p_student, log_p_teacher = student.log_softmax(1), teacher.log_softmax(1)
-        divergence = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1)
-        return divergence.mean() * self.temperature**2
+        # [classes, pixels of the batch]
+        student, teacher = (
+            probabilities(as_float(logits) / self.temperature).transpose(0, 1).flatten(1)
+            for logits in (student, teacher)
+        )
+        loss = self.gamma * (1 - correlation(student, teacher, dim=1).mean())
+        if len(student) > 2:
+            loss = loss + self.beta * (1 - correlation(student, teacher, dim=0).mean())
+        return loss * self.temperature**2
+
+
+def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation along `dim`; 0 where either does not vary."""
+    return (unit(a - a.mean(dim, keepdim=True), dim) * unit(b - b.mean(dim, keepdim=True), dim)).sum(dim)
+
+
+class ChannelWiseDistillation(nn.Module):
+    """Channel-wise distillation (CWD, Shu 2021, arXiv 2011.13256): where, not how much, each channel responds.
+
+    A softmax over the positions of a channel makes it a distribution; the loss is KL(teacher || student) of it, times
+    the squared temperature, mean over the channels and images of the batch. A constant added to a channel is not seen.
+
+    Args:
+        temperature: divisor of the maps; a higher one spreads the distribution over more positions.
+
+    Raises:
+        InputError: where the temperature is not above 0.
+    """
+
+    reads, adapt = "logits", "none"
+
+    def __init__(self, temperature: float = 4.0):
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.temperature = temperature
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: maps BNH[WD] of one shape; gradients flow to both.
+            labels, context: not used.
+
+        Raises:
+            InputError: where the shapes differ.
+        """
+        check_pair(student, teacher)
+        log_p = ((as_float(maps).flatten(2) / self.temperature).log_softmax(2) for maps in (student, teacher))
+        return divergence(*log_p, dim=2).mean() * self.temperature**2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceLoss
@@ -23,9 +25,9 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-def predict(logits: torch.Tensor) -> torch.Tensor:
-    """Logits BNH[WD] as labels BH[WD] (int64): probability above 0.5 for one channel, likeliest class for several."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+def predict(logits: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Logits BNH[WD] as labels BH[WD] (int64): probability above `threshold` for one channel, likeliest of several."""
+    return (logits[:, 0] > math.log(threshold / (1 - threshold))).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 class SegmentationLoss(nn.Module):
@@ -38,13 +40,15 @@ class SegmentationLoss(nn.Module):
 
     Args:
         cross_entropy: add the mean cross entropy (binary for one channel), as the teachers do; else Dice alone.
+        smoothing: share of every pixel's target spread evenly over the classes (Szegedy 2016, arXiv 1512.00567).
     """
 
-    def __init__(self, cross_entropy: bool):
+    def __init__(self, cross_entropy: bool, smoothing: float = 0.0):
         super().__init__()
         loss = DiceCELoss if cross_entropy else DiceLoss
+        self.smoothing = smoothing
         self.binary = loss(sigmoid=True, batch=True)
-        self.multiclass = loss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+        self.multiclass = loss(softmax=True, include_background=False, batch=True)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -66,6 +70,5 @@ class SegmentationLoss(nn.Module):
             found = f"labels reach from {labels.min()} to {labels.max()}"
             raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
         logits = as_float(logits)
-        if channels == 1:
-            return self.binary(logits, one_hot(labels, 1).to(logits.dtype))
-        return self.multiclass(logits, labels.unsqueeze(1))
+        target = one_hot(labels, channels).to(logits.dtype) * (1 - self.smoothing) + self.smoothing / max(channels, 2)
+        return (self.binary if channels == 1 else self.multiclass)(logits, target)

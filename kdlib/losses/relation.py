@@ -1,0 +1,292 @@
+"""Distillation of relations: between images, between positions, to the prototype of a class, and to a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib.config import InputError
+from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses.memory import MemoryBank
+
+
+class SimilarityPreserving(nn.Module):
+    """Squared difference of the similarities between the images of a batch (Tung & Mori 2019, arXiv 1907.09682).
+
+    Every map is flattened to one vector an image, `q`; `G = q q^T` over the batch, its rows divided by their lengths;
+    `loss = |G_teacher - G_student|^2 / B^2`, a mean over the pairs of images. Nothing is said of a single image: a
+    batch of one gives 0. Values are small, and the paper weighs them with 3000.
+    """
+
+    reads, adapt = "features", "none"
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both.
+            labels, context: not used.
+
+        Raises:
+            InputError: where batch or grid differ.
+        """
+        check_pair(student, teacher, channels=False)
+        with torch.autocast(student.device.type, enabled=False):
+            vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
+            of_student, of_teacher = (unit(q @ q.T) for q in vectors)
+            return F.mse_loss(of_student, of_teacher)
+
+
+class PairwiseAffinity(nn.Module):
+    """Squared difference of the affinities between positions: the pair-wise term of SKD (Liu 2019, arXiv 1903.04197).
+
+    Maps are pooled to a grid of N positions. The affinity of two positions of an image is the cosine of their vectors;
+    the loss is the mean of the squared difference over the N^2 pairs of every image.
+
+    Args:
+        scale: size of the grid relative to the maps, a half for the paper's nodes of 2 x 2 pixels (in the published
+            code the same 0.5 is the size of a window relative to the map, which leaves 2 x 2 nodes in all).
+        nodes: most positions of the grid, because cost grows with their square: longer axes are cut to one length,
+            16 x 16 or 6 x 6 x 6 for 256.
+        pool: "avg", as in the paper, or "max", as in its code; windows are as even as the sizes allow.
+
+    Raises:
+        InputError: where an option is out of its range.
+    """
+
+    reads, adapt = "features", "none"
+
+    def __init__(self, scale: float = 0.5, nodes: int = 256, pool: str = "avg"):
+        super().__init__()
+        if not 0 < scale <= 1 or nodes < 2 or pool not in ("avg", "max"):
+            given = f"scale {scale}, nodes {nodes}, pool {pool!r}"
+            raise InputError(f"{given}: give a scale in (0, 1], at least 2 nodes, and the pool 'avg' or 'max'")
+        self.scale, self.nodes, self.pool = scale, nodes, pool
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both.
+            labels, context: not used.
+
+        Raises:
+            InputError: where batch or grid differ.
+        """
+        check_pair(student, teacher, channels=False)
+        grid = _cut([ceil(n * self.scale) for n in student.shape[2:]], self.nodes)
+        with torch.autocast(student.device.type, enabled=False):
+            vectors = [unit(_pool(maps, grid, self.pool)).flatten(2) for maps in (student, teacher)]
+            of_student, of_teacher = (z.transpose(1, 2) @ z for z in vectors)
+            return F.mse_loss(of_student, of_teacher)
+
+
+class IFVD(nn.Module):
+    """Intra-class feature variation distillation (Wang 2020, ECCV, "Intra-class Feature Variation Distillation for
+    Semantic Segmentation").
+
+    The prototype of a class is the mean vector of its pixels in one image. The map of an image is the cosine of every
+    pixel to the prototype of its own class; the loss is the mean squared difference of the two maps over all pixels.
+    A class that an image lacks has no part in it; a class of one pixel, its own prototype, adds 0. The background is a
+    class like the others. The published code weighs the term with 200.
+    """
+
+    reads, adapt = "features", "none"
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both, also through the
+                prototypes.
+            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
+            context: not used.
+
+        Raises:
+            InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
+        """
+        check_pair(student, teacher, channels=False)
+        members = _members(labels_on(labels, student, "intra-class variation"))
+        with torch.autocast(student.device.type, enabled=False):
+            of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
+            return F.mse_loss(of_student, of_teacher)
+
+    @staticmethod
+    def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:
+        """Cosine [B, P] of every pixel to its class's mean."""
+        vectors = as_float(maps).flatten(2)
+        prototypes = unit(_class_means(vectors, members))
+        # to every prototype, then the own one: cheaper than a map of prototypes, for classes are fewer than channels
+        along = ((vectors.transpose(1, 2) @ prototypes) * members).sum(2)
+        return along / vectors.norm(dim=1).clamp(min=1e-4)  # the bound of `unit`, without a map of unit vectors
+
+
+class CrossImageRelation(nn.Module):
+    """Cross-image relational distillation, CIRKD (Yang 2022, arXiv 2204.06986), in its three parts.
+
+    With unit vectors, `relation(z; k_1..k_n) = softmax(z . k_j / t over j)` and
+    `d = KL(relation of the teacher's z || relation of the student's z)`, a mean over z:
+
+    - mini-batch: z are the positions of the maps, averaged to a small grid, and k those of one image, in the student's
+      relation the student's own; mean over all ordered pairs of images, an image with itself among them;
+    - pixel: z are pixels of the batch, and k pixels of the teacher that a memory keeps from earlier steps;
+    - region: the same z, and k means of the teacher's unit vectors over a class in an image of earlier steps.
+
+    `loss = weights . (mini-batch, pixel, region)`. Keys are drawn from a memory in equal number from each class in it
+    (all of a class that has fewer). Pixels z are drawn in equal number from each class and image, where the paper takes
+    all of them: so that cost does not grow with the maps, and a small organ counts as much as the background. After
+    the loss, and only in training mode, the same pixels of the teacher and the batch's regions enter the memories, so
+    that no batch is compared with itself. While the memories are empty only the first part counts.
+
+    The memories are `pixel_bank` and `region_bank`: tell both which patients may enter with `admit`. Where the weights
+    of both parts are 0 the memories are not used, and labels and patients not needed.
+
+    Args:
+        temperature: t, divisor of the cosines.
+        weights: of the mini-batch, the pixel and the region part.
+        nodes: most positions of an image in the mini-batch part, because cost grows with the square of batch times
+            nodes: longer axes are averaged to one length, 8 x 8 or 4 x 4 x 4 for 64.
+        pixels: most pixels to draw from each class of an image.
+        pixel_memory, region_memory: vectors that each memory keeps, of all classes together.
+        pixel_keys, region_keys: most vectors to draw from each memory (at least one a class).
+
+    Raises:
+        InputError: where an option is out of its range.
+    """
+
+    reads, adapt = "features", "student"
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weights: Sequence[float] = (1.0, 0.1, 0.1),
+        nodes: int = 64,
+        pixels: int = 16,
+        pixel_memory: int = 8192,
+        region_memory: int = 2048,
+        pixel_keys: int = 4096,
+        region_keys: int = 1024,
+    ):
+        super().__init__()
+        check_positive(temperature=temperature)
+        if len(weights) != 3 or not all(weight >= 0 for weight in weights):
+            raise InputError(f"weights {weights}: give three of at least 0, for mini-batch, pixel and region")
+        if min(nodes, pixels, pixel_keys, region_keys) < 1:
+            given = f"nodes {nodes}, pixels {pixels}, pixel_keys {pixel_keys}, region_keys {region_keys}"
+            raise InputError(f"{given}: give at least 1 of each")
+        self.temperature, self.weights, self.nodes, self.pixels = temperature, tuple(weights), nodes, pixels
+        self.pixel_keys, self.region_keys = pixel_keys, region_keys
+        self.pixel_bank, self.region_bank = MemoryBank(pixel_memory), MemoryBank(region_memory)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both, but none to a memory.
+            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
+            context: its generator draws pixels and keys; in training mode its patients and step go into the memories.
+
+        Raises:
+            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions, or,
+                in training mode, patients are missing, not one an image, or not admitted to the memories.
+        """
+        check_pair(student, teacher)
+        with torch.autocast(student.device.type, enabled=False):
+            loss = self.weights[0] * self._minibatch(student, teacher)
+            if not any(self.weights[1:]):
+                return loss
+            labels = labels_on(labels, student, "relation to a memory")
+            patients = self._patients(context, labels) if self.training else None
+
+            classes = int(labels.max()) + 1
+            groups = labels.flatten(1) + classes * torch.arange(len(labels), device=labels.device)[:, None]
+            drawn = _draw(groups.flatten(), self.pixels, context.generator)
+            image, pixel = drawn // groups.shape[1], drawn % groups.shape[1]
+            of_student, of_teacher = (unit(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+            banks = ((self.pixel_bank, self.pixel_keys), (self.region_bank, self.region_keys))
+            for weight, (bank, keys) in zip(self.weights[1:], banks, strict=True):
+                if len(bank):
+                    vectors = _keys(bank, keys, context.generator).to(of_student).T / self.temperature
+                    loss = loss + weight * _divergence(of_student @ vectors, of_teacher @ vectors)
+
+            if patients is not None:
+                self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[image], context.step)
+                self._push_regions(teacher, labels, patients, context.step)
+            return loss
+
+    def _minibatch(self, student: Tensor, teacher: Tensor) -> Tensor:
+        grid = _cut(student.shape[2:], self.nodes)
+        relations = []
+        for maps in (student, teacher):
+            z = unit(_pool(maps, grid, "avg")).flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
+            relations.append((z @ z.T / self.temperature).unflatten(1, (len(maps), -1)))
+        return _divergence(*relations)
+
+    @staticmethod
+    def _patients(context: Context, labels: Tensor) -> Tensor:
+        given = context.patients
+        if given is None or given.shape != labels.shape[:1]:
+            got = "none" if given is None else f"shape {list(given.shape)}"
+            raise InputError(f"a memory needs to know the patients, got {got}: give context.patients, one an image")
+        return given.to(labels.device)
+
+    @torch.no_grad()
+    def _push_regions(self, teacher: Tensor, labels: Tensor, patients: Tensor, step: int) -> None:
+        members = _members(labels)
+        means = unit(_class_means(unit(teacher).flatten(2), members)).transpose(1, 2)  # [B, classes, channels]
+        image, label = members.any(1).nonzero(as_tuple=True)
+        self.region_bank.push(means[image, label], label, patients[image], step)
+
+
+def _cut(size: Sequence[int], most: int) -> list[int]:
+    """A grid of at most `most` positions: the longer axes of `size` cut to one length, the longest that fits."""
+    length = max(c for c in range(1, max(size) + 1) if prod(min(n, c) for n in size) <= most)
+    return [min(n, length) for n in size]
+
+
+def _pool(maps: Tensor, grid: Sequence[int], pool: str) -> Tensor:
+    """Maps in single precision, pooled ("avg" or "max") to the grid."""
+    return getattr(F, f"adaptive_{pool}_pool{len(grid)}d")(as_float(maps), grid)
+
+
+def _members(labels: Tensor) -> Tensor:
+    """Which class each pixel is of, [B, P, classes] (bool), from labels BH[WD]."""
+    return labels.flatten(1)[..., None] == torch.arange(int(labels.max()) + 1, device=labels.device)
+
+
+def _class_means(vectors: Tensor, members: Tensor) -> Tensor:
+    """Means [B, channels, classes] of the vectors [B, channels, P] of a class in an image, 0 where it has none."""
+    return vectors @ members.to(vectors.dtype) / members.sum(1, keepdim=True).clamp(min=1)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the softmax over the last dimension, mean over the others."""
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+
+
+def _draw(groups: Tensor, most: int, generator: torch.Generator | None) -> Tensor:
+    """Positions [k] in `groups` [n] (numbers from 0), at most `most` of each group: all of a smaller one."""
+    counts = groups.bincount().cpu()
+    taken = counts.clamp(max=most)
+    # one draw from each of `taken` runs of near-equal length: distinct, and spread over the group
+    edges = torch.arange(int(taken.max()) + 1) * counts[:, None] // taken.clamp(min=1)[:, None]
+    offsets = torch.rand(len(counts), edges.shape[1] - 1, generator=generator, dtype=torch.float64) * edges.diff()
+    places = (counts.cumsum(0) - counts)[:, None] + edges[:, :-1] + offsets.long()
+    wanted = torch.arange(places.shape[1]) < taken[:, None]
+    # as int32, which sorts four times as fast
+    return groups.int().argsort(stable=True)[places[wanted].to(groups.device)]
+
+
+def _keys(bank: MemoryBank, most: int, generator: torch.Generator | None) -> Tensor:
+    """At most `most` vectors of the bank, in equal number from each class in it, at least one a class."""
+    vectors, labels, _, _ = bank.entries()
+    classes = int((labels.bincount() > 0).sum())
+    return vectors[_draw(labels, max(1, most // classes), generator)]
