@@ -11,16 +11,19 @@ from kdlib.config import (
     Term,
     TrainingError,
     View,
+    bridge,
     choose,
     tailor,
-    thesis_recipe,
 )  # fmt: skip
 from kdlib.data import case_table, download, largest_slices, split_table
-from kdlib.runs import Results, run_bank, run_source, study
+from kdlib.recipes import DISTILLERS, QUICK, controls, distiller, thesis_recipe
+from kdlib.runs import Results, imitation, run_bank, run_source, study
 
 __all__ = [
+    "DISTILLERS",
     "PROFILES",
     "PROTOCOLS",
+    "QUICK",
     "InputError",
     "Profile",
     "Protocol",
@@ -30,9 +33,13 @@ __all__ = [
     "Term",
     "TrainingError",
     "View",
+    "bridge",
     "case_table",
     "choose",
+    "controls",
+    "distiller",
     "download",
+    "imitation",
     "largest_slices",
     "run_bank",
     "run_source",

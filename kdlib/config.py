@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 
 STUDENTS = ("S1", "S2")
 TEACHERS = ("T1", "T2")
-LOSS_NAMES = {"mse": "MSE", "infonce": "InfoNCE", "labelled": "labelled contrast"}  # of feature terms, as printed
+LOSS_NAMES = {  # of the distillers, as printed
+    "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
+    "cwd": "CWD (logits)", "boundary_kl": "boundary KL", "mse": "MSE", "at": "AT", "feature_cwd": "CWD (features)",
+    "reviewkd": "ReviewKD", "importance": "EMKD importance", "affinity": "EMKD affinity", "sp": "SP",
+    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "labelled": "labelled contrast",
+    "prototype": "prototype contrast", "crd": "CRD",
+}  # fmt: skip
+# where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
+# stage after its pooling (teacher 128 channels, S1 32, S2 64)
+SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
 
 
 class InputError(ValueError):
@@ -38,6 +48,8 @@ class View:
         channels: "repeat" (the slice three times, as the thesis) or "neighbours" (the slice between its neighbours).
         window: (low, high) in HU that CT is clipped to.
         percentiles: (low, high) of each volume's non-zero voxels that MR is clipped to.
+        published: slices as the published code makes them: intensities clipped to 0..255 whatever the modality, the
+            whole field of view resized to the slice whatever the spacing, in the file's own axes.
     """
 
     size: int = 256
@@ -45,6 +57,7 @@ class View:
     channels: str = "repeat"
     window: tuple[float, float] = (-125.0, 275.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
+    published: bool = False
 
     def __post_init__(self):
         if self.size < 16 or self.size % 16:
@@ -67,25 +80,51 @@ class Term:
     """One distillation term.
 
     Args:
-        name: "E-E", "B-B", "D-D" (features) or "PMD" (prediction maps).
-        loss: "infonce", "mse" or "labelled" for features; "kl" for prediction maps.
+        name: unique in its recipe; "E-E", "B-B", "D-D" and "PMD" are the thesis's.
+        loss: a name in `kdlib.losses.LOSSES`.
         weight: factor in the total loss.
-        temperature: of the contrast or of the softened maps; unused by "mse".
+        temperature: of the contrast or of the softened maps; None leaves the loss's own default.
+        options: further arguments of the loss, e.g. `{"hard": 0.5}`.
+        at: scales that the student is read at, e.g. "decoder1", "encoder2/2" (pooled by 2) or "logits"; several for a
+            loss of several scales, from shallow to deep; by default where the thesis's term of this name reads.
+        taught_at: scales of the teacher; by default `at`.
+        projector: "learned", or, as controls, "frozen" at random weights or "redrawn" at every step.
     """
 
     name: str
     loss: str
     weight: float
-    temperature: float = 1.0
+    temperature: float | None = None
+    options: tuple[tuple[str, object], ...] = ()
+    at: tuple[str, ...] = ()
+    taught_at: tuple[str, ...] = ()
+    projector: str = "learned"
 
     def __post_init__(self):
-        losses = ("kl",) if self.name == "PMD" else tuple(LOSS_NAMES)
-        if self.name not in ("E-E", "B-B", "D-D", "PMD"):
-            raise InputError(f"distillation term {self.name!r}: choose from E-E, B-B, D-D, PMD")
-        if self.loss not in losses:
-            raise InputError(f"loss {self.loss!r} of term {self.name}: choose from {', '.join(losses)}")
-        if self.temperature <= 0:
+        if self.temperature is not None and self.temperature <= 0:
             raise InputError(f"temperature {self.temperature} of term {self.name}: it must be positive")
+        if not self.weight >= 0:
+            raise InputError(f"weight {self.weight} of term {self.name}: it must be 0 or more")
+        if self.projector not in ("learned", "frozen", "redrawn"):
+            raise InputError(f"projector {self.projector!r} of term {self.name}: choose learned, frozen or redrawn")
+        # dicts and single names are easier to write, only tuples can be part of a frozen key
+        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        for field in ("at", "taught_at"):
+            given = getattr(self, field)
+            object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
+        if not self.at and self.name not in SCALES:
+            raise InputError(f"distillation term {self.name!r}: say where it reads (at=...), or name it {_or(SCALES)}")
+        object.__setattr__(self, "at", self.at or SCALES[self.name])
+        object.__setattr__(self, "taught_at", self.taught_at or self.at)
+        if len(self.at) != len(self.taught_at):
+            raise InputError(
+                f"term {self.name}: {len(self.at)} scales of the student, {len(self.taught_at)} of the teacher"
+            )
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What the loss is made with."""
+        return dict(self.options) | ({} if self.temperature is None else {"temperature": self.temperature})
 
 
 @dataclass(frozen=True)
@@ -98,6 +137,11 @@ class Recipe:
         segmentation_weight: factor of the segmentation loss.
         reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
         terms: distillation terms; none for a baseline.
+        smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
+        teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
+        budget: "student", or, as a control, "both": the teacher's steps and the student's together.
+        balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
+            step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
     """
 
     name: str
@@ -105,39 +149,37 @@ class Recipe:
     segmentation_weight: float = 0.4
     reconstruction_weight: float = 0.0
     terms: tuple[Term, ...] = ()
+    smoothing: float = 0.0
+    teacher: str = "trained"
+    budget: str = "student"
+    balance: float | None = None
 
     def __post_init__(self):
-        if self.segmentation not in ("dice", "dice+ce"):
-            raise InputError(f"segmentation loss {self.segmentation!r}: choose 'dice' or 'dice+ce'")
+        for field, options in (
+            ("segmentation", ("dice", "dice+ce")),
+            ("teacher", ("trained", "random", "shuffled")),
+            ("budget", ("student", "both")),
+        ):
+            if getattr(self, field) not in options:
+                raise InputError(f"recipe {self.name!r}, {field} {getattr(self, field)!r}: choose {_or(options)}")
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"recipe {self.name!r}, label smoothing {self.smoothing}: choose from 0 to below 1")
+        if self.balance is not None and not (self.balance > 0 and any(term.weight for term in self.terms)):
+            raise InputError(
+                f"recipe {self.name!r}, balance {self.balance}: give a positive one, and terms with weights"
+            )
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
 
 
+def _or(names) -> str:
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}"
+
+
 TEACHING = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
 BASELINE = Recipe("baseline")
-
-
-def thesis_recipe(student: str, loss: str = "labelled", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
-    """The thesis's weights and temperatures (section "systems" of its method) for a chosen feature loss.
-
-    Args:
-        student: "S1" (contrastive temperature 0.4) or "S2" (0.1).
-        loss: "infonce" as published, "mse", or "labelled" (supervised contrast on pixels).
-        only: the terms to keep, for an ablation.
-    """
-    weights = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}
-    unknown = [name for name in only if name not in weights]
-    if unknown:
-        raise InputError(f"distillation terms {unknown}: choose from {', '.join(weights)}")
-    temperature = {"S1": 0.4, "S2": 0.1}[student]
-    terms = tuple(
-        Term(name, "kl", weight, 4.0) if name == "PMD" else Term(name, loss, weight, temperature)
-        for name, weight in weights.items()
-        if name in only
-    )
-    names = "+".join(term.name for term in terms)
-    return Recipe(f"{names} ({loss})" if names != "PMD" else names, terms=terms)
 
 
 @dataclass(frozen=True)
@@ -161,26 +203,60 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How trainings are optimised: one for teachers, one for baseline students, one for distilled students."""
+    """How a study is done. Each switch keeps one fault of the published study; `corrected` keeps none.
+
+    Args:
+        redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
+        one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
+        own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
+            schedule and batch, and baselines the teachers' Dice + cross entropy (fault 4).
+        test_selection: the best epoch is chosen on the test patients (fault 5).
+        pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
+        logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
+        byte_image: intensities are clipped to 0..255 by an image conversion; no window, spacing or orientation (10).
+        unlabelled_contrast: contrast of one vector a slice, without labels (fault 12).
+    """
 
     name: str
-    teacher: Optimisation
-    baseline: Optimisation
-    distilled: Optimisation
+    redrawn_projectors: bool = False
+    one_channel_softmax: bool = False
+    own_optimisers: bool = False
+    test_selection: bool = False
+    pooled_dice: bool = False
+    logit_threshold: bool = False
+    byte_image: bool = False
+    unlabelled_contrast: bool = False
 
 
-_SAME = Optimisation()
-PROTOCOLS = {
-    # one optimiser, schedule and batch for every arm, so that arms differ in nothing but what they learn from
-    "corrected": Protocol("corrected", teacher=_SAME, baseline=_SAME, distilled=_SAME),
-    # the published optimisers: baseline and distilled students differ, as in the thesis
-    "thesis": Protocol(
-        "thesis",
-        teacher=Optimisation("adamw", 1e-4, 8, schedule="constant"),
-        baseline=Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
-        distilled=Optimisation("rmsprop", 1e-2, 20, weight_decay=0.0, schedule="constant"),
-    ),
+SWITCHES = {  # in the order in which the bridge mends them -> the mended state in a few words
+    "own_optimisers": "one optimiser for all",
+    "byte_image": "HU window, spacing",
+    "redrawn_projectors": "learned projectors",
+    "one_channel_softmax": "Bernoulli KL",
+    "unlabelled_contrast": "contrast with labels",
+    "test_selection": "selection on validation",
+    "logit_threshold": "cut at probability 0.5",
+    "pooled_dice": "Dice by volume",
 }
+PROTOCOLS = {
+    "corrected": Protocol("corrected"),
+    "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
+}
+LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
+SAME = Optimisation()  # for every arm, so that arms differ in nothing but what they learn from
+PUBLISHED = {
+    "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
+    "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
+    "distilled": Optimisation("rmsprop", 1e-2, 20, weight_decay=0.0, schedule="constant"),
+}
+
+
+def bridge() -> list[Protocol]:
+    """From `thesis` to `corrected`, one fault mended at a time; each protocol is named after what was mended last."""
+    steps = [PROTOCOLS["thesis"]]
+    for switch, name in SWITCHES.items():
+        steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
+    return steps
 
 
 @dataclass(frozen=True)
@@ -219,16 +295,16 @@ PROFILES = {
         "quick",
         View(64, 5.0),
         width=0.25,
-        teacher_epochs=8,
-        student_epochs=5,
-        teacher_steps=25,
-        student_steps=25,
+        teacher_epochs=4,
+        student_epochs=3,
+        teacher_steps=50,
+        student_steps=42,
         folds=4,
-        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 125 for students: "
+        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 126 for students: "
         "to try out, not for claims",
     ),
     "hippocampus": _shrunk(
-        "hippocampus", View(64, 1.0), 10, 60, 5, "64 x 64 slices at 1 mm (a hippocampus volume fits)"
+        "hippocampus", View(64, 1.0), 10, 40, 5, "64 x 64 slices at 1 mm (a hippocampus volume fits)"
     ),
     "ct128": _shrunk("ct128", View(128, 3.0), 8, 50, 4, "128 x 128 slices at 3 mm"),
     "thesis": Profile("thesis", View(256, 1.5)),
@@ -242,14 +318,15 @@ class Run:
     Args:
         data: a folder in Decathlon layout, or "phantom".
         target: label names to segment ("spleen"), several joined by ",", or "all".
-        model: "T1", "T2", "S1" or "S2".
+        model: a name in `kdlib.models.MODELS`: "T1", "T2", "S1", "S2", or one added there.
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
-        teacher: "T1" or "T2" for a distilled student, else None.
-        recipe: what the model learns from; None means `TEACHING` for a teacher and `BASELINE` for a student.
+        teacher: the model that teaches a distilled student, several joined by "+", else None. A student (`STUDENTS`) as
+            teacher was trained alone, on the same fraction.
+        recipe: what the model learns from; None means `TEACHING` for T1 and T2 and `BASELINE` for others.
         seed: of initial weights, data order and augmentation.
         teacher_seed: seed of the teacher that a distilled student learns from.
-        profile, protocol: size and optimisation.
+        profile, protocol: size, and the published faults that are kept.
         on_defect: "raise" stops at defective cases of the data, "drop" leaves them out and reports them.
     """
 
@@ -267,16 +344,10 @@ class Run:
     on_defect: str = "raise"
 
     def __post_init__(self):
-        if self.model not in TEACHERS + STUDENTS:
-            raise InputError(f"model {self.model!r}: choose from {', '.join(TEACHERS + STUDENTS)}")
         if self.recipe is None:
             object.__setattr__(self, "recipe", TEACHING if self.model in TEACHERS else BASELINE)
-        if self.teacher is not None and self.teacher not in TEACHERS:
-            raise InputError(f"teacher {self.teacher!r}: choose from {', '.join(TEACHERS)}")
         if (self.teacher is None) != (not self.recipe.terms):
-            raise InputError(
-                f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither"
-            )
+            raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
         if not 0 < self.fraction <= 1:
             raise InputError(f"label fraction {self.fraction}: it must lie above 0 and at most at 1")
         if not 0 <= self.fold < self.profile.folds:
@@ -291,22 +362,60 @@ class Run:
         return f"KD({self.teacher}, {self.model})" if self.teacher else f"{self.model}{share}"
 
     @property
-    def optimisation(self) -> Optimisation:
-        if self.model in TEACHERS:
-            return self.protocol.teacher
-        return self.protocol.distilled if self.teacher else self.protocol.baseline
+    def teaches(self) -> bool:
+        """Whether the run trains a teacher: at a teacher's length, with the teachers' recipe."""
+        return self.recipe == TEACHING
 
-    def teacher_run(self) -> Run:
-        """The run that trains this student's teacher: same fold, all of the training patients."""
-        return dataclasses.replace(
-            self,
-            model=self.teacher,
-            fraction=1.0,
-            teacher=None,
-            recipe=TEACHING,
-            seed=self.teacher_seed,
-            teacher_seed=0,
-        )
+    @property
+    def lesson(self) -> Recipe:
+        """The recipe with the faults that the protocol keeps."""
+        protocol, recipe = self.protocol, self.recipe
+        if protocol.own_optimisers and not self.teacher:
+            recipe = dataclasses.replace(recipe, segmentation="dice+ce", segmentation_weight=1.0)
+        published = {}
+        if protocol.one_channel_softmax:
+            published["kl"] = "softmax_kl"
+        if protocol.unlabelled_contrast:
+            published["labelled"] = "infonce"
+        terms = [dataclasses.replace(term, loss=published.get(term.loss, term.loss)) for term in recipe.terms]
+        if protocol.redrawn_projectors:
+            terms = [dataclasses.replace(t, projector="redrawn") if t.at != ("logits",) else t for t in terms]
+        return dataclasses.replace(recipe, terms=tuple(terms))
+
+    @property
+    def view(self) -> View:
+        """The profile's view, as published where the protocol keeps that fault."""
+        return dataclasses.replace(self.profile.view, published=self.protocol.byte_image)
+
+    @property
+    def optimisation(self) -> Optimisation:
+        if not self.protocol.own_optimisers:
+            return SAME
+        return PUBLISHED["teacher" if self.teaches else "distilled" if self.teacher else "baseline"]
+
+    @property
+    def threshold(self) -> float:
+        """Probability above which a pixel of a one-channel model is foreground."""
+        return LOGIT_CUT if self.protocol.logit_threshold else 0.5
+
+    def teacher_runs(self) -> dict[str, Run]:
+        """Model -> the run that trains it as a teacher of this student: same fold, all of the training patients.
+
+        A student that teaches is trained alone, at a student's length, on the fraction of the student that it teaches.
+        """
+        found = {}
+        for model in self.teacher.split("+") if self.teacher else ():
+            peer = model in STUDENTS
+            found[model] = dataclasses.replace(
+                self,
+                model=model,
+                fraction=self.fraction if peer else 1.0,
+                teacher=None,
+                recipe=BASELINE if peer else TEACHING,
+                seed=self.teacher_seed,
+                teacher_seed=0,
+            )
+        return found
 
 
 def tailor(name: str, changes: dict[str, object] | None = None) -> Profile:
@@ -322,6 +431,9 @@ def tailor(name: str, changes: dict[str, object] | None = None) -> Profile:
         choose("field of a profile", field, dict.fromkeys(known))
     # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key
     changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
+    if changes:
+        said = ", ".join(f"{field} {value}" for field, value in changes.items())
+        changes = {"shrinks": f"{profile.shrinks}; here {said}"} | changes
     view = dataclasses.replace(profile.view, **{field: changes.pop(field) for field in fields & changes.keys()})
     return dataclasses.replace(profile, view=view, **changes)
 

@@ -1,30 +1,18 @@
-"""Taps, projectors and terms: from the features of a teacher and a student to a dict of losses."""
+"""Taps, adapters and terms: from the features of teachers and a student to a dict of losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib.config import InputError, Recipe, derive_seed
-from kdlib.losses import LOSSES
+from kdlib.config import InputError, Recipe, Term, choose, derive_seed
+from kdlib.losses import LOSSES, Context
 
-PROJECTION = 64  # channels that contrastive terms compare teacher and student in
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Where a feature term reads student and teacher; `pool` max-pools both, as the next encoder stage would."""
-
-    name: str
-    pool: int = 1
-
-
-# E-E at 1/4 resolution is the second encoder stage after its pooling (teacher 128 channels, S1 32, S2 64)
-SCALES = {"E-E": Scale("encoder2", pool=2), "B-B": Scale("bottleneck"), "D-D": Scale("decoder1")}
+PROJECTION = 64  # channels that a contrast compares teacher and student in
 
 
 class Taps:
@@ -36,10 +24,11 @@ class Taps:
         names: the scales to read.
 
     Raises:
-        InputError: a scale that `layers` does not name, or a path that the model does not have.
+        InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
+            layer that does not give one tensor.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, str], names: Iterable[str]):
+    def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
         self.model = model
         self.features: dict[str, Tensor] = {}
         modules = dict(model.named_modules())
@@ -52,10 +41,14 @@ class Taps:
                 raise InputError(
                     f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}"
                 )
-            self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name)))
+            self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name, layers[name])))
 
-    def _reader(self, name: str):
+    def _reader(self, name: str, path: str):
         def read(module, inputs, output):
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}: name a layer that gives a tensor"
+                )
             self.features[name] = output
 
         return read
@@ -72,101 +65,274 @@ class Taps:
             handle.remove()
 
 
-def scales_of(recipes: Iterable[Recipe]) -> list[str]:
-    """The scales that the feature terms of `recipes` read, each once, in a fixed order."""
-    used = {term.name for recipe in recipes for term in recipe.terms}
-    return [scale.name for name, scale in SCALES.items() if name in used]
+def _split(place: str) -> tuple[str, int]:
+    """A scale and the factor that it is pooled by: "encoder2/2" is ("encoder2", 2)."""
+    name, _, factor = place.partition("/")
+    if factor and not (factor.isdigit() and int(factor) > 1):
+        raise InputError(f"scale {place!r}: write the factor of its pooling as a whole number above 1, e.g. encoder2/2")
+    return name, int(factor or 1)
+
+
+def scales_of(recipes: Iterable[Recipe], taught: bool = False) -> list[str]:
+    """The scales that `recipes` read from their student (or, where `taught`, from their teacher), each once."""
+    places = [place for r in recipes for term in r.terms for place in (term.taught_at if taught else term.at)]
+    return list(dict.fromkeys(name for name, _ in map(_split, places) if name != "logits"))
 
 
 @torch.no_grad()
-def channels_of(
-    model: nn.Module, layers: dict[str, str], names: Iterable[str], in_channels: int, dims: int = 2
-) -> dict:
-    """Channels of each named scale, found by one small forward pass in eval mode."""
+def probe(
+    model: nn.Module, layers: Mapping[str, str], names: Iterable[str], channels: int = 3, dims: int = 2, size: int = 64
+) -> dict[str, torch.Size]:
+    """[N, H, W (, D)] of each named scale for an image of this size, found by one forward pass in eval mode."""
     parameter = next(model.parameters())
     taps, training = Taps(model, layers, names), model.training
     model.eval()  # batch statistics must not see the probe
-    _, features = taps(torch.zeros(1, in_channels, *[32] * dims, device=parameter.device, dtype=parameter.dtype))
+    _, features = taps(torch.zeros(1, channels, *[size] * dims, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     taps.close()
-    return {name: feature.shape[1] for name, feature in features.items()}
+    return {name: feature.shape[1:] for name, feature in features.items()}
 
 
-def resize(features: Tensor, grid: torch.Size) -> Tensor:
-    """`features` (BCH[WD]) on another grid, by (bi/tri)linear interpolation."""
-    if features.shape[2:] == grid:
+def resize(features: Tensor, grid: Sequence[int]) -> Tensor:
+    """`features` (BNH[WD]) on another grid: (bi/tri)linear to a finer one, means of areas to a coarser one."""
+    if features.shape[2:] == tuple(grid):
         return features
-    return F.interpolate(features, size=grid, mode={4: "bilinear", 5: "trilinear"}[features.ndim], align_corners=False)
+    if all(new <= old for new, old in zip(grid, features.shape[2:], strict=True)):
+        return F.interpolate(features, size=tuple(grid), mode="area")
+    mode = {4: "bilinear", 5: "trilinear"}[features.ndim]
+    return F.interpolate(features, size=tuple(grid), mode=mode, align_corners=False)
 
 
-class FeatureTerm(nn.Module):
-    """One feature term: pool, project to a common width, bring to the student's grid, compare.
+class Projector(nn.Module):
+    """A 1x1 convolution: learned, frozen at its random weights, or redrawn at every step (both as controls)."""
 
-    Both sides of a contrast are projected to `PROJECTION` channels by learned 1x1 convolutions. For MSE only the
-    student is projected, to the teacher's width: two learned sides would agree by shrinking to zero (FitNets,
-    Romero et al. 2015). The teacher is projected before it is resized, which commutes and is cheaper.
-    """
-
-    def __init__(self, term, student_channels: int, teacher_channels: int, dims: int):
+    def __init__(self, channels: int, out_channels: int, dims: int, kind: str):
         super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.pool = {2: F.max_pool2d, 3: F.max_pool3d}[dims]
-        self.factor = SCALES[term.name].pool
-        if term.loss == "mse":
-            self.student = conv(student_channels, teacher_channels, 1)
-            self.teacher = nn.Identity()
-            self.loss = LOSSES["mse"]()
-        else:
-            self.student = conv(student_channels, PROJECTION, 1)
-            self.teacher = conv(teacher_channels, PROJECTION, 1)
-            self.loss = LOSSES[term.loss](term.temperature)
+        self.conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims](channels, out_channels, 1)
+        self.conv.requires_grad_(kind == "learned")
+        self.redrawn = kind == "redrawn"
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        if self.factor > 1:
-            student, teacher = self.pool(student, self.factor), self.pool(teacher, self.factor)
-        student, teacher = self.student(student), self.teacher(teacher)
-        return self.loss(student, resize(teacher, student.shape[2:]), labels, generator)
+    def forward(self, features: Tensor, seed: int) -> Tensor:
+        if self.redrawn:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                fresh = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1)  # on the CPU: alike on any device
+                self.conv.weight.copy_(fresh.weight.view_as(self.conv.weight))
+                self.conv.bias.copy_(fresh.bias)
+        return self.conv(features)
 
 
-class Distiller(nn.Module):
-    """All distillation terms of a recipe for one pair of student and teacher.
+class Adapter(nn.Module):
+    """Brings a student's and a teacher's features to the same channels and to the student's grid.
 
-    Its parameters are the projectors; they belong into the student's optimiser. Initial weights depend on `seed` and
-    on the term's name alone, so a term starts alike in every subset of an ablation.
+    The loss says which channels it needs (`adapt`): "both" sides projected to `PROJECTION`, the "student" projected to
+    the teacher's (two learned sides of a regression would agree by shrinking to zero; FitNets, Romero 2015), or
+    "none". A 1x1 projection commutes with resizing, so the teacher is projected on whichever grid is smaller.
 
     Args:
-        recipe: its terms say what is compared, how, and with which temperature.
-        student_channels, teacher_channels: scale name -> channels (see `channels_of`).
-        seed: of the projectors.
+        adapt: "both", "student" or "none".
+        student, teacher: [N, H, W (, D)] of a probe.
+        places: of student and teacher, e.g. "encoder2/2".
+        kind: of the projectors: "learned", "frozen" or "redrawn".
+    """
+
+    def __init__(self, adapt: str, student: torch.Size, teacher: torch.Size, places: tuple[str, str], kind: str):
+        super().__init__()
+        dims = len(student) - 1
+        width = {"both": PROJECTION, "student": teacher[0], "none": None}[adapt]
+        self.student = Projector(student[0], width, dims, kind) if width else None
+        self.teacher = Projector(teacher[0], width, dims, kind) if adapt == "both" else None
+        self.factors = [_split(place)[1] for place in places]
+        self.pool = {2: F.max_pool2d, 3: F.max_pool3d}[dims]
+        self.description = self._describe(student, teacher, places, kind)
+
+    def forward(self, student: Tensor, teacher: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        student, teacher = (
+            self.pool(features, factor) if factor > 1 else features
+            for features, factor in zip((student, teacher), self.factors, strict=True)
+        )
+        grid = student.shape[2:]
+        finer = teacher.shape[2:].numel() > grid.numel()
+        if finer:
+            teacher = resize(teacher, grid)
+        if self.student is not None:
+            student = self.student(student, derive_seed(seed, "student"))
+        if self.teacher is not None:
+            teacher = self.teacher(teacher, derive_seed(seed, "teacher"))
+        return student, teacher if finer else resize(teacher, grid)
+
+    def _describe(self, student: torch.Size, teacher: torch.Size, places: tuple[str, str], kind: str) -> str:
+        grids = [[side // factor for side in s[1:]] for s, factor in zip((student, teacher), self.factors, strict=True)]
+        texts = []
+        for role, place, shape, grid, projector in zip(
+            ("student", "teacher"), places, (student, teacher), grids, (self.student, self.teacher), strict=True
+        ):
+            text = f"{role} {place} {shape[0]} channels on {' x '.join(map(str, grid))}"
+            if projector is not None:
+                text += f", to {projector.conv.out_channels} by a {kind} 1x1 projection"
+            texts.append(text)
+        if grids[0] != grids[1]:
+            finer = grids[1][0] > grids[0][0]
+            texts[1] += f", {'averaged' if finer else 'interpolated'} to the student's grid"
+            if self.teacher is not None:
+                texts[1] += " before its projection" if finer else " after its projection"
+        return "; ".join(texts)
+
+
+def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
+    """The loss of a term and what it is made with. Raises: InputError for what does not exist or fit."""
+    loss = choose("distillation loss", term.loss, LOSSES)
+    parameters = inspect.signature(loss).parameters.values()
+    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    options = [name for name in own if loss.adapt != "own" or name not in _SHAPES]
+    unknown = [name for name in term.arguments if name not in options]
+    if unknown:
+        raise InputError(
+            f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(options) or 'none'}"
+        )
+    logits = term.at == ("logits",) and term.taught_at == ("logits",)
+    if logits != (loss.reads == "logits"):
+        kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
+        raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
+    if len(term.at) > 1 and loss.adapt != "own":
+        raise InputError(f"term {term.name}: loss {term.loss!r} takes one scale; write a term for each")
+    if term.projector != "learned" and loss.adapt in ("none", "own"):
+        raise InputError(f"term {term.name}: loss {term.loss!r} has no projector that could be {term.projector}")
+    return loss, term.arguments
+
+
+_SHAPES = ("student_channels", "teacher_channels", "dims")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises InputError where a term names a loss, an option or a scale that cannot be."""
+    for term in recipe.terms:
+        loss, arguments = _arguments(term)
+        shapes = ([8] * len(term.at), [8] * len(term.at), 2) if loss.adapt == "own" else ()
+        loss(*shapes, **arguments)
+    scales_of([recipe]), scales_of([recipe], taught=True)
+
+
+class DistillationTerm(nn.Module):
+    """One term between one student and one teacher: adapters where the loss needs them, and the loss.
+
+    Args:
+        term: what is compared, where and how.
+        student, teacher: scale name -> [N, H, W (, D)] (see `probe`).
         dims: 2 or 3 spatial dimensions.
     """
 
-    def __init__(self, recipe: Recipe, student_channels: dict, teacher_channels: dict, seed: int, dims: int = 2):
+    def __init__(self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, dims: int = 2):
         super().__init__()
-        self.recipe = recipe
-        self.terms = nn.ModuleDict()
-        for term in recipe.terms:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(seed, "projector", term.name))
-                if term.name == "PMD":
-                    self.terms[term.name] = LOSSES["kl"](term.temperature)
-                else:
-                    scale = SCALES[term.name].name
-                    self.terms[term.name] = FeatureTerm(term, student_channels[scale], teacher_channels[scale], dims)
+        self.term = term
+        loss, arguments = _arguments(term)
+        self.adapters = nn.ModuleList()
+        if loss.adapt == "own":
+            sides = self._sides(student, teacher)
+            channels = [[shapes[_split(place)[0]][0] for place in places] for shapes, places in sides]
+            self.loss = loss(*channels, dims, **arguments)
+            return
+        self.loss = loss(**arguments)
+        if loss.reads == "features":
+            (place,), (taught,) = term.at, term.taught_at
+            shapes = student[_split(place)[0]], teacher[_split(taught)[0]]
+            self.adapters.append(Adapter(loss.adapt, *shapes, (place, taught), term.projector))
+
+    def _sides(self, student, teacher):
+        return (student, self.term.at), (teacher, self.term.taught_at)
 
     def forward(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor], labels: Tensor, seed: int
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, context: Context, seed: int
+    ) -> Tensor:
+        seen = [[features[_split(place)[0]] for place in places] for features, places in self._sides(student, teacher)]
+        if self.loss.adapt == "own":
+            return self.loss(*seen, labels, context)
+        (mine,), (taught,) = seen
+        if self.adapters:
+            mine, taught = self.adapters[0](mine, taught, derive_seed(seed, "projector"))
+        else:
+            taught = resize(taught, mine.shape[2:])
+        return self.loss(mine, taught, labels, context)
+
+    def describe(self) -> str:
+        """What is compared with what, in words."""
+        if self.adapters:
+            return self.adapters[0].description
+        return f"student {', '.join(self.term.at)}; teacher {', '.join(self.term.taught_at)}" + (
+            "; the loss's own projections" if self.loss.adapt == "own" else ""
+        )
+
+
+class Distiller(nn.Module):
+    """All distillation terms of a recipe for one student and its teachers.
+
+    Its parameters are the projectors; they belong into the student's optimiser. Initial weights depend on `seed` and
+    on the term's name alone, so a term starts alike in every subset of an ablation. With several teachers every term
+    is there once a teacher, under the name "<teacher> <term>", and its weight is divided among them.
+
+    Args:
+        recipe: its terms say what is compared, how, and with which temperature.
+        student: scale name -> [N, H, W (, D)] of the student (see `probe`).
+        teachers: teacher -> the same of it.
+        seed: of the projectors.
+        dims: 2 or 3 spatial dimensions.
+        patients: numbers of the training patients, whose features alone may enter a memory.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: Mapping[str, Sequence[int]],
+        teachers: Mapping[str, Mapping[str, Sequence[int]]],
+        seed: int,
+        dims: int = 2,
+        patients: Iterable[int] = (),
+    ):
+        super().__init__()
+        self.terms, self.weights, self.parts = nn.ModuleDict(), {}, {}
+        for teacher, shapes in teachers.items():
+            for term in recipe.terms:
+                name = term.name if len(teachers) == 1 else f"{teacher} {term.name}"
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(derive_seed(seed, "projector", name))
+                    self.terms[name] = DistillationTerm(term, student, shapes, dims)
+                self.weights[name] = term.weight / len(teachers)
+                self.parts[name] = teacher
+        known = sorted(set(patients))
+        for module in self.modules():
+            if hasattr(module, "admit"):
+                module.admit(known)
+
+    def forward(
+        self,
+        student: Mapping[str, Tensor],
+        taught: Mapping[str, Mapping[str, Tensor]],
+        labels: Tensor,
+        seed: int,
+        patients: Tensor | None = None,
+        step: int = 0,
     ) -> dict[str, Tensor]:
         """Unweighted terms by name.
 
         Args:
-            student, teacher: scale name -> features (BCH[WD]), with "logits" the segmentation logits.
+            student: scale name -> features (BNH[WD]), with "logits" the segmentation logits; taught: the same of
+                every teacher.
             labels: BH[WD] class indices of the student's input.
             seed: of whatever a term draws in this step (the pixels of a contrast); each term has its own stream.
+            patients: [B], the patient of each image; step: number of the step; both for terms with a memory.
         """
         losses = {}
         for name, module in self.terms.items():
-            scale = SCALES[name].name if name in SCALES else "logits"
-            generator = torch.Generator().manual_seed(derive_seed(seed, name))
-            losses[name] = module(student[scale], teacher[scale], labels, generator)
+            own = derive_seed(seed, name)
+            context = Context(torch.Generator().manual_seed(own), patients, step)
+            losses[name] = module(student, taught[self.parts[name]], labels, context, own)
         return losses
+
+    def learned(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a term that are trained with the student."""
+        return [parameter for parameter in self.terms[name].parameters() if parameter.requires_grad]
+
+    def describe(self) -> dict[str, str]:
+        """Term -> what is compared with what, and how the two were brought to the same channels and grid."""
+        return {name: module.describe() for name, module in self.terms.items()}

@@ -135,32 +135,42 @@ def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[st
     return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
 
 
-def volume_dice(model: nn.Module, bank: SliceBank, batch: int = 32) -> float:
-    """Dice of every volume and class in the slice grid, then their mean; empty masks as in `case_metrics`."""
+def volume_dice(
+    model: nn.Module, bank: SliceBank, batch: int = 32, threshold: float = 0.5, pooled: bool = False
+) -> float:
+    """Dice of every volume and class in the slice grid, then their mean; empty masks as in `case_metrics`.
+
+    Args:
+        threshold: probability above which a pixel of a one-channel model is foreground.
+        pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
+    """
     areas = []  # of every slice and class: both masks, prediction, truth
     with _inference(model) as device:
         for logits, labels in _logits(model, bank, batch, device):
-            guess = predict(logits)
+            guess = predict(logits, threshold)
             masks = [(guess == value, labels == value) for value in range(1, len(bank.classes) + 1)]
             sums = [torch.stack([(p & t).sum((1, 2)), p.sum((1, 2)), t.sum((1, 2))]) for p, t in masks]
             areas.append(torch.stack(sums))
     areas = torch.cat(areas, dim=2)
     volumes = areas.new_zeros(*areas.shape[:2], len(bank.cases)).index_add_(2, bank.case_index.to(areas.device), areas)
+    if pooled:
+        volumes = volumes.sum(2, keepdim=True)
     both, predicted, true = volumes.double().unbind(1)
     return float(torch.where(predicted + true > 0, 2 * both / (predicted + true), 1.0).mean())
 
 
 def evaluate(
-    model: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str]
+    model: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str], threshold: float = 0.5
 ) -> tuple[pd.DataFrame, list[dict]]:
     """Metrics of `cases` in the grid of their label files, which the truth is read from.
 
-    Probabilities, not labels, go back to the file's grid; there one class is cut at 0.5, and of several the most
-    probable wins.
+    Probabilities, not labels, go back to the file's grid; there one class is cut at the threshold, and of several the
+    most probable wins.
 
     Args:
         bank: slices of at least these cases.
         dataset: where the label files and their spacing are.
+        threshold: probability above which a voxel of a one-channel model is foreground.
 
     Returns:
         a table with columns case, class, metric and value; and for every case the slice (in the slice grid) with the
@@ -173,18 +183,19 @@ def evaluate(
     for name in cases:  # one at a time: the probabilities of many classes fill the memory
         part, case = bank.select([name]), dataset.case(name)
         scores = predict_cases(model, part)[name]
-        prediction = _labels(restore(scores, part.geometry[name])).cpu().numpy()
+        prediction = _labels(restore(scores, part.geometry[name]), threshold).cpu().numpy()
         file = np.asarray(nib.load(case.label).dataobj).round().astype(int)
         truth = np.zeros_like(file)
         for value, label in enumerate(bank.classes, start=1):
             truth[file == dataset.labels[label]] = value
         tables.append(case_metrics(prediction, truth, bank.classes, case.spacing).assign(case=name))
         largest = int((part.labels > 0).sum((1, 2)).argmax())
-        shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=_labels(scores[:, largest]))
+        guess = _labels(scores[:, largest], threshold)
+        shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=guess)
         examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})
     return pd.concat(tables, ignore_index=True)[["case", "class", "metric", "value"]], examples
 
 
-def _labels(scores: Tensor) -> Tensor:
+def _labels(scores: Tensor, threshold: float = 0.5) -> Tensor:
     """Class indices of probabilities whose first axis is the channel."""
-    return scores.argmax(0) if len(scores) > 1 else (scores[0] > 0.5).long()
+    return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()

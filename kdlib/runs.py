@@ -27,12 +27,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kdlib.config import LOSS_NAMES, STUDENTS, InputError, Run, TrainingError, View
+from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Run, TrainingError, View, choose
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
 from kdlib.device import computes_bf16, pick_device
+from kdlib.distill import check_recipe
 from kdlib.evaluate import evaluate
-from kdlib.models import count_parameters
-from kdlib.train import Arm, new_model, steps_per_epoch, train_cohort
+from kdlib.fidelity import calibration, fidelity, scale_similarity
+from kdlib.models import MODELS, count_parameters
+from kdlib.recipes import WEIGHTS
+from kdlib.train import Arm, epochs_of, new_model, steps_per_epoch, train_cohort
 
 # ---------------------------------------------------------------------------------------------- what a run trains on
 
@@ -72,29 +75,39 @@ def run_source(run: Run, results: Path | str) -> Source:
 
 def run_bank(run: Run, results: Path | str) -> SliceBank:
     """All slices of a run's data set; kept for the next cohort of the same process."""
-    return _bank(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve(), run.profile.view)
+    return _bank(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve(), run.view)
 
 
 def run_key(run: Run, results: Path) -> str:
     """A hash of all that changes the run's result and of nothing else.
 
-    That is its model, recipe, seed, view, length and optimisation, the files and folds of its data (not their path: a
-    moved folder keeps its runs), and the key of its teacher.
+    That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
+    evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
+    teachers.
     """
-    student, profile = run.model in STUDENTS, run.profile
+    profile, protocol = run.profile, run.protocol
+    length = [profile.teacher_epochs, profile.teacher_steps]
+    if not run.teaches:
+        length = [profile.student_epochs, profile.student_steps, *(length if run.lesson.budget == "both" else ())]
     description = {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
-        "recipe": dataclasses.asdict(run.recipe) | {"name": ""},
-        "view": dataclasses.asdict(profile.view),
-        "length": [profile.student_epochs, profile.student_steps]
-        if student
-        else [profile.teacher_epochs, profile.teacher_steps],
-        "width": None if student else profile.width,
+        "recipe": dataclasses.asdict(run.lesson) | {"name": ""},
+        "view": dataclasses.asdict(run.view),
+        "length": length,
+        "width": profile.width if run.model in TEACHERS else None,
+        "network": _architecture(run.model),
         "optimisation": dataclasses.asdict(run.optimisation),
-        "teacher": run_key(run.teacher_run(), results) if run.teacher else None,
+        "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
+        "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _architecture(model: str) -> str | None:
+    """The layers of a network from outside, in words: its name alone says nothing of them."""
+    return None if model in TEACHERS + STUDENTS else str(choose("model", model, MODELS)(2, 3, 1))
 
 
 def run_folder(run: Run, results: Path) -> Path:
@@ -178,7 +191,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
     save_weights(arm.best, folder / "best.safetensors")
     arm.model.load_state_dict(arm.best)
     begin = time.perf_counter()
-    metrics, examples = evaluate(arm.model, bank.select(fold.test).to(device), found.dataset, fold.test)
+    metrics, examples = evaluate(arm.model, bank.select(fold.test).to(device), found.dataset, fold.test, run.threshold)
     metrics["patient"] = metrics["case"].map(fold.groups)
     history = pd.DataFrame(arm.history)
     write(folder / "history.csv", lambda path: history.to_csv(path, index=False))
@@ -191,6 +204,8 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         "key": folder.name,
         "arm": run.name,
         "run": dataclasses.asdict(run) | {"data": found.dataset.name},
+        "lesson": dataclasses.asdict(run.lesson),
+        "adapters": arm.distiller.describe() if arm.distiller is not None else {},
         "data": {"digest": found.digest, "train": fold.subset(run.fraction), "val": fold.val, "test": fold.test},
         "parameters": count_parameters(arm.model),
         "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
@@ -227,11 +242,11 @@ def load_arrays(path: Path) -> pd.DataFrame:
 
 
 def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that can share one teacher pass: alike in all but model and recipe, and trained with the same batches."""
+    """Runs that can share their teachers' pass: alike in all but model and recipe, trained with the same batches."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         how = run.optimisation
-        alone = run.model if run.teacher is None and run.recipe.reconstruction_weight else None
+        alone = run.model if run.teaches else None
         key = (
             run.data,
             run.target,
@@ -239,8 +254,11 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.seed,
             run.fraction,
             run.profile,
+            run.protocol,
             run.teacher,
             run.teacher_seed,
+            run.recipe.teacher == "random",
+            run.recipe.budget,
             how.batch,
             alone,
         )
@@ -255,14 +273,18 @@ def train_missing(group: list[Run], results: Path, device: torch.device) -> list
     fold = found.folds[run.fold]
     bank = run_bank(run, results)
     train, val = bank.select(fold.subset(run.fraction)), bank.select(fold.val)
-    steps = steps_per_epoch(run, len(bank.select(fold.train)))
-    teacher = None
-    if run.teacher is not None:
-        teacher_run = run.teacher_run()
-        teacher = new_model(teacher_run, len(bank.classes))
-        load_weights(teacher, run_folder(teacher_run, results) / "best.safetensors")
-        teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    arms = train_cohort(group, train.to(device), val.to(device), steps, device, teacher)
+    if run.protocol.test_selection:
+        val = bank.select(fold.test)
+    slices = len(bank.select(fold.train))
+    teachers = {}
+    for name, teacher_run in run.teacher_runs().items():
+        if run.recipe.teacher == "random":
+            teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=torch.channels_last)
+            teachers[name] = teacher.eval().requires_grad_(False)
+        else:
+            teachers[name] = trained(teacher_run, len(bank.classes), results, device)
+    steps, epochs = steps_per_epoch(run, slices), epochs_of(run, slices)
+    arms = train_cohort(group, train.to(device), val.to(device), steps, device, teachers, epochs)
     for arm in arms:
         if arm.failure is None:
             save_run(arm, bank, found, results, device)
@@ -274,8 +296,8 @@ class Results:
     """Tables of a list of runs.
 
     Args:
-        cases: tidy, one row a (run, case, class, metric): run, arm, model, teacher, fraction, recipe, fold, seed,
-            patient, case, class, metric, value.
+        cases: tidy, one row a (run, case, class, metric): run, arm, model, teacher, fraction, recipe, protocol, fold,
+            seed, patient, case, class, metric, value.
         history: tidy, one row a (run, epoch, name).
         runs: one row a run: key, arm, recipe, parameters, best epoch and its validation Dice, seconds.
         examples: one row a (run, case) with `image`, `truth`, `prediction` arrays (HW) of the slice with most truth.
@@ -286,10 +308,12 @@ class Results:
     runs: pd.DataFrame
     examples: pd.DataFrame
 
-    def by_loss(self) -> pd.DataFrame:
-        """`cases` with the student and its feature loss as the arm, e.g. "S1 InfoNCE"; baselines are "S1 alone"."""
-        loss = self.cases["recipe"].str.extract(r"\((\w+)\)", expand=False).map(LOSS_NAMES).fillna("alone")
-        return self.cases.assign(arm=self.cases["model"] + " " + loss)
+    def by_recipe(self, part: str = "cases") -> pd.DataFrame:
+        """`cases` (or `history`) with the recipe as the arm, as printed; a student without any is "no distillation"."""
+        table = getattr(self, part)
+        full = "+".join(WEIGHTS)
+        names = {f"{full} ({loss})": f"thesis terms, {name}" for loss, name in LOSS_NAMES.items()}
+        return table.assign(arm=table["recipe"].replace(names | {BASELINE.name: "no distillation"}))
 
     def parameters(self) -> dict[str, int]:
         """Parameters of the whole network (a teacher's reconstruction decoder included), by arm."""
@@ -332,11 +356,14 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     """
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
     place = pick_device(device)
-    teachers = list(dict.fromkeys(run.teacher_run() for run in runs if run.teacher is not None))
+    teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
+    for run in teachers + runs:
+        choose("model", run.model, MODELS)
+        check_recipe(run.lesson)
     failures: list[str] = []
     for stage in (teachers, runs):
         for group in cohorts(run for run in stage if not is_done(run, results)):
-            if group[0].teacher is not None and not is_done(group[0].teacher_run(), results):
+            if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
                 failures += [f"{run.name}: its teacher {run.teacher} has no result" for run in group]
                 continue
             failures += [str(failure) for failure in train_missing(group, results, place)]
@@ -347,6 +374,51 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     return collect(runs, results)
 
 
+def imitation(
+    runs: Sequence[Run], teacher: Run, results: Path | str = "results", device: str = "auto"
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """How far finished runs agree with a teacher on the test patients, and how well they know what they know.
+
+    What is computed is kept in the run's folder.
+
+    Args:
+        runs: whose best weights are compared.
+        teacher: with whose; the teacher of the same fold for each run.
+
+    Returns:
+        tidy tables with the run's labels: agreement by case and class (`kdlib.fidelity.fidelity`), similarity of
+        features by scale (`scale_similarity`) and calibration by case, class and bin (`calibration`).
+    """
+    results, place = Path(results).resolve(), pick_device(device)
+    tables: dict[str, list[pd.DataFrame]] = {"agreement": [], "similarity": [], "calibration": []}
+    for run in dict.fromkeys(runs):
+        folder, missing = run_folder(run, results), dict.fromkeys(tables)
+        master = dataclasses.replace(teacher, fold=run.fold)
+        files = {name: folder / f"{name}-{run_key(master, results)}.csv" for name in tables}
+        if not all(path.is_file() for path in files.values()):
+            found = run_source(run, results)
+            test = found.folds[run.fold].test
+            bank = run_bank(run, results).select(test).to(place)
+            models = [trained(who, len(bank.classes), results, place) for who in (run, master)]
+            missing["agreement"] = fidelity(*models, bank, found.dataset, test)
+            missing["agreement"]["patient"] = missing["agreement"]["case"].map(found.folds[run.fold].groups)
+            missing["similarity"] = scale_similarity(*models, bank)
+            missing["calibration"] = calibration(models[0], bank)
+            for name, path in files.items():
+                write(path, lambda partial, name=name: missing[name].to_csv(partial, index=False))
+        for name, path in files.items():
+            label = dict(arm=run.name, model=run.model, recipe=run.recipe.name, fold=run.fold, seed=run.seed)
+            tables[name].append(pd.read_csv(path, dtype={"case": str, "patient": str}).assign(run=folder.name, **label))
+    return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
+
+
+def trained(run: Run, classes: int, results: Path, device: torch.device) -> nn.Module:
+    """The network of a finished run with its best weights, frozen, in eval mode."""
+    model = new_model(run, classes)
+    load_weights(model, run_folder(run, results) / "best.safetensors")
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
 def collect(runs: Sequence[Run], results: Path) -> Results:
     """The tables of finished runs, read from their folders."""
     cases, history, rows, examples = [], [], [], []
@@ -355,7 +427,7 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         manifest = json.loads((folder / "manifest.json").read_text())
         label = {
             "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
-            "recipe": run.recipe.name, "fold": run.fold, "seed": run.seed,
+            "recipe": run.recipe.name, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
         }  # fmt: skip
         cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
         history.append(pd.read_csv(folder / "history.csv").assign(**label))

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import STUDENTS, Run, TrainingError, derive_seed
+from kdlib.config import Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
 from kdlib.device import autocast
-from kdlib.distill import Distiller, Taps, channels_of, scales_of
+from kdlib.distill import Distiller, Taps, probe, scales_of
 from kdlib.evaluate import volume_dice
 from kdlib.losses import SegmentationLoss
 from kdlib.models import build_model
@@ -37,9 +37,23 @@ def steps_per_epoch(run: Run, slices: int) -> int:
             one pass over them for a teacher and one pass over half of them for every student, whatever its label
             fraction, so that all students have the same budget.
     """
-    student = run.model in STUDENTS
-    fixed = run.profile.student_steps if student else run.profile.teacher_steps
-    return fixed or math.ceil(slices / (2 if student else 1) / run.optimisation.batch)
+    fixed = run.profile.teacher_steps if run.teaches else run.profile.student_steps
+    return fixed or math.ceil(slices / (1 if run.teaches else 2) / run.optimisation.batch)
+
+
+def epochs_of(run: Run, slices: int) -> int:
+    """Epochs of `run`: the profile's, and where its recipe's budget is "both", as many more as its steps of a teacher.
+
+    Args:
+        slices: as for `steps_per_epoch`.
+    """
+    profile = run.profile
+    if run.teaches:
+        return profile.teacher_epochs
+    if run.lesson.budget == "student":
+        return profile.student_epochs
+    teaching = profile.teacher_steps or math.ceil(slices / run.optimisation.batch)
+    return profile.student_epochs + round(profile.teacher_epochs * teaching / steps_per_epoch(run, slices))
 
 
 def order(slices: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -70,6 +84,13 @@ class Arm:
     best_dice: float = -1.0
     seconds: float = 0.0
     failure: TrainingError | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Weights of each loss in the total: the recipe's, until `balance` changes those of the terms."""
+        recipe = self.run.lesson
+        self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
+        self.weights |= self.distiller.weights if self.distiller is not None else {}
 
     @property
     def label(self) -> str:
@@ -84,13 +105,22 @@ def new_model(run: Run, classes: int) -> nn.Module:
         return build_model(run.model, classes=classes, width=run.profile.width)
 
 
-def new_arm(run: Run, classes: int, steps: int, device: torch.device, teacher: nn.Module | None) -> Arm:
-    """An arm ready for its first of `steps` optimiser steps."""
-    model = new_model(run, classes)
-    scales, distiller = scales_of([run.recipe]), None
-    if teacher is not None:
-        seen = [channels_of(network, network.scales, scales, in_channels=3) for network in (model, teacher)]
-        distiller = Distiller(run.recipe, *seen, seed=run.seed).to(device)
+def new_arm(
+    run: Run,
+    classes: int,
+    steps: int,
+    device: torch.device,
+    teachers: Mapping[str, nn.Module],
+    patients: Sequence[int] = (),
+) -> Arm:
+    """An arm ready for its first of `steps` optimiser steps; `patients` are those of the training part."""
+    model, recipe = new_model(run, classes), run.lesson
+    scales, distiller = scales_of([recipe]), None
+    if teachers:
+        taught_at = scales_of([recipe], taught=True)
+        taught = {name: probe(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
+        distiller = Distiller(recipe, probe(model, model.scales, scales), taught, run.seed, patients=patients)
+        distiller = distiller.to(device)
     model = model.to(device, memory_format=torch.channels_last)
     parameters = [*model.parameters(), *(distiller.parameters() if distiller else ())]
     how = run.optimisation
@@ -106,101 +136,177 @@ def new_arm(run: Run, classes: int, steps: int, device: torch.device, teacher: n
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    segmentation = SegmentationLoss(cross_entropy=run.recipe.segmentation == "dice+ce")
+    segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)
     return Arm(run, model, Taps(model, model.scales, scales), distiller, segmentation, optimiser, schedule)
 
 
-def gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of the gradient of `loss` on `parameters`; the graph is kept."""
-    if not loss.requires_grad:
-        return torch.zeros((), device=loss.device)
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    norms = [gradient.norm() for gradient in gradients if gradient is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros((), device=loss.device)
+def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept."""
+    gradients = [None] * len(parameters)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
 
 
-def training_step(
-    arm: Arm, images: Tensor, labels: Tensor, taught: dict[str, Tensor], step: int, measure: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def shuffle(features: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every image gets the features of another one of the batch; the same one for all scales."""
+    size = len(features["logits"])
+    ring = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(ring)
+    other[ring] = ring.roll(1)  # along a ring through all images, nobody keeps their own
+    return {name: feature[other.to(feature.device)] for name, feature in features.items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all arms of a cohort see in one step.
+
+    Args:
+        images: B3HW in 0..1; labels: BHW class indices; patients: [B] numbers of the images' patients.
+        taught: teacher -> its features and logits on the same images; empty without a teacher.
+        step: number of the step, for the terms that draw pixels; first: whether it is the first of an epoch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    patients: Tensor
+    taught: Mapping[str, Mapping[str, Tensor]]
+    step: int
+    first: bool = False
+
+
+def balance(arm: Arm, norms: Mapping[str, float]) -> None:
+    """Sets the terms' weights so that their gradients are `recipe.balance` times that of the segmentation loss.
+
+    Distillers then get the same say, whatever the scale of their formulas; within a recipe it is divided in proportion
+    to the terms' own weights. A term without gradient keeps its weight.
+
+    Args:
+        norms: of the unweighted losses' gradients on the student.
+    """
+    own = arm.distiller.weights
+    share = arm.run.lesson.balance * arm.weights["segmentation"] * norms["segmentation"] / sum(own.values())
+    arm.weights |= {name: share * weight / norms[name] for name, weight in own.items() if norms[name] > 0}
+
+
+def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
 
     Args:
-        images: B3HW in 0..1; labels: BHW class indices.
-        taught: the teacher's features and logits on the same images; empty without a teacher.
-        step: number of the step, for the terms that draw pixels.
         measure: losses whose gradient on the model is wanted.
 
     Returns:
-        unweighted losses by name, and the norm of the gradient of each loss in `measure` on the model's parameters.
+        unweighted losses by name, and the gradient of each loss in `measure` on the model's parameters, as a vector.
     """
-    recipe = arm.run.recipe
-    weights = {"segmentation": recipe.segmentation_weight} | {term.name: term.weight for term in recipe.terms}
+    recipe, images, labels = arm.run.lesson, batch.images, batch.labels
     with autocast(images.device):
         output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
         losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
         if output.reconstruction is not None:
-            weights["reconstruction"] = recipe.reconstruction_weight
             losses["reconstruction"] = F.mse_loss(output.reconstruction.float(), images)
         if arm.distiller is not None:
-            seed = derive_seed(arm.run.seed, "terms", step)
-            losses |= arm.distiller(features | {"logits": output.segmentation}, taught, labels, seed)
-        loss = sum(weights[name] * value for name, value in losses.items())
-    norms = {name: gradient_norm(losses[name], list(arm.model.parameters())) for name in measure}
+            seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
+            if recipe.teacher == "shuffled":
+                taught = {name: shuffle(features, derive_seed(seed, "shuffle")) for name, features in taught.items()}
+            own = features | {"logits": output.segmentation}
+            losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
+    gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
+    if recipe.balance is not None and batch.first:
+        balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
+    loss = sum(arm.weights[name] * value for name, value in losses.items())
     arm.optimiser.zero_grad()
     loss.backward()
     arm.optimiser.step()
     arm.schedule.step()
-    return {"loss": loss} | losses, norms
+    return {"loss": loss} | losses, gradients
+
+
+KNOWN_DEAD = ("softmax_kl",)  # published terms that a protocol keeps although they are zero
 
 
 class EpochLog:
-    """Sums an epoch's losses on the device, keeps each term's gradient, and tells a dead term from a live one."""
+    """Sums an epoch's losses on the device, measures each term's gradient, and tells a dead term from a live one.
+
+    Gradients on the student are taken in the first two steps of an epoch, and in later ones while they are zero.
+    """
 
     def __init__(self, arm: Arm):
         self.arm = arm
         self.losses: dict[str, Tensor] = defaultdict(float)
         self.magnitude: dict[str, Tensor] = defaultdict(float)
-        self.gradients: dict[str, float] = {}
+        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.steps = 0
+        self.terms = list(arm.distiller.weights) if arm.distiller is not None else []
+        self.projectors = {name: self._projector(name) for name in self.terms}
+
+    def _projector(self, name: str) -> Tensor | None:
+        learned = self.arm.distiller.learned(name)
+        return torch.cat([parameter.detach().flatten() for parameter in learned]) if learned else None
 
     def unmeasured(self) -> list[str]:
-        """Losses whose gradient has been zero in every step so far, to be measured in the next."""
-        recipe = self.arm.run.recipe
-        return [name for name in ["segmentation", *(t.name for t in recipe.terms)] if not self.gradients.get(name)]
+        """Losses whose gradient is still to be measured."""
+        seen = self.gradients
+        asked = ["segmentation", *self.terms] if self.terms else []
+        return [name for name in asked if len(seen[name]) < 2 or not any(g.any() for g in seen[name])]
 
-    def add(self, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+    def add(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         self.steps += 1
         for name, value in losses.items():
             self.losses[name] += value.detach()
             self.magnitude[name] += value.detach().abs()
-        self.gradients |= {name: float(norm) for name, norm in norms.items()}
+        for name, gradient in gradients.items():
+            self.gradients[name] = [*self.gradients[name][-1:], gradient]
 
     def rows(self, epoch: int) -> list[dict]:
-        """Tidy rows of the epoch.
+        """Tidy rows of the epoch: each loss; of the segmentation loss and each term `grad/`, the norm of its weighted
+        gradient on the student, `share/`, its part of the sum of these norms, `cosine/`, between its gradients of two
+        successive steps; and of each term `weight/` where it is balanced, `chance/`, InfoNCE over the ln N of a student
+        that knows nothing, and `moved/`, how far its learned projectors moved, relative to their norm.
 
         Raises:
-            TrainingError: a loss that is not finite, or a distillation term that was exactly zero or passed no
-                gradient to the student in any step of the epoch.
+            TrainingError: a loss that is not finite; a distillation term that was exactly zero or passed no gradient to
+                the student in any step of the epoch; or whose learned projectors did not move.
         """
         values = {name: float(total) / self.steps for name, total in self.losses.items()}
+        run = self.arm.run
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
                     f"{self.arm.label}: {name} became {value} in epoch {epoch}; lower the learning rate "
-                    f"({self.arm.run.optimisation.lr:g}) or look at the data; other runs are kept"
+                    f"({run.optimisation.lr:g}) or look at the data; other runs are kept"
                 )
-        recipe = self.arm.run.recipe
-        for term in recipe.terms:
-            if float(self.magnitude[term.name]) == 0 or self.gradients[term.name] == 0:
-                fault = (
-                    "was exactly zero" if float(self.magnitude[term.name]) == 0 else "passed no gradient to the student"
-                )
-                raise TrainingError(
-                    f"{self.arm.label}: distillation term {term.name} ({term.loss}) {fault} in epoch {epoch}"
-                )
-        weights = {"segmentation": recipe.segmentation_weight} | {term.name: term.weight for term in recipe.terms}
-        shares = {f"grad/{name}": weights[name] * norm for name, norm in self.gradients.items()}
-        return [dict(epoch=epoch, name=name, value=value) for name, value in (values | shares).items()]
+        norms = {name: float(seen[0].norm() or seen[-1].norm()) for name, seen in self.gradients.items()}
+        measured = {f"grad/{name}": self.arm.weights[name] * norm for name, norm in norms.items()}
+        total = sum(measured.values()) or 1.0
+        if run.lesson.balance is not None:
+            measured |= {f"weight/{name}": self.arm.weights[name] for name in self.terms}
+        measured |= {f"share/{name}": measured[f"grad/{name}"] / total for name in norms}
+        for name, seen in self.gradients.items():
+            if len(seen) == 2 and all(gradient.any() for gradient in seen):
+                measured[f"cosine/{name}"] = float(F.cosine_similarity(*seen, dim=0))
+        for name in self.terms:
+            measured |= self._life(name, values[name], norms[name], epoch)
+        return [dict(epoch=epoch, name=name, value=value) for name, value in (values | measured).items()]
+
+    def _life(self, name: str, value: float, norm: float, epoch: int) -> dict[str, float]:
+        """`chance/` and `moved/` of a term that is alive; see `rows`."""
+        term = self.arm.distiller.terms[name].term
+        found, fault = {}, ""
+        if float(self.magnitude[name]) == 0:
+            fault = "was exactly zero"
+        elif norm == 0:
+            fault = "passed no gradient to the student"
+        if self.projectors[name] is not None:
+            moved = (self._projector(name) - self.projectors[name]).norm() / self.projectors[name].norm()
+            found[f"moved/{name}"] = float(moved)
+            if term.weight and not moved:
+                fault = fault or "did not move its learned projectors"
+        if fault and term.loss not in KNOWN_DEAD:
+            raise TrainingError(f"{self.arm.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
+        if term.loss == "infonce":
+            found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch)
+        return found
 
 
 def train_cohort(
@@ -209,10 +315,10 @@ def train_cohort(
     val: SliceBank,
     steps: int,
     device: torch.device,
-    teacher: nn.Module | None = None,
+    teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
 ) -> list[Arm]:
-    """Trains runs that share data, fold, seed and batch size on one pass of one frozen teacher.
+    """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
     A run ends with the same weights, to the bit on CPU, as if it were trained alone. An arm that fails keeps its
     `failure`, and the others go on.
@@ -222,13 +328,14 @@ def train_cohort(
         train: slices of the training subset, on `device`; val: of the validation part. No test patient is in either.
         steps: optimiser steps an epoch.
         device: where the banks are.
-        teacher: frozen, in eval mode, on `device`; None for teachers and baselines.
-        epochs: of the training; by default what the profile says.
+        teachers: by name, frozen, in eval mode, on `device`; None for teachers and baselines.
+        epochs: of the training; by default the profile's.
     """
-    seed, batch, profile = runs[0].seed, runs[0].optimisation.batch, runs[0].profile
-    epochs = epochs or (profile.student_epochs if runs[0].model in STUDENTS else profile.teacher_epochs)
-    arms = [new_arm(run, len(train.classes), epochs * steps, device, teacher) for run in runs]
-    teacher_taps = Taps(teacher, teacher.scales, scales_of(run.recipe for run in runs)) if teacher is not None else None
+    seed, batch, profile, teachers = runs[0].seed, runs[0].optimisation.batch, runs[0].profile, teachers or {}
+    epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
+    arms = [new_arm(run, len(train.classes), epochs * steps, device, teachers, train.patients) for run in runs]
+    taught_at = scales_of((run.lesson for run in runs), taught=True)
+    taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
     batches = order(len(train), batch, seed)
     begin = time.perf_counter()
     place = f"fold {runs[0].fold}, seed {seed}"
@@ -240,20 +347,18 @@ def train_cohort(
             for arm in arms:
                 arm.model.train()
             for step in range((epoch - 1) * steps, epoch * steps):
-                images, labels = train.batch(next(batches).to(device))
+                index = next(batches).to(device)
+                images, labels = train.batch(index)
                 images, labels = augment(
                     images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step))
                 )
                 images = images.contiguous(memory_format=torch.channels_last)
-                taught: dict[str, Tensor] = {}
-                if teacher is not None:
-                    with torch.no_grad(), autocast(device):
-                        output, taught = teacher_taps(images, reconstruct=False)
-                    taught["logits"] = output.segmentation
+                taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
+                seen = Batch(images, labels, train.patient_of(index), taught, step, first=step % steps == 0)
                 for arm in arms:
                     if arm.failure is None:
                         log = logs[id(arm)]
-                        log.add(*training_step(arm, images, labels, taught, step, log.unmeasured()))
+                        log.add(*training_step(arm, seen, log.unmeasured()))
                 progress.step()
             for arm in arms:
                 if arm.failure is None:
@@ -262,12 +367,20 @@ def train_cohort(
             if not alive:
                 break
             progress.epoch(epoch, alive)
-    if teacher_taps is not None:
-        teacher_taps.close()
+    for taps in taught_taps.values():
+        taps.close()
     for arm in arms:
         arm.taps.close()
         arm.seconds = (time.perf_counter() - begin) / len(arms)
     return arms
+
+
+@torch.no_grad()
+def teach(taps: Taps, images: Tensor) -> dict[str, Tensor]:
+    """A teacher's features and logits of images."""
+    with autocast(images.device):
+        output, features = taps(images, reconstruct=False)
+    return features | {"logits": output.segmentation}
 
 
 def _end_epoch(arm: Arm, log: EpochLog, val: SliceBank, epoch: int) -> None:
@@ -277,7 +390,8 @@ def _end_epoch(arm: Arm, log: EpochLog, val: SliceBank, epoch: int) -> None:
     except TrainingError as error:
         arm.failure = error
         return
-    dice = volume_dice(arm.model, val)
+    run = arm.run
+    dice = volume_dice(arm.model, val, threshold=run.threshold, pooled=run.protocol.pooled_dice)
     arm.history += [
         dict(epoch=epoch, name="val_dice", value=dice),
         dict(epoch=epoch, name="lr", value=arm.schedule.get_last_lr()[0]),

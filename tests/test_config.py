@@ -10,6 +10,7 @@ from kdlib.config import (
     BASELINE,
     PROFILES,
     PROTOCOLS,
+    SWITCHES,
     TEACHING,
     InputError,
     Optimisation,
@@ -18,11 +19,12 @@ from kdlib.config import (
     Run,
     Term,
     View,
+    bridge,
     choose,
     derive_seed,
     tailor,
-    thesis_recipe,
 )  # fmt: skip
+from kdlib.recipes import thesis_recipe
 
 
 @pytest.mark.parametrize(
@@ -34,16 +36,19 @@ from kdlib.config import (
         (lambda: View(channels="rgb"), "neighbours"),
         (lambda: View(window=(10, 10)), "window"),
         (lambda: View(percentiles=(50, 101)), "percentiles"),
-        (lambda: Term("E-B", "mse", 0.1), "E-E, B-B, D-D, PMD"),
-        (lambda: Term("PMD", "mse", 0.1), "kl"),
-        (lambda: Term("E-E", "kl", 0.1), "mse, infonce, labelled"),
+        (lambda: Term("E-B", "mse", 0.1), "say where it reads .*'E-E', 'B-B', 'D-D' or 'PMD'"),
+        (lambda: Term("E-E", "mse", -0.1), "weight -0.1"),
+        (lambda: Term("E-E", "mse", 0.1, projector="fixed"), "learned, frozen or redrawn"),
+        (lambda: Term("x", "mse", 0.1, at="a", taught_at=("a", "b")), "1 scales of the student, 2 of the teacher"),
+        (lambda: Recipe("x", smoothing=1.0), "smoothing 1.0"),
+        (lambda: Recipe("x", teacher="absent"), "'trained', 'random' or 'shuffled'"),
+        (lambda: Recipe("x", budget="all"), "'student' or 'both'"),
+        (lambda: Recipe("x", balance=0.5), "give a positive one, and terms"),
         (lambda: Term("E-E", "mse", 0.1, 0.0), "temperature"),
         (lambda: Recipe("twice", terms=(Term("E-E", "mse", 0.1), Term("E-E", "mse", 0.2))), "twice"),
         (lambda: Recipe("x", segmentation="focal"), "dice"),
         (lambda: Optimisation("sgd"), "adamw"),
         (lambda: Optimisation(schedule="step"), "cosine"),
-        (lambda: Run("phantom", "spleen", "S3"), "T1, T2, S1, S2"),
-        (lambda: Run("phantom", "spleen", "S1", teacher="T3"), "T1, T2"),
         (lambda: Run("phantom", "spleen", "S1", teacher="T1"), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", recipe=thesis_recipe("S1")), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", fraction=0.0), "fraction"),
@@ -71,12 +76,47 @@ def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
     assert {t.temperature for t in large.terms if t.name == "PMD"} == {4.0}
 
 
+def test_a_term_takes_options_and_scales_as_they_are_easy_to_write():
+    term = Term("x", "labelled", 0.1, options={"samples": 64, "hard": 0.5}, at="decoder1")
+    assert term.options == (("hard", 0.5), ("samples", 64)) and hash(term)
+    assert term.at == term.taught_at == ("decoder1",)
+    assert term.arguments == {"hard": 0.5, "samples": 64}
+    assert Term("PMD", "kl", 0.2, 4.0).arguments == {"temperature": 4.0} and Term("B-B", "mse", 1.0).arguments == {}
+
+
+def arms(protocol: str) -> list[Run]:
+    taught = dict(teacher="T1", recipe=thesis_recipe("S1"), fraction=0.5)
+    models = [("T1", {}), ("S1", {}), ("S1", taught)]
+    return [Run("phantom", "spleen", model, protocol=PROTOCOLS[protocol], **more) for model, more in models]
+
+
 def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
-    corrected, thesis = PROTOCOLS["corrected"], PROTOCOLS["thesis"]
-    assert corrected.teacher == corrected.baseline == corrected.distilled
-    assert (thesis.baseline.optimiser, thesis.baseline.lr, thesis.baseline.batch) == ("adamw", 1.5e-4, 16)
-    assert (thesis.distilled.optimiser, thesis.distilled.lr, thesis.distilled.batch) == ("rmsprop", 1e-2, 20)
-    assert (thesis.teacher.lr, thesis.teacher.betas, thesis.teacher.weight_decay) == (1e-4, (0.9, 0.95), 0.05)
+    assert len({run.optimisation for run in arms("corrected")}) == 1
+    teacher, baseline, distilled = (run.optimisation for run in arms("thesis"))
+    assert (baseline.optimiser, baseline.lr, baseline.batch) == ("adamw", 1.5e-4, 16)
+    assert (distilled.optimiser, distilled.lr, distilled.batch) == ("rmsprop", 1e-2, 20)
+    assert (teacher.lr, teacher.betas, teacher.weight_decay) == (1e-4, (0.9, 0.95), 0.05)
+
+
+def test_the_lesson_keeps_the_published_faults():
+    corrected, thesis = arms("corrected")[2], arms("thesis")[2]
+    assert corrected.lesson == corrected.recipe and corrected.threshold == 0.5 and not corrected.view.published
+    assert {term.name: term.loss for term in thesis.lesson.terms} == {
+        "E-E": "infonce", "B-B": "infonce", "D-D": "infonce", "PMD": "softmax_kl",
+    }  # fmt: skip
+    assert {term.projector for term in thesis.lesson.terms[:3]} == {"redrawn"}
+    assert thesis.view.published and thesis.threshold == pytest.approx(0.6225, abs=1e-4)
+    weights = [(term.weight, term.temperature) for term in thesis.recipe.terms]
+    assert [(term.weight, term.temperature) for term in thesis.lesson.terms] == weights
+
+
+def test_the_bridge_mends_one_fault_at_a_time():
+    protocols = bridge()
+    assert protocols[0] == PROTOCOLS["thesis"]
+    faults = [[getattr(protocol, switch) for switch in SWITCHES] for protocol in protocols]
+    assert [sum(row) for row in faults] == list(range(len(SWITCHES), -1, -1))
+    fields = {field.name for field in dataclasses.fields(protocols[0])}
+    assert fields == {"name", *SWITCHES}, "a protocol is its switches and nothing else"
 
 
 def test_thesis_profile_is_the_thesis_size():
@@ -102,7 +142,7 @@ def test_run_names_recipe_and_teacher_run():
     assert student.name == "KD(T1, S1)"
     assert Run("phantom", "spleen", "S2", fraction=0.5).name == "S2 (50 %)"
     assert Run("phantom", "spleen", "S2").recipe == BASELINE
-    teacher = student.teacher_run()
+    (teacher,) = student.teacher_runs().values()
     assert (teacher.model, teacher.fraction, teacher.seed, teacher.recipe) == ("T1", 1.0, 1, TEACHING)
     assert teacher == Run("phantom", "spleen", "T1", seed=1)
 

@@ -15,11 +15,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.networks.nets import UNet
 
 from kdlib import runs as running
-from kdlib.config import InputError, Profile, Run, TrainingError, View, thesis_recipe
+from kdlib.config import (
+    PROTOCOLS,
+    SWITCHES,
+    InputError,
+    Profile,
+    Recipe,
+    Run,
+    TrainingError,
+    View,
+)  # fmt: skip
 from kdlib.data import make_phantom
-from kdlib.models import build_model
+from kdlib.models import MODELS, Outside, build_model
+from kdlib.recipes import thesis_recipe
 from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_arrays, save_weights, study, write
 
 TINY = Profile("tiny", View(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
@@ -46,6 +57,10 @@ def runs_on(folder: Path, **changes) -> list[Run]:
     ]
 
 
+def teacher_of(run: Run) -> Run:
+    return run.teacher_runs()["T1"]
+
+
 @pytest.fixture(scope="session")
 def finished(phantom, tmp_path_factory) -> tuple[Path, list[Run], Results]:
     results, runs = tmp_path_factory.mktemp("results"), runs_on(phantom)
@@ -59,7 +74,7 @@ def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
     assert not found.cases.duplicated(["run", "case", "class", "metric"]).any()
     assert set(found.cases["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and found.runs["run"].nunique() == 3
     assert found.runs["parameters"].eq(57_297).all()
-    assert (run_folder(runs[1].teacher_run(), results) / "manifest.json").is_file()
+    assert (run_folder(teacher_of(runs[1]), results) / "manifest.json").is_file()
     assert {"E-E", "grad/PMD", "val_dice"} <= set(found.history["name"])
 
 
@@ -71,7 +86,7 @@ def test_manifest_says_where_a_number_came_from(finished):
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert set(found.cases["case"]) == parts[2]
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["status"] == "done"
-    teacher = json.loads((run_folder(runs[1].teacher_run(), results) / "manifest.json").read_text())
+    teacher = json.loads((run_folder(teacher_of(runs[1]), results) / "manifest.json").read_text())
     assert set(data["train"]) < set(teacher["data"]["train"]) and teacher["data"]["test"] == data["test"]
 
 
@@ -127,7 +142,7 @@ def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished,
     write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))
     study(runs_on(other), spoiled, "cpu")
     for clean, dirty in zip(
-        [*runs, runs[1].teacher_run()], [*runs_on(other), runs_on(other)[1].teacher_run()], strict=True
+        [*runs, teacher_of(runs[1])], [*runs_on(other), teacher_of(runs_on(other)[1])], strict=True
     ):
         clean, dirty = run_folder(clean, results), run_folder(dirty, spoiled)
         for name in ("best.safetensors", "last.safetensors", "history.csv"):
@@ -147,13 +162,88 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
     changed = [
         longer, slower_teacher, runs[0], runs[2], *(dataclasses.replace(student, **change) for change in
         [{"seed": 1}, {"fold": 1}, {"fraction": 1.0}, {"teacher_seed": 1}, {"model": "S2"}, {"teacher": "T2"},
-         {"target": "liver"}]),
+         {"target": "liver"}, {"teacher": "T1+T2"}, {"teacher": "S1"}]),
+        *(dataclasses.replace(student, protocol=dataclasses.replace(PROTOCOLS["corrected"], **{switch: True}))
+          for switch in SWITCHES if switch != "one_channel_softmax" or "PMD" in student.recipe.name),
+        *(dataclasses.replace(student, recipe=dataclasses.replace(student.recipe, **change)) for change in
+          [{"teacher": "random"}, {"teacher": "shuffled"}, {"budget": "both"}, {"smoothing": 0.1}, {"balance": 0.5}]),
     ]  # fmt: skip
     keys = {run_key(run, results) for run in changed}
     assert len(keys) == len(changed) and key not in keys
-    assert run_key(longer.teacher_run(), results) == run_key(student.teacher_run(), results), (
-        "its teacher is the same run"
-    )
+    assert run_key(teacher_of(longer), results) == run_key(teacher_of(student), results), "its teacher is the same run"
+
+
+def test_a_protocol_without_its_faults_is_the_corrected_one(phantom, tmp_path):
+    """`thesis` and `corrected` differ in the switches and in nothing else."""
+    mended = dataclasses.replace(PROTOCOLS["thesis"], name="mended", **dict.fromkeys(SWITCHES, False))
+    for run in [*runs_on(phantom), teacher_of(runs_on(phantom)[1])]:
+        assert run_key(dataclasses.replace(run, protocol=mended), tmp_path) == run_key(run, tmp_path)
+        assert run_key(dataclasses.replace(run, protocol=PROTOCOLS["thesis"]), tmp_path) != run_key(run, tmp_path)
+
+
+def test_a_teacher_is_shared_where_a_fault_is_not_of_teachers(phantom, tmp_path):
+    run = runs_on(phantom)[1]
+    for switch in SWITCHES:
+        faulty = dataclasses.replace(run, protocol=dataclasses.replace(PROTOCOLS["corrected"], **{switch: True}))
+        same = run_key(teacher_of(faulty), tmp_path) == run_key(teacher_of(run), tmp_path)
+        assert same == (switch in ("redrawn_projectors", "one_channel_softmax", "unlabelled_contrast")), switch
+
+
+@pytest.mark.slow
+def test_the_published_study_runs_with_all_its_faults(phantom, tmp_path, monkeypatch):
+    selected, original = [], running.train_cohort
+
+    def train(group, train, val, *rest):
+        selected.append(val)
+        return original(group, train, val, *rest)
+
+    monkeypatch.setattr(running, "train_cohort", train)
+    runs = [dataclasses.replace(run, protocol=PROTOCOLS["thesis"]) for run in runs_on(phantom)]
+    found = study(runs, tmp_path, "cpu")
+    test = json.loads((run_folder(runs[1], tmp_path) / "manifest.json").read_text())["data"]["test"]
+    assert {bank.cases for bank in selected} == {tuple(test)}, "fault 5: the best epoch is chosen on the test patients"
+    history = found.history[found.history["recipe"].str.startswith("E-E+B-B")]
+    assert (history.loc[history["name"] == "PMD", "value"] == 0).all(), "fault 2: the prediction term is exactly 0"
+    assert not history["name"].str.startswith("moved/").any(), "fault 1: no projector is trained"
+    assert history["name"].str.startswith("chance/").any(), "fault 12: InfoNCE without labels"
+
+
+@pytest.mark.slow
+def test_controls_and_outside_models_run_as_arms(phantom, tmp_path, monkeypatch):
+    def small(spatial_dims, in_channels, out_channels):
+        torch.manual_seed(0)
+        net = UNet(spatial_dims, in_channels, out_channels, channels=(8, 16, 32), strides=(2, 2))
+        return Outside(net, {"encoder2": "model.0", "bottleneck": "model.1.submodule.1", "decoder1": "model.2"})
+
+    monkeypatch.setitem(MODELS, "MONAI U-Net", small)
+    recipe, base = thesis_recipe("S1", only=("B-B", "PMD")), dict(data=str(phantom), target="spleen", profile=TINY)
+    half = dict(fraction=0.5, **base)
+    runs = [
+        Run(model="MONAI U-Net", **half),
+        Run(model="S1", teacher="T1", recipe=recipe, **half),
+        Run(model="S1", teacher="T1", recipe=dataclasses.replace(recipe, name="random", teacher="random"), **half),
+        Run(model="S1", teacher="T1", recipe=dataclasses.replace(recipe, name="shuffled", teacher="shuffled"), **half),
+        Run(model="S1", teacher="MONAI U-Net", recipe=recipe, **half),
+        Run(model="MONAI U-Net", teacher="T1+S1", recipe=recipe, **half),
+        Run(model="S1", teacher="S1", recipe=recipe, **half),
+        Run(model="S1", recipe=Recipe("long", budget="both"), **half),
+        Run(model="S1", recipe=Recipe("smooth", smoothing=0.1), **half),
+    ]  # fmt: skip
+    found = study(runs, tmp_path, "cpu")
+    assert found.runs["run"].nunique() == len(runs)
+    assert set(found.runs["arm"]) >= {"KD(MONAI U-Net, S1)", "KD(T1+S1, MONAI U-Net)", "KD(S1, S1)"}
+    manifest = json.loads((run_folder(runs[4], tmp_path) / "manifest.json").read_text())
+    assert "teacher bottleneck" in manifest["adapters"]["B-B"] and "1x1 projection" in manifest["adapters"]["B-B"]
+    epochs = found.history.groupby("recipe")["epoch"].max()
+    assert epochs["long"] == 2 and epochs["smooth"] == 1
+
+
+def test_a_model_that_does_not_exist_is_named_before_anything_is_trained(phantom, tmp_path):
+    for run in (Run(str(phantom), "spleen", "S3", profile=TINY),
+                dataclasses.replace(runs_on(phantom)[1], teacher="T3")):  # fmt: skip
+        with pytest.raises(InputError, match="model '[ST]3' does not exist: choose from T1, T2, S1, S2"):
+            study([*runs_on(phantom), run], tmp_path, "cpu")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_cohorts_share_what_can_be_shared(phantom):

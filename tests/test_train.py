@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kdlib import train as training
-from kdlib.config import PROTOCOLS, Profile, Recipe, Run, Term, TrainingError, View, thesis_recipe
+from kdlib.config import PROTOCOLS, Profile, Recipe, Run, Term, TrainingError, View
 from kdlib.data import SliceBank
 from kdlib.losses import LOSSES
-from kdlib.train import EpochLog, gradient_norm, new_arm, new_model, order, steps_per_epoch, train_cohort
+from kdlib.recipes import thesis_recipe
+from kdlib.train import EpochLog, epochs_of, gradient_of, new_arm, new_model, order, steps_per_epoch, train_cohort
 
 CPU = torch.device("cpu")
 TINY = Profile("tiny", View(32), 0.125, 2, 2, 3, 3, folds=4)
@@ -31,7 +32,7 @@ def blobs(cases: int = 2, slices: int = 6, seed: int = 0, classes: int = 1) -> S
     index = torch.arange(n)
     return SliceBank(
         images, labels, index // slices, torch.stack([index, index], 1), tuple(f"c{i}" for i in range(cases)),
-        tuple(f"class{i}" for i in range(classes)), "repeat", {},
+        tuple(f"class{i}" for i in range(classes)), "repeat", {}, tuple(range(cases)),
     )  # fmt: skip
 
 
@@ -43,16 +44,16 @@ def distilled(only=("E-E", "B-B", "D-D", "PMD"), loss="labelled", model="S1", se
     return run_of(model, teacher="T1", recipe=thesis_recipe(model, loss, only), fraction=0.5, seed=seed)
 
 
-def frozen_teacher() -> torch.nn.Module:
-    return new_model(run_of("T1"), 1).eval().requires_grad_(False)
+def frozen_teacher() -> dict[str, torch.nn.Module]:
+    return {"T1": new_model(run_of("T1"), 1).eval().requires_grad_(False)}
 
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def train_one(run: Run, teacher=None, **kwargs):
-    return train_cohort([run], blobs(), blobs(1, seed=9), 3, CPU, teacher, **kwargs)[0]
+def train_one(run: Run, teachers=None, **kwargs):
+    return train_cohort([run], blobs(), blobs(1, seed=9), 3, CPU, teachers, **kwargs)[0]
 
 
 @pytest.mark.parametrize("run", [run_of("S1"), run_of("T1"), distilled()], ids=["baseline", "teacher", "distilled"])
@@ -82,10 +83,10 @@ def test_cohort_and_alone_give_the_same_weights():
 
 def test_the_teacher_is_untouched_by_a_cohort():
     teacher = frozen_teacher()
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in teacher["T1"].state_dict().items()}
     train_cohort([distilled()], blobs(), blobs(1), 3, CPU, teacher)
-    assert same(before, teacher.state_dict())
-    assert not any(module._forward_hooks for module in teacher.modules())
+    assert same(before, teacher["T1"].state_dict())
+    assert not any(module._forward_hooks for module in teacher["T1"].modules())
 
 
 def test_order_is_shuffled_passes_and_depends_on_the_seed_alone():
@@ -112,11 +113,11 @@ def test_students_of_every_fraction_have_the_same_budget():
 
 
 def test_schedule_warms_up_and_decays():
-    arm = new_arm(run_of("S1"), 1, 100, CPU, None)
+    arm = new_arm(run_of("S1"), 1, 100, CPU, {})
     factor = arm.schedule.lr_lambdas[0]
     assert factor(0) == pytest.approx(0.2) and factor(4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.04)))
     assert factor(50) == pytest.approx(0.5) and factor(99) < 0.001
-    thesis = new_arm(run_of("S1", protocol=PROTOCOLS["thesis"]), 1, 100, CPU, None)
+    thesis = new_arm(run_of("S1", protocol=PROTOCOLS["thesis"]), 1, 100, CPU, {})
     assert {thesis.schedule.lr_lambdas[0](step) for step in range(100)} == {1.0}
 
 
@@ -125,7 +126,7 @@ def test_protocols_choose_the_optimiser():
     student = Run("phantom", "spleen", "S1", teacher="T1", recipe=thesis_recipe("S1"), profile=TINY, protocol=thesis)
     arm = new_arm(student, 1, 10, CPU, frozen_teacher())
     assert isinstance(arm.optimiser, torch.optim.RMSprop) and arm.optimiser.defaults["lr"] == 1e-2
-    arm = new_arm(run_of("T1", protocol=thesis), 1, 10, CPU, None)
+    arm = new_arm(run_of("T1", protocol=thesis), 1, 10, CPU, {})
     assert isinstance(arm.optimiser, torch.optim.AdamW) and arm.optimiser.defaults["betas"] == (0.9, 0.95)
 
 
@@ -149,16 +150,19 @@ def test_a_baseline_learns_and_the_best_epoch_is_kept():
 def test_history_has_every_term_and_its_gradient():
     names = {row["name"] for row in train_one(distilled(), frozen_teacher()).history}
     terms = {"segmentation", "E-E", "B-B", "D-D", "PMD"}
-    assert names == terms | {f"grad/{term}" for term in terms} | {"loss", "val_dice", "lr"}
+    measured = {f"{kind}/{term}" for kind in ("grad", "share", "cosine") for term in terms}
+    assert names == terms | measured | {f"moved/{term}" for term in ("E-E", "B-B", "D-D")} | {"loss", "val_dice", "lr"}
     assert "reconstruction" in {row["name"] for row in train_one(run_of("T1")).history}
 
 
 def test_a_term_that_passes_no_gradient_stops_its_arm_and_no_other(monkeypatch):
     class Constant(torch.nn.Module):
-        def __init__(self, temperature):
+        reads, adapt = "features", "both"
+
+        def __init__(self, temperature=None):
             super().__init__()
 
-        def forward(self, student, teacher, labels=None, generator=None):
+        def forward(self, student, teacher, labels=None, context=None):
             return torch.tensor(3.0)
 
     monkeypatch.setitem(LOSSES, "infonce", Constant)
@@ -174,18 +178,144 @@ def test_the_published_prediction_term_would_be_caught():
     published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="sum")
     log.add(
         {"loss": published, "segmentation": published, "PMD": published},
-        {"segmentation": torch.ones(()), "PMD": torch.zeros(())},
+        {"segmentation": torch.ones(3), "PMD": torch.zeros(3)},
     )
     with pytest.raises(TrainingError, match="PMD .* was exactly zero in epoch 4"):
         log.rows(4)
 
 
-def test_a_gradient_that_is_zero_in_one_step_is_measured_again():
-    arm = new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher())
-    log = EpochLog(arm)
+def test_gradients_are_measured_twice_and_again_while_they_are_zero():
+    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
     assert log.unmeasured() == ["segmentation", "PMD"]
-    log.add({"PMD": torch.ones(())}, {"segmentation": torch.ones(()), "PMD": torch.zeros(())})
+    for _ in range(2):
+        log.add({"PMD": torch.ones(())}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
     assert log.unmeasured() == ["PMD"]
+    log.add({"PMD": torch.ones(())}, {"PMD": torch.ones(3)})
+    assert log.unmeasured() == []
+    assert EpochLog(new_arm(run_of("S1"), 1, 10, CPU, {})).unmeasured() == [], "nothing to compare in a baseline"
+
+
+def test_shares_and_cosines_of_gradients():
+    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
+    losses = {name: torch.ones(()) for name in ("loss", "segmentation", "PMD")}
+    log.add(losses, {"segmentation": torch.tensor([1.0, 0.0]), "PMD": torch.tensor([0.0, 1.0])})
+    log.add(losses, {"segmentation": torch.tensor([3.0, 0.0]), "PMD": torch.tensor([3.0, 3.0])})
+    rows = {row["name"]: row["value"] for row in log.rows(1)}
+    assert rows["grad/segmentation"] == pytest.approx(0.4) and rows["grad/PMD"] == pytest.approx(0.2)
+    assert rows["share/segmentation"] == pytest.approx(0.4 / 0.6)
+    assert rows["cosine/segmentation"] == pytest.approx(1) and rows["cosine/PMD"] == pytest.approx(0.5**0.5)
+
+
+def test_infonce_is_logged_against_chance():
+    history = train_one(distilled(("B-B",), "infonce"), frozen_teacher()).history
+    value, chance = (next(row["value"] for row in history if row["name"] == name) for name in ("B-B", "chance/B-B"))
+    assert chance == pytest.approx(value / math.log(16))
+
+
+def test_a_learned_projector_that_does_not_move_stops_its_arm(monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def only_the_model(self, closure=None):
+        step(self, closure)
+        for parameter, kept in frozen.items():
+            parameter.data.copy_(kept)
+
+    original, frozen = training.new_arm, {}
+
+    def remember(*args, **kwargs):
+        arm = original(*args, **kwargs)
+        frozen.update({parameter: parameter.detach().clone() for parameter in arm.distiller.parameters()})
+        return arm
+
+    monkeypatch.setattr(training, "new_arm", remember)
+    monkeypatch.setattr(torch.optim.AdamW, "step", only_the_model)
+    failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
+    assert "B-B (labelled) did not move its learned projectors in epoch 1" in str(failure)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "redrawn"])
+def test_controls_on_projectors(kind):
+    terms = (Term("B-B", "infonce", 0.2, 0.4, projector=kind),)
+    run = run_of("S1", teacher="T1", recipe=Recipe(kind, terms=terms), fraction=0.5)
+    start = new_arm(run, 1, 6, CPU, frozen_teacher()).distiller.state_dict()
+    first, second = (train_one(run, frozen_teacher()) for _ in range(2))
+    assert first.failure is None and same(first.model.state_dict(), second.model.state_dict())
+    assert same(start, first.distiller.state_dict()) == (kind == "frozen")
+    optimised = {id(parameter) for group in first.optimiser.param_groups for parameter in group["params"]}
+    assert not any(id(parameter) in optimised and parameter.requires_grad for parameter in first.distiller.parameters())
+    assert not any(row["name"].startswith("moved/") for row in first.history)
+
+
+def test_a_shuffled_teacher_gives_everybody_somebody_elses_features():
+    features = {"bottleneck": torch.arange(7.0)[:, None], "logits": torch.arange(7.0)[:, None] * 10}
+    mixed = training.shuffle(features, seed=3)
+    assert sorted(mixed["bottleneck"][:, 0].tolist()) == list(range(7))
+    assert (mixed["bottleneck"] != features["bottleneck"]).all()
+    assert torch.equal(mixed["logits"], mixed["bottleneck"] * 10), "the same other image at every scale"
+
+
+def test_all_weights_zero_is_no_distillation():
+    recipe = thesis_recipe("S1")
+    terms = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
+    nothing = run_of("S1", teacher="T1", recipe=dataclasses.replace(recipe, terms=terms), fraction=0.5)
+    alone = run_of("S1", fraction=0.5)
+    trained, baseline = train_one(nothing, frozen_teacher()), train_one(alone)
+    assert trained.failure is None
+    for name, tensor in baseline.model.state_dict().items():
+        torch.testing.assert_close(trained.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():
+    terms = (Term("B-B", "mse", 1.0), Term("PMD", "kl", 3.0, 4.0))
+    run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
+    # one step an epoch, so that what is logged is what the weights were set from
+    arm = train_cohort([run], blobs(), blobs(1, seed=9), 1, CPU, frozen_teacher())[0]
+    for epoch in (1, 2):
+        rows = {row["name"]: row["value"] for row in arm.history if row["epoch"] == epoch}
+        assert rows["grad/B-B"] == pytest.approx(0.5 * rows["grad/segmentation"] / 4, rel=1e-4)
+        assert rows["grad/PMD"] == pytest.approx(0.5 * rows["grad/segmentation"] * 3 / 4, rel=1e-4)
+        assert rows["weight/PMD"] * rows["PMD"] > 0
+
+
+def test_label_smoothing_changes_the_targets_alone():
+    plain, smooth = run_of("S1"), run_of("S1", recipe=Recipe("smooth", smoothing=0.1))
+    a, b = train_one(plain), train_one(smooth)
+    assert not same(a.model.state_dict(), b.model.state_dict())
+    assert same(new_model(plain, 1).state_dict(), new_model(smooth, 1).state_dict())
+
+
+def test_two_teachers_teach_one_student():
+    teachers = frozen_teacher() | {"T2": new_model(run_of("T2"), 1).eval().requires_grad_(False)}
+    run = run_of("S1", teacher="T1+T2", recipe=thesis_recipe("S1"), fraction=0.5)
+    arm = train_one(run, teachers)
+    assert arm.failure is None and run.name == "KD(T1+T2, S1)"
+    assert arm.weights["T1 PMD"] == arm.weights["T2 PMD"] == 0.1
+    assert {"T1 B-B", "share/T2 D-D"} <= {row["name"] for row in arm.history}
+
+
+def test_a_student_teaches_itself():
+    run = run_of("S1", teacher="S1", recipe=thesis_recipe("S1"), fraction=0.5)
+    (teacher,) = run.teacher_runs().values()
+    assert (teacher.model, teacher.fraction, teacher.teacher, teacher.teaches) == ("S1", 0.5, None, False)
+    assert train_one(run, {"S1": new_model(teacher, 1).eval().requires_grad_(False)}).failure is None
+
+
+def test_budget_of_both_is_teachers_and_students_steps():
+    profile = dataclasses.replace(TINY, teacher_epochs=4, teacher_steps=30, student_epochs=5, student_steps=10)
+    both = Run("phantom", "spleen", "S1", profile=profile, recipe=Recipe("longer", budget="both"))
+    assert epochs_of(both, 320) * steps_per_epoch(both, 320) == 4 * 30 + 5 * 10
+    free = dataclasses.replace(both, profile=dataclasses.replace(profile, teacher_steps=None, student_steps=None))
+    assert epochs_of(free, 320) * steps_per_epoch(free, 320) == 4 * 20 + 5 * 10
+    assert epochs_of(run_of("S1"), 320) == TINY.student_epochs and epochs_of(run_of("T1"), 320) == TINY.teacher_epochs
+
+
+def test_the_thesis_protocol_trains_with_its_dead_term():
+    run = dataclasses.replace(distilled(), protocol=PROTOCOLS["thesis"])
+    arm = train_one(run, frozen_teacher())
+    assert arm.failure is None
+    rows = {row["name"]: row["value"] for row in arm.history}
+    assert rows["PMD"] == 0 and rows["grad/PMD"] == 0
+    assert abs(rows["cosine/B-B"]) < 0.9 and not any(name.startswith("moved/") for name in rows)
 
 
 def test_nan_stops_with_arm_epoch_and_loss(monkeypatch):
@@ -198,11 +328,11 @@ def test_nan_stops_with_arm_epoch_and_loss(monkeypatch):
     assert "S1, fold 0, seed 0" in str(failure) and "nan in epoch 1" in str(failure)
 
 
-def test_gradient_norm_is_the_norm_of_the_gradient():
+def test_gradient_is_a_vector_over_all_parameters():
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     unused = torch.nn.Parameter(torch.ones(2))
-    assert gradient_norm((weight**2).sum() / 2, [weight, unused]) == pytest.approx(5.0)
-    assert gradient_norm(torch.tensor(1.0), [weight]) == 0
+    assert gradient_of((weight**2).sum() / 2, [weight, unused]).tolist() == [3, 4, 0, 0]
+    assert gradient_of(torch.tensor(1.0), [weight]).tolist() == [0, 0]
 
 
 def test_weights_of_the_recipe_scale_the_logged_gradient():
@@ -227,7 +357,7 @@ def test_plain_lines_where_asked(monkeypatch, capsys):
 @pytest.mark.gpu
 def test_gpu_trains_in_bf16_channels_last():
     device = torch.device("cuda")
-    teacher = frozen_teacher().to(device, memory_format=torch.channels_last)
+    teacher = {name: model.to(device, memory_format=torch.channels_last) for name, model in frozen_teacher().items()}
     arms = train_cohort(
         [distilled(), distilled(model="S2")], blobs().to(device), blobs(1).to(device), 3, device, teacher
     )

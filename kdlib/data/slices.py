@@ -2,7 +2,7 @@
 
 A slice is laid out as radiologists see it: row 0 is anterior, column 0 is the patient's right; slices go from
 inferior to superior. Slices are resampled in the plane only, by the exact factor, then padded or cropped about their
-centre. Nothing is ever stretched to fit, and z is never resampled.
+centre. Nothing is stretched to fit (but where a protocol keeps the published conversion), and z is never resampled.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Geometry:
         factor: slice pixels a volume voxel takes, along rows and columns (volume spacing / slice spacing).
         start: row and column of the slice where the resampled volume begins; negative where it is cropped.
         size: side of the slice in pixels.
+        canonical: whether the slices are turned as radiologists see them, or left in the file's own axes [Z,X,Y].
     """
 
     shape: tuple[int, int, int]
@@ -45,6 +46,7 @@ class Geometry:
     factor: tuple[float, float]
     start: tuple[int, int]
     size: int
+    canonical: bool = True
 
     @property
     def depth(self) -> int:
@@ -52,6 +54,8 @@ class Geometry:
         return self.shape[[axis for axis, _ in self._to_slices()].index(0)]
 
     def _to_slices(self) -> np.ndarray:
+        if not self.canonical:
+            return np.array([[1, 1], [2, 1], [0, 1]])
         own = orientations.io_orientation(np.array(self.affine))
         return orientations.ornt_transform(own, orientations.axcodes2ornt(SLICE_AXES)).astype(int)
 
@@ -73,6 +77,7 @@ class SliceBank:
         classes: names of the foreground classes.
         channels: "repeat" or "neighbours", see `batch`.
         geometry: case name -> how its volume became slices.
+        patients: of each of `cases`, the number of its patient in the data set.
     """
 
     images: Tensor
@@ -83,6 +88,7 @@ class SliceBank:
     classes: tuple[str, ...]
     channels: str
     geometry: dict[str, Geometry]
+    patients: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,7 +120,12 @@ class SliceBank:
             neighbours=moved[self.neighbours[index]],
             cases=tuple(cases),
             geometry={name: self.geometry[name] for name in cases},
+            patients=tuple(self.patients[self.cases.index(name)] for name in cases),
         )
+
+    def patient_of(self, index: Tensor) -> Tensor:
+        """[B] int64: the patient of each of these slices."""
+        return torch.tensor(self.patients, device=index.device)[self.case_index[index]]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """What a network takes: images [B,3,H,W] float32 in 0..1 and labels [B,H,W] int64.
@@ -143,7 +154,8 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
     Args:
         dataset: from `index`.
         classes: class name -> value in the label files, from `dataset.classes(target)`; other values are background.
-        view: size, spacing, channels and intensities.
+        view: size, spacing, channels and intensities; where it is `published`, slices as the published code makes
+            them, which stretches what is not square.
 
     Raises:
         InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
@@ -158,6 +170,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
     depths = [len(image) for image in images]
     ends = np.cumsum(depths)
     number = np.arange(ends[-1])
+    people = sorted({case.group for case in dataset.cases})
     first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
     neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
     return SliceBank(
@@ -169,6 +182,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
         classes=tuple(classes),
         channels=view.channels,
         geometry=geometry,
+        patients=tuple(people.index(case.group) for case in dataset.cases),
     )
 
 
@@ -219,10 +233,13 @@ def _case_slices(case: Case, modality: str, classes: dict[str, int], view: View)
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
 
-    placed = Geometry(case.shape, tuple(map(tuple, affine.tolist())), (1.0, 1.0), (0, 0), view.size)
+    axes = tuple(map(tuple, affine.tolist()))
+    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), view.size, canonical=not view.published)
     image, label = placed.orient(image), placed.orient(values[label])
     spacing = np.array(case.spacing)[np.argsort(placed._to_slices()[:, 0])][1:]
     factor = (1.0, 1.0) if view.spacing is None else tuple((spacing / view.spacing).tolist())
+    if view.published:
+        factor = tuple(view.size / voxels for voxels in image.shape[1:])
     image, label = _resample(image, factor), _resample_labels(label, factor)
     start = tuple((view.size - pixels) // 2 for pixels in image.shape[1:])
     placed = dataclasses.replace(placed, factor=factor, start=start)
@@ -242,8 +259,8 @@ def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _unit_range(image: np.ndarray, modality: str, view: View, path: Path) -> np.ndarray:
     """The image clipped to the view's window or percentiles, as 0..1."""
-    low, high = view.window
-    if modality == "MR":
+    low, high = (0.0, 255.0) if view.published else view.window
+    if modality == "MR" and not view.published:
         body = image[image != 0]
         low, high = np.percentile(body, view.percentiles) if body.size else (0.0, 0.0)
         if low == high:

@@ -13,7 +13,7 @@ from kdlib.config import TEACHERS, InputError, choose
 from kdlib.models.transunet import HEAD_DIM, transunet
 from kdlib.models.unet import Output, UNet
 
-__all__ = ["MODELS", "Output", "UNet", "build_model", "count_parameters", "gflops"]
+__all__ = ["MODELS", "Output", "Outside", "UNet", "build_model", "count_parameters", "gflops"]
 
 _TEACHER_WIDTHS = (64, 128, 256, 512, 1024)
 
@@ -68,6 +68,30 @@ def build_model(
         raise InputError(f"width {width}: it must be positive (1.0 is the thesis's size)")
     shrink = {"width": width} if name in TEACHERS else {}
     return build(spatial_dims, in_channels, 1 if classes == 1 else classes + 1, **shrink)
+
+
+class Outside(nn.Module):
+    """A network from elsewhere, unchanged, as one of the study's: its output as `Output`, its layers named as scales.
+
+    Put a builder into `MODELS` and its name into a `Run`, as student or as teacher:
+
+        MODELS["SegResNet"] = lambda spatial_dims, in_channels, out_channels: Outside(
+            SegResNet(spatial_dims, 8, in_channels, out_channels),
+            {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"},
+        )
+
+    Args:
+        network: takes images BNH[WD], returns logits of the same grid.
+        scales: scale name -> path of the layer in the network (see `torch.nn.Module.named_modules`).
+    """
+
+    def __init__(self, network: nn.Module, scales: dict[str, str]):
+        super().__init__()
+        self.network = network
+        self.scales = {name: f"network.{path}" for name, path in scales.items()}
+
+    def forward(self, images: torch.Tensor, reconstruct: bool = False) -> Output:
+        return Output(self.network(images), None)
 
 
 def count_parameters(model: nn.Module) -> int:
