@@ -7,6 +7,7 @@ differ too, so that figures can be read in grey. Every figure carries a note on 
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from kdlib.config import InputError
 from kdlib.metrics import METRICS
-from kdlib.statistics import THESIS_TABLE, per_patient, rows_of, summarise
+from kdlib.statistics import THESIS_TABLE, interval, per_patient, rows_of, summarise
 
 MM = 1 / 25.4
 SINGLE, DOUBLE = 85 * MM, 175 * MM  # column widths in inches
@@ -42,16 +43,28 @@ OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC
 LINES = {"T": "-", "S": "--", "K": "-."}
 BARE = {"linestyle": ""}
 TERMS = ("E-E", "B-B", "D-D", "PMD")
-LOSSES = {  # name in recipes -> (print, colour, marker)
-    "baseline": ("no distillation", "#7F7F7F", "o"), "mse": ("MSE", "#0072B2", "s"),
-    "infonce": ("InfoNCE", "#E69F00", "^"), "labelled": ("labelled contrast", "#D55E00", "D"),
-}  # fmt: skip
+CONTROLS = (  # arms that a distiller must beat
+    "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
+    "label smoothing", "both budgets", "self-teacher",
+)  # fmt: skip
 ERRORS = (("#56B4E9", "missed"), ("#D55E00", "too much"), ("#CC79A7", "wrong class"))
 OUTLINES = (("-", "truth"), ("--", "prediction"))
+VERDICTS = {"better": "#0072B2", "inconclusive": "#999999", "worse": "#D55E00", "": "#444444"}
+FIDELITY = {  # metric of kdlib.fidelity -> print
+    "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
+    "error_overlap": "Dice of both's errors", "cka": "CKA with the teacher", "ece": "calibration error",
+}  # fmt: skip
+LIVENESS = {  # kind of row in a history -> (title, value that would mean nothing is learnt)
+    "share": ("share of the gradient", None), "cosine": ("cosine from step to step", 0.0),
+    "chance": ("loss relative to chance", 1.0), "moved": ("movement of the projectors", None),
+}  # fmt: skip
+TERM_COLOURS = dict(zip(("segmentation", *TERMS), ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 
 
 def method_style(arm: str) -> dict[str, str]:
-    """Colour, marker and line style of a method; one not in `METHOD_COLOURS` always gets the same of a reserve."""
+    """Colour, marker and line style of a method: controls are grey, an unknown one always gets the same reserve."""
+    if arm in CONTROLS:
+        return dict(color="#7F7F7F", marker="o", linestyle=":")
     other = OTHER_COLOURS[zlib.crc32(arm.encode()) % len(OTHER_COLOURS)]
     colour, marker = METHOD_COLOURS.get(arm, other), METHOD_MARKERS.get(arm, "h")
     return dict(color=colour, marker=marker, linestyle=LINES.get(arm[:1], ":"))
@@ -242,42 +255,6 @@ def ablation(table: pd.DataFrame, metric: str = "dice") -> Figure:
 
 
 @plt.rc_context(STYLE)
-def loss_comparison(table: pd.DataFrame, metric: str = "dice") -> Figure:
-    """Every arm under each feature loss it was distilled with: patients, mean and interval.
-
-    Args:
-        table: tidy; the loss is what a recipe's name has in brackets, and an arm may have one recipe a loss.
-
-    Raises:
-        InputError: an arm has two recipes with the same loss.
-    """
-    means = summarise(table, ["arm", "recipe"], metric)
-    values = per_patient(table, metric, ["arm", "recipe"])
-    means["loss"] = [recipe.rpartition(" (")[2].removesuffix(")") for recipe in means["recipe"]]
-    twice = means.loc[means.duplicated(["arm", "loss"]), "arm"]
-    if len(twice):
-        raise InputError(f"loss comparison: {twice.iloc[0]!r} has several recipes with one loss; filter by recipe")
-    arms, losses = list(means["arm"].unique()), set(means["loss"])
-    known = LOSSES | {loss: (loss, method_style(loss)["color"], "h") for loss in sorted(losses - set(LOSSES))}
-    figure, ax = plt.subplots(figsize=(SINGLE, (5 * len(means) + 4 * len(arms) + 24) * MM))
-    y, ticks = 0.0, []
-    for arm in arms:
-        group = means[means["arm"] == arm].sort_values("loss", key=lambda loss: loss.map([*known].index))
-        ticks.append(y + (len(group) - 1) / 2)
-        for row in group.itertuples():
-            chosen = values.loc[(values["arm"] == arm) & (values["recipe"] == row.recipe), "value"]
-            _strip(ax, y, chosen, row, dict(zip(("color", "marker"), known[row.loss][1:], strict=True)))
-            y += 1
-        y += 0.7
-    _rows(ax, arms, metric, ticks)
-    shown = [entry for loss, entry in known.items() if loss in losses]
-    handles = [Line2D([], [], color=colour, marker=mark, linestyle="", label=label) for label, colour, mark in shown]
-    _legend(figure, handles, columns=2)
-    figure.set_label(f"Small points: patients, seeds averaged; large ones: {_interval(means)}.")
-    return figure
-
-
-@plt.rc_context(STYLE)
 def dice_against_parameters(
     table: pd.DataFrame, params: Mapping[str, int], thesis: pd.DataFrame | None = THESIS_TABLE
 ) -> Figure:
@@ -317,6 +294,325 @@ def dice_against_parameters(
     return figure
 
 
+@plt.rc_context(STYLE)
+def ranking(
+    ranks: pd.DataFrame, reference: str | None = None, verdicts: pd.DataFrame | None = None, metric: str = "dice"
+) -> Figure:
+    """Every arm's rank with its interval, best first, and beside it the paired difference to a reference.
+
+    Args:
+        ranks: from `kdlib.statistics.ranks`; its first column names the arms.
+        reference: arm that the others are held against; its row is shaded.
+        verdicts: from `kdlib.statistics.compare`, the rows with b = `reference`; filled points are decided, hollow
+            ones inconclusive. None leaves the second panel out.
+        metric: that both tables are of.
+
+    Raises:
+        InputError: no rows, a reference that is not ranked or not given, or no comparison with it.
+    """
+    _columns(ranks, ["n", "mean", "rank", "rank_low", "rank_high"], "ranks", "kdlib.statistics.ranks")
+    names = list(ranks.sort_values(["rank", "mean"], kind="stable").iloc[:, 0])
+    rows = ranks.set_index(ranks.columns[0]).loc[names]
+    if reference is not None and reference not in names:
+        raise InputError(f"ranking: no reference {reference!r} among {', '.join(names)}")
+    differences = None
+    if verdicts is not None:
+        _columns(verdicts, ["a", "b", "n", "difference", "low", "high", "verdict"], "verdicts", "statistics.compare")
+        differences = verdicts[verdicts["b"] == reference].set_index("a")
+        if not differences.index.intersection(names).size:
+            raise InputError(f"ranking: no comparison with the reference {reference!r} in the verdicts; give both")
+    label, unit, higher = METRICS[metric]
+    size = (DOUBLE, (4.4 * len(names) + 22) * MM)
+    figure, axes = plt.subplots(1, 1 + (differences is not None), figsize=size, sharey=True, squeeze=False)
+    for y, row in enumerate(rows.itertuples()):
+        style = dict(method_style(row.Index)) | BARE
+        whisker = np.maximum([[row.rank - row.rank_low], [row.rank_high - row.rank]], 0)
+        axes[0, 0].errorbar(row.rank, y, xerr=whisker, elinewidth=1.4, **style)
+        if differences is not None and row.Index in differences.index:
+            found = differences.loc[row.Index]
+            hollow = {"markerfacecolor": "white"} if found["verdict"] == "inconclusive" else {}
+            whisker = np.maximum([[found["difference"] - found["low"]], [found["high"] - found["difference"]]], 0)
+            axes[0, 1].errorbar(found["difference"], y, xerr=whisker, elinewidth=1.4, **style | hollow)
+    for ax in axes.flat:
+        _rows(ax, [f"{name}  {mean:.3f}" for name, mean in zip(names, rows["mean"], strict=True)], metric)
+        ax.set_ylim(len(names) - 0.4, -0.7)
+        if reference is not None:
+            y = names.index(reference)
+            ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", linewidth=0, zorder=-1)
+    axes[0, 0].set(xlabel=f"rank by mean {label} (1 = best)", xlim=(0.4, 1.03 * len(names) + 0.6))
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    note = (
+        f"Beside the names: mean {label} over patients ({_n(rows['n'])}). Left: rank of the mean and 95 % percentile "
+    )
+    note += "interval over a bootstrap of the patients."
+    if differences is not None:
+        axes[0, 1].set_xlabel(f"{label} minus that of {reference}" + (f" ({unit})" if unit else ""))
+        axes[0, 1].axvline(0, color="black", linewidth=0.6, zorder=1)
+        axes[0, 1].xaxis.get_major_locator().set_params(nbins=6)
+        axes[0, 1].tick_params(labelleft=False)
+        note += f" Right: mean paired difference ({_n(differences['n'])}) and 95 % BCa bootstrap interval, "
+        note += f"{'higher' if higher else 'lower'} is better; hollow: inconclusive after Holm's correction."
+    figure.set_label(note)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
+    """The bridge: the mean at its start and at its end, and between them what each step changed.
+
+    Args:
+        table: one row a stage in order, columns step (label), dice (mean after the step), difference (to the stage
+            before), low, high, verdict and n. The first row is the start; the last the end, whose Dice is that of the
+            stage before it, and whose difference, if not NaN, is the whole change from the start (told in the note).
+        double: drawn for a page's width, else for a column's.
+
+    Raises:
+        InputError: fewer than two rows, a missing column, or differences that do not lead from each mean to the next.
+    """
+    _columns(table, ["step", "dice", "difference", "low", "high", "verdict", "n"], "bridge", "one row a stage")
+    if len(table) < 2:
+        raise InputError("bridge: give at least its start and its end")
+    rows = list(table.reset_index(drop=True).itertuples())
+    last = len(rows) - 1
+    for before, row in zip(rows[:-1], rows[1:], strict=True):
+        change = 0.0 if row.Index == last else row.difference
+        if not abs(row.dice - before.dice - change) < 1e-3:
+            found = f"{before.dice:.3f} before, {row.dice:.3f} after, a difference of {change:.3f}"
+            advice = "the last row repeats the one before" if row.Index == last else "use the same cases at every stage"
+            raise InputError(f"bridge: step {row.step!r} does not add up ({found}); {advice}")
+    labels = [textwrap.fill(str(row.step), 42 if double else 20) for row in rows]
+    heights = np.array([3.1 * (label.count("\n") + 1) + 3.2 for label in labels])  # mm, as is the y axis
+    places = np.cumsum(heights) - heights / 2
+    size = (DOUBLE if double else SINGLE, (heights.sum() + 20) * MM)
+    figure, ax = plt.subplots(figsize=size)
+    reached = [row.dice for row in rows]
+    for row in rows[1:last]:
+        reached += [row.dice - row.difference + bound for bound in (row.low, row.high)]
+    low, high = np.nanmin(reached), np.nanmax(reached)
+    span = max(high - low, 0.02)
+    edge = max(low - 0.18 * span, 0.0)
+    for place, row, above in zip(places, rows, [None, *places], strict=False):
+        end = row.Index in (0, last)
+        start = edge if end else row.dice - row.difference
+        verdict = "" if end else row.verdict
+        ax.barh(place, row.dice - start, 4, start, color=VERDICTS[verdict], zorder=2)
+        if not end:
+            whisker = np.maximum([[row.difference - row.low], [row.high - row.difference]], 0)
+            ax.errorbar(row.dice, place, xerr=whisker, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3)
+        right = np.nanmax([row.dice, start, np.nan if end else start + row.high])
+        text = f"{row.dice:.3f}" if end else f"{row.difference:+.3f}".replace("-", "\N{MINUS SIGN}")
+        ax.annotate(text, (right, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+        if above is not None:
+            before = row.dice if end else start
+            ax.plot([before, before], [above - 2, place + 2], color="black", linewidth=0.5, zorder=1)
+    ax.set_yticks(places, labels)
+    ax.set(ylim=(heights.sum(), 0), xlim=(edge, high + (0.14 if double else 0.3) * span), xlabel="Dice")
+    ax.xaxis.get_major_locator().set_params(nbins=8 if double else 4)
+    ax.tick_params(labelsize=7)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+    ax.set_axisbelow(True)
+    used = [verdict for verdict in VERDICTS if verdict and verdict in {row.verdict for row in rows[1:last]}]
+    if used:
+        _legend(figure, [Patch(color=VERDICTS[verdict], label=verdict) for verdict in used], columns=3)
+    note = f"Mean Dice over patients ({_n(table['n'])}) at both ends and its change by each step, with the 95 % BCa "
+    note += f"bootstrap interval of the paired difference. The axis begins at {edge:.2f}."
+    whole = rows[last]
+    if pd.notna(whole.low):
+        note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."
+    figure.set_label(note)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def reliability(table: pd.DataFrame) -> Figure:
+    """How often the class is there against the probability it was given, a line an arm, and where the pixels are.
+
+    A case counts by the shares of its own pixels that lie in each bin, so that large organs do not decide the curve.
+
+    Args:
+        table: from `kdlib.fidelity.calibration`, with a column arm; seeds and folds of an arm are taken together.
+
+    Raises:
+        InputError: a missing column, or no pixel in any bin.
+    """
+    needed = ["arm", "case", "class", "bin", "confidence", "accuracy", "count"]
+    _columns(table, needed, "calibration", "kdlib.fidelity.calibration with a column arm")
+    unit = "patient" if "patient" in table else "case"
+    bins = int(table["bin"].max()) + 1
+    figure, (curve, strip) = plt.subplots(
+        2, 1, figsize=(SINGLE, 105 * MM), sharex=True, height_ratios=[3, 1], gridspec_kw={"hspace": 0.04}
+    )
+    curve.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+    counts, lowest = [], 0.1
+    for arm, rows in table.groupby("arm", sort=False):
+        if not rows["count"].any():
+            raise InputError(f"reliability: {arm!r} has no pixel in any bin; are the classes in its cases?")
+        shares, sums, sures = _bin_shares(rows, unit, bins)
+        counts.append(len(shares))
+        style = method_style(arm)
+        # patients drawn anew, whole
+        generator = np.random.default_rng(0)
+        drawn = generator.multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=1000)
+        with np.errstate(invalid="ignore"):  # a bin that no drawn patient fills
+            x, y = sures.sum(0) / shares.sum(0), sums.sum(0) / shares.sum(0)
+            spread = (drawn @ sums) / (drawn @ shares)
+        filled = shares.sum(0) > 0
+        band = np.nanquantile(spread[:, filled], [0.025, 0.975], axis=0)
+        if len(shares) > 1:
+            curve.fill_between(x[filled], *band, color=style["color"], alpha=0.15, linewidth=0)
+        curve.plot(x[filled], y[filled], **style, markersize=3.5, label=arm)
+        height = np.where(filled, shares.mean(0), np.nan)
+        lowest = min(lowest, np.nanmin(height))
+        look = dict(color=style["color"], linestyle=style["linestyle"])
+        strip.stairs(height, np.linspace(0, 1, bins + 1), baseline=None, **look)
+    curve.set(ylabel="share that is the class", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+    strip.set(xlabel="probability of the class", ylabel="share of\npixels", yscale="log")
+    # whole decades, so that two of them at least have a label; no labels between
+    strip.set_ylim(10 ** np.floor(np.log10(lowest)), 1)
+    strip.yaxis.set_minor_formatter("")
+    for ax in (curve, strip):
+        ax.tick_params(labelsize=7)
+        ax.grid(color="#DDDDDD", linewidth=0.5)
+        ax.set_axisbelow(True)
+    handles, names = curve.get_legend_handles_labels()
+    _legend(figure, handles, columns=_beside(names, SINGLE), handlelength=3)
+    figure.set_label(
+        f"Lines: mean over patients ({_n(pd.Series(counts))}), each weighted by its pixels' shares in the bins; "
+        "bands: 95 % percentile interval over a bootstrap of the patients; dotted: perfect calibration."
+    )
+    return figure
+
+
+def _bin_shares(rows: pd.DataFrame, unit: str, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[patients, bins]: share of a patient's pixels in a bin, and that share times accuracy and times confidence.
+
+    Shares are made of each case and class for itself, then averaged over those of a patient.
+    """
+    keys = [column for column in rows if column not in ("bin", "confidence", "accuracy", "count")]
+    total = rows.groupby(keys, sort=False, dropna=False)["count"].transform("sum")
+    rows = rows.assign(share=rows["count"] / total)[total > 0].fillna({"accuracy": 0.0, "confidence": 0.0})
+    rows = rows.assign(accuracy=rows["share"] * rows["accuracy"], confidence=rows["share"] * rows["confidence"])
+    means = rows.groupby([unit, "bin"])[["share", "accuracy", "confidence"]].mean().unstack(fill_value=0.0)
+    wide = (means[name].reindex(columns=range(bins), fill_value=0.0) for name in ("share", "accuracy", "confidence"))
+    return tuple(part.to_numpy() for part in wide)
+
+
+@plt.rc_context(STYLE)
+def fidelity(table: pd.DataFrame) -> Figure:
+    """Closeness to the teacher, a panel a metric, a row an arm: patients, mean and interval.
+
+    Args:
+        table: columns arm, metric (of `kdlib.fidelity`, or "cka"), case (or patient) and value; over seeds, classes
+            and whatever else a case has several values for, values are averaged within the patient. For CKA, which has
+            no cases, give the fold as case.
+
+    Raises:
+        InputError: a missing column, or no defined value.
+    """
+    unit = "patient" if "patient" in table else "case"
+    _columns(table, ["arm", "metric", unit, "value"], "fidelity", "kdlib.fidelity.fidelity with a column arm")
+    table = table.dropna(subset="value")
+    arms, metrics = list(table["arm"].unique()), list(table["metric"].unique())
+    metrics.sort(key=lambda name: [*FIDELITY, name].index(name))
+    if not metrics:
+        raise InputError("fidelity: no defined value in the table")
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    width = DOUBLE if columns > 1 else SINGLE
+    size = (width, ((6 * len(arms) + 16) * lines) * MM)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
+    counts = []
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        for y, arm in enumerate(arms):
+            chosen = table[(table["arm"] == arm) & (table["metric"] == metric)]
+            values = chosen.groupby(unit, sort=False)["value"].mean()
+            if len(values):
+                row = pd.DataFrame(
+                    [dict(mean=values.mean(), **dict(zip(("low", "high"), interval(values), strict=True)))]
+                )
+                _strip(ax, y, values, next(row.itertuples()), method_style(arm))
+                counts.append(len(values))
+        _rows(ax, arms, "dice")
+        ax.set_ylim(len(arms) - 0.4, -0.7)
+        ax.set_xlabel(FIDELITY.get(metric, metric))
+        ax.xaxis.get_major_locator().set_params(nbins=4)
+    for ax in axes.flat[len(metrics) :]:
+        ax.remove()
+    means = pd.DataFrame(dict(n=counts))
+    figure.set_label(f"Small points: patients, seeds and classes averaged; large ones: {_interval(means)}.")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def liveness(history: pd.DataFrame, arm: str | None = None, recipe: str | None = None) -> Figure:
+    """Whether each distillation term acts, epoch by epoch: a line a term (mean of the runs), a band from least to most.
+
+    Panels, as far as the history has them: the share of the gradient on the student that comes from the term
+    (`share/<term>`), the cosine between the term's gradients of successive steps (`cosine/`), its loss relative to a
+    guess among all negatives (`chance/`, InfoNCE over ln N; 1 is chance), and how far its learned
+    projectors moved in the epoch, relative to their norm (`moved/`).
+
+    Args:
+        history: tidy, columns run, arm, epoch, name, value, maybe recipe.
+        arm, recipe: which to draw; they may be left out where the history has only one.
+
+    Raises:
+        InputError: a missing column, several arms or recipes, or no rows of any panel.
+    """
+    _columns(history, ["run", "arm", "epoch", "name", "value"], "history of trainings", "Results.history")
+    for column, wanted in (("arm", arm), ("recipe", recipe)):
+        if column in history:
+            known = list(history[column].unique())
+            if wanted is None and len(known) > 1 or wanted is not None and wanted not in known:
+                raise InputError(f"liveness: {column} {wanted!r}; choose from {', '.join(map(str, known))}")
+            history = history if wanted is None else history[history[column] == wanted]
+    kinds = history["name"].str.partition("/")
+    rows = history.assign(kind=kinds[0], term=kinds[2])
+    rows = rows[(kinds[1] == "/") & rows["kind"].isin(list(LIVENESS))]
+    panels = [kind for kind in LIVENESS if (rows["kind"] == kind).any()]
+    if not panels:
+        named = ", ".join(f"{kind}/<term>" for kind in LIVENESS)
+        raise InputError(f"liveness: the history has no {named}: draw a distilled student trained with this version")
+    terms = sorted(rows["term"].unique(), key=lambda term: [*TERM_COLOURS, term].index(term))
+    styles = {}
+    for number, term in enumerate(terms):
+        other = OTHER_COLOURS[number % len(OTHER_COLOURS)]
+        styles[term] = dict(color=TERM_COLOURS.get(term, other), marker="osD^vPX*"[number % 8], linestyle="-")
+    columns = 2 if len(panels) > 1 else 1
+    lines = -(-len(panels) // columns)
+    size = (DOUBLE if columns > 1 else SINGLE, (44 * lines + 12) * MM)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax, kind in zip(axes.flat, panels, strict=False):
+        title, idle = LIVENESS[kind]
+        if idle is not None:
+            ax.axhline(idle, color="black", linestyle=":", linewidth=0.8, zorder=0)
+        for term in terms:
+            chosen = rows[(rows["kind"] == kind) & (rows["term"] == term)]
+            if len(chosen):
+                line = chosen.groupby("epoch")["value"].agg(["mean", "min", "max"])
+                style = styles[term]
+                ax.plot(line.index, line["mean"], **style, markevery=max(1, len(line) // 6), markersize=3)
+                ax.fill_between(line.index, line["min"], line["max"], color=style["color"], alpha=0.15, linewidth=0)
+        ax.set(title=title, xlabel="epoch")
+        ax.tick_params(labelsize=7)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.margins(y=0.08)
+        if idle is not None:  # a term that idles must look idle, not be magnified
+            bottom, top = ax.get_ylim()
+            ax.set_ylim(min(bottom, idle - 0.1), max(top, idle + 0.1))
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    handles = [Line2D([], [], label=term, **styles[term]) for term in terms]
+    _legend(figure, handles, columns=_beside(terms, size[0]), handlelength=3)
+    runs = rows["run"].nunique()
+    figure.set_label(
+        f"{rows['arm'].iloc[0]}. Lines: mean of the runs (n = {runs}); bands: from the lowest to the highest run; "
+        "dotted: what an idle term would show."
+    )
+    return figure
+
+
 def save_figure(figure: Figure, folder: Path | str, name: str, caption: str) -> list[Path]:
     """Writes `<name>.pdf` (TrueType fonts), `<name>.png` (300 dpi) and `<name>.txt` (caption and the figure's note).
 
@@ -332,6 +628,13 @@ def save_figure(figure: Figure, folder: Path | str, name: str, caption: str) -> 
     return paths
 
 
+def _columns(table: pd.DataFrame, needed: Sequence[str], what: str, source: str) -> None:
+    """Raises InputError where a table has no rows or not the columns that a figure needs."""
+    absent = [column for column in needed if column not in table]
+    if absent or table.empty:
+        raise InputError(f"{what}: no {', '.join(absent) or 'rows'} in the table; give {source}")
+
+
 def _n(counts: pd.Series) -> str:
     return f"n = {counts.min()}" + (f" to {counts.max()}" if counts.nunique() > 1 else "")
 
@@ -342,6 +645,11 @@ def _interval(means: pd.DataFrame) -> str:
 
 def _legend(figure: Figure, handles: list, columns: int, **how) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), **how)
+
+
+def _beside(names: Sequence[str], width: float) -> int:
+    """How many entries of a legend with such names fit side by side."""
+    return max(1, int(width / MM / (13 + 1.4 * max(map(len, names)))))
 
 
 def _bar(row: tuple) -> np.ndarray:

@@ -135,19 +135,7 @@ def paired(table: pd.DataFrame, a: str, b: str, metric: str = "dice", by: str = 
         InputError: a group that is not there, cases that only one of both has, a metric without a better direction;
             see also `per_patient`.
     """
-    if metric not in METRICS or METRICS[metric].higher is None:
-        directed = ", ".join(name for name, entry in METRICS.items() if entry.higher is not None)
-        raise InputError(f"metric {metric!r} has no better direction to compare by: choose from {directed}")
-    rows = rows_of(table, metric, [by])
-    for name, other in ((a, b), (b, a)):
-        if name not in set(rows[by]):
-            raise InputError(f"no {by} {name!r} in the table: it has {', '.join(map(str, rows[by].unique()))}")
-        missing = sorted(set(rows.loc[rows[by] == other, "case"]) - set(rows.loc[rows[by] == name, "case"]))
-        if missing:
-            listed = ", ".join(map(str, missing))
-            raise InputError(f"{by} {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
-    values = per_patient(rows[rows[by].isin([a, b])], metric, [by])
-    wide = values.pivot(index="patient", columns=by, values="value").dropna()
+    wide = _by_patient(table, [a, b], metric, by)
     difference = (wide[a] - wide[b]).round(12).to_numpy()  # rounded, so that means over seeds can tie
     low, high = interval(difference)
     p = mean = np.nan
@@ -156,6 +144,25 @@ def paired(table: pd.DataFrame, a: str, b: str, metric: str = "dice", by: str = 
         p = float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
     verdict = _verdict(p, low, high, metric)
     return dict(a=a, b=b, n=len(difference), difference=mean, low=low, high=high, p=p, verdict=verdict)
+
+
+def _by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str, by: str) -> pd.DataFrame:
+    """One row a patient with a value in each of the groups `names` (None: all), one column a group; see `paired`."""
+    if metric not in METRICS or METRICS[metric].higher is None:
+        directed = ", ".join(name for name, entry in METRICS.items() if entry.higher is not None)
+        raise InputError(f"metric {metric!r} has no better direction to compare by: choose from {directed}")
+    rows = rows_of(table, metric, [by])
+    names = list(rows[by].unique()) if names is None else names
+    for name in names:
+        if name not in set(rows[by]):
+            raise InputError(f"no {by} {name!r} in the table: it has {', '.join(map(str, rows[by].unique()))}")
+    rows = rows[rows[by].isin(names)]
+    for name in names:
+        missing = sorted(set(rows["case"]) - set(rows.loc[rows[by] == name, "case"]))
+        if missing:
+            listed = ", ".join(map(str, missing))
+            raise InputError(f"{by} {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
+    return per_patient(rows, metric, [by]).pivot(index="patient", columns=by, values="value").dropna()
 
 
 def _verdict(p: float, low: float, high: float, metric: str) -> str:
@@ -183,6 +190,60 @@ def compare(
     rows.insert(rows.columns.get_loc("p") + 1, "p_holm", holm(rows["p"]))
     rows["verdict"] = [_verdict(row.p_holm, row.low, row.high, metric) for row in rows.itertuples()]
     return rows
+
+
+def ranks(
+    table: pd.DataFrame,
+    by: str = "arm",
+    metric: str = "dice",
+    resamples: int = 2000,
+    seed: int = 0,
+    reference: str | None = None,
+) -> pd.DataFrame:
+    """The rank of every group's mean over the same patients, and how far it hangs on which patients those were.
+
+    Patients are drawn anew, with replacement and for all groups at once, and the groups ranked by their means in each
+    resample (as Wiesenfarth et al. 2021 rank challenge results, arXiv 1910.05121). Equal means share the mean of their
+    ranks, and a first place.
+
+    Args:
+        table: tidy.
+        by: column that makes the groups.
+        metric: a metric with a better direction.
+        resamples: bootstrap samples of the patients.
+        seed: of the samples.
+        reference: group that the others are held against.
+
+    Returns:
+        best first, columns: `by`; n (patients with a defined value in every group); mean; rank of the mean, 1 the best;
+        rank_low and rank_high, its 95 % percentile interval; first, the share of resamples in which the group has rank
+        1; and with a reference beats, the share in which its mean is better than the reference's (equal counts half;
+        NaN for the reference).
+
+    Raises:
+        InputError: as `paired`, for the cases that any group has; no patient is defined in every group.
+    """
+    wide = _by_patient(table, None, metric, by)
+    names, n = [name for name in table[by].unique() if name in wide], len(wide)
+    if not n:
+        raise InputError(f"no patient has a defined {metric} in every {by}: rank fewer of them, or another metric")
+    if reference is not None and reference not in names:
+        raise InputError(f"no {by} {reference!r} in the table to be the reference: it has {', '.join(map(str, names))}")
+    values = wide[names].to_numpy() * (-1 if METRICS[metric].higher else 1)  # the best is the lowest, as its rank is
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    means = (drawn @ values / n).round(12)  # rounded, so that equal groups tie
+    found = stats.rankdata(means, axis=1)
+    winners = means == means.min(axis=1, keepdims=True)
+    low, high = np.quantile(found, [0.025, 0.975], axis=0, method="inverted_cdf")  # ranks that did occur
+    result = pd.DataFrame({by: names, "n": n, "mean": wide[names].mean().to_numpy()})
+    result["rank"] = stats.rankdata(values.mean(axis=0).round(12))
+    result["rank_low"], result["rank_high"] = low, high
+    result["first"] = (winners / winners.sum(axis=1, keepdims=True)).mean(axis=0)
+    if reference is not None:
+        level = means[:, [names.index(reference)]]
+        result["beats"] = ((means < level) + 0.5 * (means == level)).mean(axis=0)
+        result.loc[result[by] == reference, "beats"] = np.nan
+    return result.sort_values("rank", kind="stable", ignore_index=True)
 
 
 def thesis_row(arm: str) -> pd.Series:
@@ -246,3 +307,122 @@ def save_table(
     table.to_csv(folder / f"{name}.csv", index=not isinstance(table.index, pd.RangeIndex))
     chosen = table if printed is None else table[list(printed)]
     return [folder / f"{name}.csv", to_latex(chosen, folder / f"{name}.tex", caption, f"tab:{name}")]
+
+
+def overlap_weights(table: pd.DataFrame, by: str = "arm", pooled: bool = False) -> pd.DataFrame:
+    """Dice of every (group, patient) with its weight in the group's mean.
+
+    A patient's weight is 1; `pooled`, it is the volume of both masks, so that the weighted mean is the Dice of the
+    voxels of all patients together, as the published study has it: Dice = 2 |A B| / (|A| + |B|) of sums.
+
+    Args:
+        table: tidy, of one class, with dice, truth_volume and volume_error of every case.
+
+    Returns:
+        columns of `by`, patient, dice and weight; seeds are averaged.
+    """
+    if not pooled:
+        return per_patient(table, "dice", [by]).rename(columns={"value": "dice"}).assign(weight=1.0)
+    if table["class"].nunique() > 1:
+        raise InputError("pooled Dice: several classes; filter the table to one")
+    wide = table.pivot_table(index=[by, "patient", "case", "seed"], columns="metric", values="value", sort=False)
+    weight = (2 * wide["truth_volume"] + wide["volume_error"]).rename("weight")
+    found = pd.DataFrame({"weight": weight, "shared": weight * wide["dice"]})
+    found = found.groupby([by, "patient"], sort=False).mean()
+    return found.assign(dice=found["shared"] / found["weight"]).drop(columns="shared").reset_index()
+
+
+def _resampled(a: pd.DataFrame, b: pd.DataFrame, level: float, resamples: int = 9999) -> dict[str, object]:
+    """Weighted mean of `a`, its difference to that of `b` on the same patients, and the difference's interval."""
+    a, b = (group.set_index("patient")[["dice", "weight"]].dropna() for group in (a, b))
+    if set(a.index) != set(b.index):
+        raise InputError(f"patients {', '.join(sorted(set(a.index) ^ set(b.index)))} are not in both: run their folds")
+    b = b.loc[a.index]
+    drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
+
+    def means(group: pd.DataFrame) -> tuple[float, np.ndarray]:
+        dice, weight = group["dice"].to_numpy(), group["weight"].to_numpy()
+        return float(np.average(dice, weights=weight)), (dice * weight)[drawn].sum(1) / weight[drawn].sum(1)
+
+    (here, some), (there, others) = means(a), means(b)
+    low, high = np.quantile(some - others, [0.025, 0.975])
+    strict = np.quantile(some - others, [(1 - level) / 2, (1 + level) / 2])
+    verdict = "better" if strict[0] > 0 else "worse" if strict[1] < 0 else "inconclusive"
+    verdict = "inconclusive" if len(a) < 6 else verdict  # so few patients leave a bootstrap interval far too short
+    return dict(n=len(a), dice=here, difference=here - there, low=float(low), high=float(high), verdict=verdict)
+
+
+def _of_stage(table: pd.DataFrame, stage: str, pooled: Sequence[str]) -> pd.DataFrame:
+    rows = table[table["protocol"] == stage]
+    if rows.empty:
+        raise InputError(f"no stage {stage!r} in the table: it has {', '.join(table['protocol'].unique())}")
+    return overlap_weights(rows, "protocol", stage in pooled)
+
+
+def walk(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[str]) -> pd.DataFrame:
+    """The bridge: how the Dice of one arm changes from stage to stage of the protocol.
+
+    Args:
+        table: tidy, of one arm and one class, with the stage as `protocol`.
+        stages: in order, the first the published protocol.
+        pooled: the stages whose Dice is that of pooled voxels.
+
+    Returns:
+        one row a stage and a last one, "corrected", for the whole way: step, dice, difference to the stage before (of
+        the last row to the first stage), its 95 % bootstrap interval over patients (percentile, 9999 resamples),
+        verdict (of the interval at 1 - 0.05 / number of steps, by Bonferroni; inconclusive below 6 patients) and n.
+
+    Raises:
+        InputError: a stage is missing, or has other patients than the one before.
+    """
+    values = [_of_stage(table, stage, pooled) for stage in stages]
+    level = 1 - ALPHA / (len(stages) - 1)
+    rows = [dict(step=stages[0], dice=_resampled(values[0], values[0], level)["dice"], n=len(values[0]))]
+    for stage, before, after in zip(stages[1:], values[:-1], values[1:], strict=True):
+        rows.append(dict(step=stage) | _resampled(after, before, level))
+    rows.append(dict(step="corrected") | _resampled(values[-1], values[0], level))
+    return pd.DataFrame(rows)[["step", "dice", "difference", "low", "high", "verdict", "n"]]
+
+
+def gains(
+    table: pd.DataFrame, arm: str, references: Sequence[str], stages: Sequence[str], pooled: Sequence[str]
+) -> pd.DataFrame:
+    """What an arm is worth at every stage of the bridge, against each reference on the same patients.
+
+    Args:
+        table: tidy, of one class, with the stage as `protocol`.
+        arm, references: values of the column `arm`.
+        stages, pooled: as for `walk`.
+
+    Returns:
+        one row a (stage, reference): stage, reference, dice of the arm, difference to the reference, its 95 % bootstrap
+        interval, verdict (by Bonferroni over all rows) and n.
+    """
+    level, rows = 1 - ALPHA / (len(stages) * len(references)), []
+    for stage in stages:
+        for reference in references:
+            pair = [_of_stage(table[table["arm"] == name], stage, pooled) for name in (arm, reference)]
+            rows.append(dict(stage=stage, reference=reference) | _resampled(*pair, level))
+    return pd.DataFrame(rows)[["stage", "reference", "dice", "difference", "low", "high", "verdict", "n"]]
+
+
+def liveness(history: pd.DataFrame) -> pd.DataFrame:
+    """What each distillation term did in the last epoch, one row an (arm, term), mean over runs.
+
+    Returns:
+        arm, term, value (unweighted), share (of the gradient on the student), cosine (of its gradients of two
+        successive steps; NaN where a gradient is 0), chance (InfoNCE over ln N; NaN for others), moved (of its learned
+        projectors in the epoch, relative to their norm; NaN without any), and alive: "yes", or what is wrong with it.
+    """
+    last = history[history["epoch"] == history.groupby("run")["epoch"].transform("max")]
+    wide = last.pivot_table(index="arm", columns="name", values="value", sort=False)
+    terms = [name.removeprefix("share/") for name in wide if name.startswith("share/")]
+    kinds, rows = ("share", "cosine", "chance", "moved"), []
+    for arm in wide.index:
+        for term in terms:
+            found = {kind: wide.loc[arm].get(f"{kind}/{term}", np.nan) for kind in kinds}
+            if term != "segmentation" and not np.isnan(found["share"]):
+                value = wide.loc[arm, term]
+                alive = "always 0" if value == 0 else "no gradient" if found["share"] == 0 else "yes"
+                rows.append(dict(arm=arm, term=term, value=value) | found | dict(alive=alive))
+    return pd.DataFrame(rows)

@@ -25,13 +25,17 @@ from kdlib.figures import (
     choose_cases,
     dice_against_parameters,
     dice_per_method,
-    loss_comparison,
+    fidelity,
+    liveness,
     method_style,
     qualitative,
+    ranking,
+    reliability,
     save_figure,
     training_curves,
+    waterfall,
 )
-from kdlib.statistics import THESIS_TABLE, summarise
+from kdlib.statistics import THESIS_TABLE, compare, interval, ranks, summarise
 
 ARMS = list(METHOD_COLOURS)
 TERMS = ["E-E", "B-B", "D-D", "PMD"]
@@ -101,7 +105,8 @@ def check(figure, width) -> None:
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            boxes = [tick.label1.get_window_extent(renderer) for tick in ticks if tick.label1.get_text()]
+            labels = [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+            boxes = [label.get_window_extent(renderer) for label in labels]
             for one, two in itertools.pairwise(boxes):
                 assert not one.overlaps(two), "tick labels overlap"
     assert "n = " in figure.get_label()
@@ -278,25 +283,6 @@ def test_ablation_refuses():
         ablation(tidy(["KD(T1, S1)", "KD(T2, S1)"], recipes=["E-E (mse)"]))
 
 
-def test_loss_comparison():
-    recipes = [f"{FULL} ({loss})" for loss in ("labelled", "mse", "infonce")]
-    table = pd.concat([tidy(["KD(T1, S1)", "KD(T1, S2)"], recipes=recipes), tidy(["S1 (50 %)"])])
-    figure = loss_comparison(table)
-    check(figure, SINGLE)
-    ax = figure.axes[0]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["KD(T1, S1)", "KD(T1, S2)", "S1 (50 %)"]
-    found = summarise(table, ["arm", "recipe"]).set_index(["arm", "recipe"])["mean"]
-    order = [(arm, recipes[k]) for arm in ("KD(T1, S1)", "KD(T1, S2)") for k in (1, 2, 0)] + [("S1 (50 %)", "baseline")]
-    means = [container.lines[0].get_xdata()[0] for container in ax.containers]
-    assert means == pytest.approx([found[key] for key in order])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "no distillation", "MSE", "InfoNCE", "labelled contrast",
-    ]  # fmt: skip
-    check(loss_comparison(tidy(["KD(T1, S1)"], recipes=["PMD", "E-E (mse)"])), SINGLE)  # another loss
-    with pytest.raises(InputError, match="several recipes with one loss"):
-        loss_comparison(tidy(["KD(T1, S1)"], recipes=["E-E (mse)", "B-B (mse)"]))
-
-
 @pytest.mark.parametrize("arms, cases", [(ARMS, 24), (["S1"], 1)])
 def test_dice_against_parameters(arms, cases):
     table = tidy(arms, cases)
@@ -318,7 +304,237 @@ def test_dice_against_parameters(arms, cases):
         dice_against_parameters(table, {arm: 1 for arm in arms[1:]})
 
 
-@pytest.mark.parametrize("draw", [dice_per_method, ablation, loss_comparison])
+MANY = ["S1 (50 %)", *(f"method {number}" for number in range(27)), "S1", FULL + " (labelled)"]
+
+
+@pytest.mark.parametrize("arms, cases", [(MANY, 8), (["S1 (50 %)", "KD(T1, S1)", "S1"], 8), (["S1 (50 %)", "S1"], 1)])
+def test_ranking(arms, cases):
+    table = tidy(arms, cases)
+    found = ranks(table, resamples=200)
+    verdicts = compare(table, [(arm, "S1 (50 %)") for arm in arms[1:]])
+    figure = ranking(found, "S1 (50 %)", verdicts)
+    check(figure, DOUBLE)
+    left, right = figure.axes
+    assert [line.lines[0].get_xdata()[0] for line in left.containers] == list(range(1, len(arms) + 1))
+    bars = [line.lines[2][0].get_segments()[0][:, 0] for line in left.containers]
+    assert np.array(bars) == pytest.approx(found[["rank_low", "rank_high"]].to_numpy())
+    names = [f"{row.arm}  {row.mean:.3f}" for row in found.itertuples()]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == names and left.yaxis_inverted()
+    verdicts = verdicts.set_index("a").loc[[arm for arm in found["arm"] if arm != "S1 (50 %)"]]
+    points = [line.lines[0] for line in right.containers]
+    assert [point.get_xdata()[0] for point in points] == pytest.approx(verdicts["difference"].tolist())
+    filled = [point.get_markerfacecolor() != "white" for point in points]
+    assert filled == (verdicts["verdict"] != "inconclusive").tolist()
+    assert f"n = {cases}" in figure.get_label() and "hollow" in figure.get_label()
+
+
+def test_ranking_without_reference_and_by_recipe():
+    figure = ranking(ranks(tidy(["S1", "S2", "KD(T1, S1)"]), resamples=50))
+    check(figure, DOUBLE)
+    assert len(figure.axes) == 1 and "Right" not in figure.get_label()
+    recipes = ranks(tidy(["KD(T1, S1)"], recipes=["E-E", "PMD"]), by="recipe", resamples=50)
+    assert {tick.get_text()[:3] for tick in ranking(recipes).axes[0].get_yticklabels()} == {"E-E", "PMD"}
+    far = tidy(["S1", "S2"], metric="hd95")
+    figure = ranking(ranks(far, metric="hd95"), "S1", compare(far, [("S2", "S1")], "hd95"), metric="hd95")
+    assert "lower is better" in figure.get_label() and figure.axes[1].get_xlabel() == "HD95 minus that of S1 (mm)"
+
+
+def test_ranking_refuses():
+    table = tidy(["S1", "S2"])
+    found, verdicts = ranks(table), compare(table, [("S2", "S1")])
+    with pytest.raises(InputError, match="no reference 'T1' among S2, S1"):
+        ranking(found, "T1")
+    with pytest.raises(InputError, match="no comparison with the reference None"):
+        ranking(found, None, verdicts)
+    with pytest.raises(InputError, match="no rank_low"):
+        ranking(found.drop(columns="rank_low"))
+
+
+def bridge(changes=(0.03, -0.05, 0.004), verdicts=("better", "worse", "inconclusive"), wide=0.01, n=24) -> pd.DataFrame:
+    rows, level = [dict(step="thesis", dice=0.715, verdict="", n=n)], 0.715
+    for number, (change, verdict) in enumerate(zip(changes, verdicts, strict=True), start=1):
+        level += change
+        step = f"same optimiser, rate and batch for every arm (fault {number})"
+        bounds = dict(low=change - wide, high=change + 2 * wide)
+        rows.append(dict(step=step, dice=level, difference=change, verdict=verdict, n=n) | bounds)
+    whole = level - 0.715
+    end = dict(step="corrected", dice=level, difference=whole, low=whole - wide, high=whole + wide)
+    return pd.DataFrame([*rows, end | dict(verdict="inconclusive", n=n)])
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("steps", [0, 3, 12])
+def test_waterfall(steps, double):
+    table = bridge([0.03, -0.05, 0.004, 0.0] * 3, ["better", "worse", "inconclusive", "inconclusive"] * 3)
+    table = bridge() if steps == 3 else bridge([], []) if steps == 0 else table
+    figure = waterfall(table, double)
+    check(figure, DOUBLE if double else SINGLE)
+    ax = figure.axes[0]
+    bars = [bar for container in ax.containers if hasattr(container, "patches") for bar in container.patches]
+    ends = [bar.get_x() + bar.get_width() for bar in bars]
+    assert ends == pytest.approx(table["dice"].tolist())
+    # every step begins where the one before ended
+    assert [bar.get_x() for bar in bars[1:-1]] == pytest.approx(ends[:-2])
+    whiskers = [line.lines[2][0].get_segments()[0][:, 0] for line in ax.containers if hasattr(line, "lines")]
+    rows = table.iloc[1:-1]
+    start = rows["dice"] - rows["difference"]
+    assert np.array(whiskers).reshape(-1, 2) == pytest.approx(np.stack([start + rows["low"], start + rows["high"]], 1))
+    colours = {"better": "#0072b2", "worse": "#d55e00", "inconclusive": "#999999"}
+    assert [to_hex(bar.get_facecolor()) for bar in bars[1:-1]] == [colours[verdict] for verdict in rows["verdict"]]
+    labels = [tick.get_text().replace("\n", " ") for tick in ax.get_yticklabels()]
+    assert labels == table["step"].tolist() and ax.yaxis_inverted()
+    texts = [text.get_text().replace("\N{MINUS SIGN}", "-") for text in ax.texts]
+    assert texts == ["0.715", *(f"{change:+.3f}" for change in rows["difference"]), f"{table['dice'].iloc[-1]:.3f}"]
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1, "a number is cut"
+    assert "From start to end" in figure.get_label() and "axis begins at" in figure.get_label()
+
+
+def test_waterfall_of_one_patient_has_no_intervals():
+    table = bridge(wide=np.nan, n=1)
+    figure = waterfall(table)
+    check(figure, DOUBLE)
+    assert "n = 1" in figure.get_label() and "From start" not in figure.get_label()
+
+
+def test_waterfall_refuses():
+    with pytest.raises(InputError, match="'corrected' does not add up .*repeats the one before"):
+        waterfall(bridge().assign(dice=[0.715, 0.745, 0.695, 0.699, 0.8]))
+    with pytest.raises(InputError, match=r"\(fault 2\)' does not add up .*same cases"):
+        waterfall(bridge().assign(difference=[np.nan, 0.03, 0.05, 0.004, 0]))
+    with pytest.raises(InputError, match="its start and its end"):
+        waterfall(bridge().iloc[:1])
+    with pytest.raises(InputError, match="no verdict"):
+        waterfall(bridge().drop(columns="verdict"))
+
+
+def binned(arms, cases=6, bins=15, empty=()) -> pd.DataFrame:
+    generator, rows = np.random.default_rng(0), []
+    for number, (arm, case) in enumerate(itertools.product(arms, range(cases))):
+        for index in range(bins):
+            confidence, count = (index + 0.5) / bins, 0 if index in empty else 10 ** generator.integers(1, 5)
+            accuracy = np.clip(confidence**2 + generator.normal(0, 0.02), 0, 1) if count else np.nan
+            row = dict(arm=arm, case=f"case_{case}", bin=index, confidence=confidence if count else np.nan)
+            rows.append(row | {"accuracy": accuracy, "count": count, "class": "spleen"})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("arms, cases, empty", [(["S1 (50 %)", "KD(T1, S1)", "T1"], 6, ()), (["S1"], 1, (0, 7))])
+def test_reliability(arms, cases, empty):
+    figure = reliability(binned(arms, cases, empty=empty))
+    check(figure, SINGLE)
+    curve, _ = figure.axes
+    lines = [line for line in curve.lines if line.get_label() in arms]
+    assert [to_hex(line.get_color()).upper() for line in lines] == [METHOD_COLOURS[arm] for arm in arms]
+    for line in lines:
+        x, y = line.get_data()
+        assert len(x) == 15 - len(empty) and y == pytest.approx(x**2, abs=0.06)
+    assert f"n = {cases}" in figure.get_label()
+    assert len(curve.collections) == (len(arms) if cases > 1 else 0)  # one case has no band
+
+
+def test_reliability_weighs_cases_alike():
+    # a large case that is right in half of its pixels, a small one always; classes and seeds share a case's weight
+    part = dict(arm="S1", bin=0, confidence=0.5)
+    large = part | {"case": "a", "class": "spleen", "accuracy": 0.5, "count": 10_000}
+    small = [part | {"case": "b", "class": name, "accuracy": 1.0, "count": 10} for name in ("spleen", "liver")]
+    absent = part | {"case": "c", "class": "liver", "accuracy": np.nan, "confidence": np.nan, "count": 0}
+    table = pd.DataFrame([large, *small, absent])
+    assert reliability(table).axes[0].lines[1].get_ydata() == pytest.approx([0.75])
+    patients = table.assign(patient=["p", "q", "q", "q"])
+    assert reliability(patients).axes[0].lines[1].get_ydata() == pytest.approx([0.75])
+    with pytest.raises(InputError, match="'S1' has no pixel"):
+        reliability(table.iloc[3:])
+    with pytest.raises(InputError, match="no arm"):
+        reliability(table.drop(columns="arm"))
+
+
+CLOSE = ["agreement", "band_agreement", "error_overlap", "cka", "ece"]
+
+
+def closeness(arms, metrics, cases=6) -> pd.DataFrame:
+    generator, rows = np.random.default_rng(0), []
+    for arm, metric, case, seed in itertools.product(arms, metrics, range(cases), range(2)):
+        rows.append(dict(arm=arm, metric=metric, case=f"case_{case}", seed=seed, value=generator.uniform(0.3, 0.9)))
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_fidelity(count):
+    arms, metrics = ["S1 (50 %)", "KD(T1, S1)"], CLOSE[:count]
+    table = closeness(arms, metrics[::-1])
+    table.loc[(table["metric"] == "error_overlap") & (table["case"] == "case_0"), "value"] = np.nan
+    figure = fidelity(table)
+    check(figure, SINGLE if count == 1 else DOUBLE)
+    assert len(figure.axes) == count and figure.axes[0].get_xlabel() == "Dice with the teacher"
+    for ax, metric in zip(figure.axes, metrics, strict=True):
+        for arm, points, line in zip(arms, ax.collections[::2], ax.containers, strict=True):
+            chosen = table[(table["arm"] == arm) & (table["metric"] == metric)].dropna()
+            values = chosen.groupby("case")["value"].mean()
+            assert sorted(points.get_offsets()[:, 0]) == pytest.approx(sorted(values))
+            assert line.lines[0].get_xdata()[0] == pytest.approx(values.mean())
+            assert line.lines[2][0].get_segments()[0][:, 0] == pytest.approx(interval(values))
+    assert ("n = 5 to 6" if count > 2 else "n = 6") in figure.get_label()
+
+
+def test_fidelity_refuses():
+    with pytest.raises(InputError, match="no arm, value"):
+        fidelity(pd.DataFrame(columns=["metric", "case"]))
+    with pytest.raises(InputError, match="no defined value"):
+        fidelity(closeness(["S1"], ["agreement"]).assign(value=np.nan))
+
+
+def pulses(arm="KD(T1, S1)", kinds=("share", "cosine", "chance", "moved"), terms=TERMS, epochs=12, runs=2):
+    rows = []
+    for kind, term, run, epoch in itertools.product(kinds, terms, range(runs), range(1, epochs + 1)):
+        name, value = f"{kind}/{term}", (1 + run) / epoch + terms.index(term)
+        rows.append(dict(run=f"{arm}-{run}", arm=arm, recipe=FULL, epoch=epoch, name=name, value=value))
+    return pd.concat([pd.DataFrame(rows), trainings([arm], epochs, runs).assign(recipe=FULL)])
+
+
+def test_liveness():
+    figure = liveness(pulses())
+    check(figure, DOUBLE)
+    assert [ax.get_title() for ax in figure.axes] == [
+        "share of the gradient", "cosine from step to step", "loss relative to chance", "movement of the projectors",
+    ]  # fmt: skip
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+    assert len(curves) == len(TERMS) and curves[0].get_ydata() == pytest.approx(1.5 / np.arange(1, 13))
+    assert len({line.get_color() for line in curves}) == len({line.get_marker() for line in curves}) == len(TERMS)
+    idle = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in figure.axes]
+    assert idle == [[], [0.0], [1.0], []]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == TERMS
+    assert figure.get_label().startswith("KD(T1, S1). ") and "n = 2" in figure.get_label()
+
+
+@pytest.mark.parametrize("kinds", [["chance"], ["moved", "share"], ["share", "cosine", "moved"]])
+def test_liveness_leaves_out_what_was_not_measured(kinds):
+    terms = ["segmentation", "PMD", "attention transfer", "region contrast", "affinity of pairs", "E-E"]
+    figure = liveness(pulses(kinds=kinds, terms=terms, epochs=1, runs=1))
+    check(figure, DOUBLE if len(kinds) > 1 else SINGLE)
+    assert len(figure.axes) == len(kinds)
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:3] == ["segmentation", "E-E", "PMD"]
+
+
+def test_liveness_of_one_arm_and_recipe():
+    other = pulses("KD(T2, S1)").assign(value=9.0)
+    both = pd.concat([pulses(), other, pulses().assign(recipe="PMD", value=7.0)])
+    with pytest.raises(InputError, match=r"arm None; choose from KD\(T1, S1\), KD\(T2, S1\)"):
+        liveness(both)
+    with pytest.raises(InputError, match="recipe None; choose from"):
+        liveness(both, "KD(T1, S1)")
+    with pytest.raises(InputError, match="arm 'S1'"):
+        liveness(both, "S1")
+    for arm, recipe, value in (("KD(T1, S1)", "PMD", 7.0), ("KD(T2, S1)", None, 9.0)):
+        curve = liveness(both, arm, recipe).axes[0].lines[0]
+        assert (curve.get_ydata() == value).all() and len(curve.get_xdata()) == 12
+    with pytest.raises(InputError, match="no share/<term>, cosine/<term>"):
+        liveness(trainings(["KD(T1, S1)"]))
+    with pytest.raises(InputError, match="no rows"):
+        liveness(both.iloc[:0])
+
+
+@pytest.mark.parametrize("draw", [dice_per_method, ablation])
 def test_empty_tables_are_refused(draw):
     for table in (pd.DataFrame(), tidy(["S1"]).iloc[:0], tidy(["S1"], metric="iou")):
         with pytest.raises(InputError):

@@ -19,14 +19,19 @@ from kdlib.statistics import (
     PRINTED,
     THESIS_TABLE,
     compare,
+    gains,
     holm,
     interval,
+    liveness,
+    overlap_weights,
     paired,
     per_patient,
     pivot_thesis,
+    ranks,
     save_table,
     summarise,
     thesis_row,
+    walk,
 )
 
 
@@ -274,6 +279,96 @@ def test_compare_takes_its_verdict_from_the_adjusted_p():
         compare(table, [])
 
 
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_ranks_that_no_resample_can_change():
+    base = np.linspace(0.2, 0.5, 6)
+    found = ranks(tidy({"worst": base, "best": base + 0.2, "middle": base + 0.1}), reference="middle")
+    assert found["arm"].tolist() == ["best", "middle", "worst"] and (found["n"] == 6).all()
+    assert found["mean"].tolist() == pytest.approx([0.55, 0.45, 0.35])
+    for column in ("rank", "rank_low", "rank_high"):
+        assert found[column].tolist() == [1, 2, 3]
+    assert found["first"].tolist() == [1, 0, 0]
+    assert found["beats"].tolist() == pytest.approx([1, np.nan, 0], nan_ok=True)
+    assert "beats" not in ranks(tidy({"a": base}))
+
+
+def test_ranks_of_a_distance_are_best_where_it_is_least():
+    base = np.linspace(1, 5, 6)
+    found = ranks(tidy({"far": base + 1, "near": base}, "hd95"), metric="hd95", reference="far")
+    assert found["arm"].tolist() == ["near", "far"] and found["mean"].tolist() == pytest.approx([3, 4])
+    assert found["first"].tolist() == [1, 0] and found["beats"][0] == 1
+
+
+def test_equal_groups_share_rank_and_first_place():
+    same = np.linspace(0.2, 0.8, 7)
+    table = tidy({"a": [[x, x + 0.1, x + 0.3] for x in same], "b": [[x + 0.3, x, x + 0.1] for x in same], "c": same})
+    found = ranks(table, reference="a").set_index("arm")
+    assert found["rank"].to_dict() == {"a": 1.5, "b": 1.5, "c": 3}
+    assert (found.loc[["a", "b"], ["rank_low", "rank_high"]] == 1.5).all(axis=None)
+    assert found["first"].to_dict() == {"a": 0.5, "b": 0.5, "c": 0}
+    assert found["beats"].to_dict() == pytest.approx({"a": np.nan, "b": 0.5, "c": 0}, nan_ok=True)
+
+
+def test_ranks_over_every_resample_of_three_patients():
+    a, b = np.array([0.9, 0.2, 0.2]), np.array([0.3, 0.4, 0.3])
+    # all 27 draws by hand: a is ahead once case 0 was drawn; a lead of 0.6 against 0.2 and 0.1 behind, no draw ties
+    ahead = np.mean([np.sum((a - b)[list(draw)]) > 0 for draw in itertools.product(range(3), repeat=3)])
+    assert ahead == pytest.approx(19 / 27)
+    found = ranks(tidy({"b": b, "a": a}), resamples=100_000, reference="b").set_index("arm")
+    assert found.loc["a", "beats"] == found.loc["a", "first"] == pytest.approx(ahead, abs=0.005)
+    assert found["first"].sum() == pytest.approx(1)
+    assert found[["rank_low", "rank_high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
+    assert found["rank"].to_dict() == {"a": 1, "b": 2}
+
+
+def test_patients_not_cases_are_drawn_and_seeds_are_averaged():
+    # patient p has three good cases, q and r one bad each: by cases `a` would be first, by patients `b` is
+    cases = {"a": [[0.8, 1.0], 0.9, 0.9, 0.1, 0.1], "b": [0.5, 0.5, 0.5, 0.4, 0.4]}
+    found = ranks(tidy(cases).assign(patient=[*"ppppqr", *"pppqr"]))
+    assert found["arm"].tolist() == ["b", "a"] and (found["n"] == 3).all()
+    assert found["mean"].tolist() == pytest.approx([1.3 / 3, 1.1 / 3])
+
+
+def test_ranks_depend_on_the_seed_alone():
+    generator = np.random.default_rng(0)
+    table = tidy({name: generator.random(12) for name in "abcdef"})
+    found = ranks(table, reference="a")
+    pd.testing.assert_frame_equal(found, ranks(table, reference="a"))
+    pd.testing.assert_frame_equal(found, ranks(table.sample(frac=1, random_state=1), reference="a"), rtol=1e-9)
+    other = ranks(table, reference="a", seed=1)
+    assert found["rank"].tolist() == other["rank"].tolist() and found["first"].tolist() != other["first"].tolist()
+    assert (found["rank_low"] <= found["rank"]).all() and (found["rank"] <= found["rank_high"]).all()
+
+
+def test_ranks_leave_out_patients_undefined_in_a_group():
+    table = tidy({"a": [0.5, np.nan, 0.7], "b": [0.4, 0.4, 0.9]}, "recall")
+    found = ranks(table, metric="recall")
+    assert (found["n"] == 2).all() and found["mean"].tolist() == pytest.approx([0.65, 0.6])
+    with pytest.raises(InputError, match="no patient has a defined recall in every arm"):
+        ranks(table[table["case"] == "case_1"], metric="recall")
+    alone = ranks(tidy({"a": [0.5], "b": [0.4]}))
+    assert alone[["rank_low", "rank_high"]].to_numpy().tolist() == [[1, 1], [2, 2]]
+
+
+def test_ranks_of_recipes():
+    table = pd.concat([tidy({"KD": [0.5, 0.6]}, recipe="E-E"), tidy({"KD": [0.4, 0.4]}, recipe="B-B")])
+    assert ranks(table, by="recipe")["recipe"].tolist() == ["E-E", "B-B"]
+    with pytest.raises(InputError, match="'KD' mixes 2 values of 'recipe'"):
+        ranks(table)
+
+
+def test_ranks_name_missing_cases_and_arms():
+    table = tidy({"a": [0.5, 0.6, 0.7], "b": [0.5, 0.6], "c": [0.4, 0.4, 0.4]})
+    with pytest.raises(InputError, match="'b' has no dice of cases case_2"):
+        ranks(table)
+    with pytest.raises(InputError, match="no arm 'T1' in the table to be the reference: it has a, c"):
+        ranks(table[table["arm"] != "b"], reference="T1")
+    with pytest.raises(InputError, match="no better direction"):
+        ranks(tidy({"a": [0.1]}, "volume_error"), metric="volume_error")
+
+
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -336,3 +431,77 @@ def test_tables_are_enough(module):
     assert imported.isdisjoint({"torch", "monai", "kdlib"})
     own = {name for name in imported if name.startswith("kdlib.")}
     assert own <= {"kdlib.config", "kdlib.metrics", "kdlib.statistics"}
+
+
+# ---------------------------------------------------------------------------------------------------------- the bridge
+
+
+def stages(values: dict[str, list[float]], volumes: list[float] | None = None) -> pd.DataFrame:
+    """A tidy table of one arm: stage -> Dice of each patient, whose predictions have the volume of the truth."""
+    rows = []
+    for stage, dice in values.items():
+        for number, value in enumerate(dice):
+            row = dict(run=stage, arm="KD", protocol=stage, seed=0, patient=f"p{number}", case=f"c{number}")
+            truth = (volumes or [1.0] * len(dice))[number]
+            metrics = {"dice": value, "truth_volume": truth, "volume_error": 0.0}
+            rows += [row | {"class": "spleen", "metric": name, "value": found} for name, found in metrics.items()]
+    return pd.DataFrame(rows)
+
+
+def test_walk_adds_up_from_stage_to_stage():
+    dice = {"thesis": [0.5] * 8, "a": [0.6] * 8, "b": [0.6, 0.5] * 4}
+    found = walk(stages(dice), list(dice), [])
+    assert list(found["step"]) == ["thesis", "a", "b", "corrected"] and set(found["n"]) == {8}
+    assert found["dice"].tolist() == pytest.approx([0.5, 0.6, 0.55, 0.55])
+    assert found["difference"].tolist()[1:] == pytest.approx([0.1, -0.05, 0.05])
+    assert found["verdict"].tolist()[1:] == ["better", "worse", "better"]
+    assert found.loc[1, ["low", "high"]].tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_pooled_dice_is_that_of_all_voxels_together():
+    # |A| = |B| = 30 with 27 shared, and |A| = |B| = 10 with 1 shared: 2 * 28 / 80
+    table = stages({"thesis": [0.9, 0.1]}, [30.0, 10.0])
+    found = overlap_weights(table, "protocol", pooled=True)
+    assert found["weight"].tolist() == [60, 20] and found["dice"].tolist() == pytest.approx([0.9, 0.1])
+    both = walk(stages({"thesis": [0.9, 0.1], "b": [0.9, 0.1]}, [30.0, 10.0]), ["thesis", "b"], ["thesis"])
+    assert both["dice"].tolist() == pytest.approx([0.7, 0.5, 0.5])
+
+
+def test_few_patients_are_never_decided_by_a_bootstrap():
+    dice = {"thesis": [0.5] * 5, "a": [0.9] * 5}
+    assert walk(stages(dice), list(dice), [])["verdict"].tolist()[1:] == ["inconclusive"] * 2
+
+
+def test_walk_names_what_is_missing():
+    with pytest.raises(InputError, match="no stage 'b' in the table: it has thesis"):
+        walk(stages({"thesis": [0.5]}), ["thesis", "b"], [])
+    with pytest.raises(InputError, match="patients p1 are not in both"):
+        walk(stages({"thesis": [0.5, 0.6], "b": [0.5]}), ["thesis", "b"], [])
+    two = pd.concat([stages({"thesis": [0.5]}), stages({"thesis": [0.5]}).assign(**{"class": "liver"})])
+    with pytest.raises(InputError, match="several classes; filter the table to one"):
+        overlap_weights(two, "protocol", pooled=True)
+
+
+def test_gains_compare_arms_within_a_stage():
+    dice = {"thesis": [0.5, 0.6] * 4, "b": [0.7, 0.8] * 4}
+    lower = {stage: [value - 0.1 for value in values] for stage, values in dice.items()}
+    table = pd.concat([stages(dice), stages(lower).assign(arm="alone")])
+    found = gains(table, "KD", ["alone"], list(dice), [])
+    assert found["difference"].tolist() == pytest.approx([0.1, 0.1]) and set(found["verdict"]) == {"better"}
+    assert found["dice"].tolist() == pytest.approx([0.55, 0.75])
+
+
+def test_liveness_tells_the_dead_from_the_living():
+    rows = [
+        dict(run=arm, arm=arm, epoch=epoch, name=name, value=value)
+        for arm, epoch, values in [
+            ("a", 1, {"PMD": 9.0, "share/PMD": 0.9}),
+            ("a", 2, {"PMD": 0.0, "share/PMD": 0.0, "B-B": 2.0, "share/B-B": 0.3, "cosine/B-B": 0.5, "moved/B-B": 0.1}),
+            ("b", 1, {"B-B": 2.7, "share/B-B": 0.0, "chance/B-B": 1.0}),
+        ]
+        for name, value in values.items()
+    ]
+    found = liveness(pd.DataFrame(rows)).set_index(["arm", "term"])
+    assert found["alive"].to_dict() == {("a", "PMD"): "always 0", ("a", "B-B"): "yes", ("b", "B-B"): "no gradient"}
+    assert found.loc[("a", "B-B"), ["share", "cosine", "moved"]].tolist() == [0.3, 0.5, 0.1]
+    assert found.loc[("b", "B-B"), "chance"] == 1.0 and np.isnan(found.loc[("a", "B-B"), "chance"])
