@@ -40,7 +40,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DATA      phantom     a folder in Decathlon layout, or phantom
   TARGET    spleen      label names joined by ",", or all
   PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, ct128, thesis
-  PROTOCOL  corrected   optimisers: corrected (the same for every arm) or thesis (as published)
+  PROTOCOL  corrected   corrected, or thesis: with the faults of the published study
   CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
   ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
   FOLDS     0           outer folds to train
@@ -48,7 +48,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
-  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; all of them when empty
+  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_bridge
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef

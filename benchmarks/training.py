@@ -14,9 +14,10 @@ import time
 import torch
 
 from kdlib import train
-from kdlib.config import PROFILES, Profile, Run, View, thesis_recipe
+from kdlib.config import PROFILES, Profile, Run, View
 from kdlib.device import autocast, computes_bf16, pick_device
 from kdlib.distill import Taps, scales_of
+from kdlib.recipes import thesis_recipe
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -51,6 +52,7 @@ def main() -> None:
     profile = Profile("benchmark", View(options.size), options.width, folds=PROFILES["quick"].folds)
     images = torch.rand(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
+    patients = torch.zeros(options.batch, dtype=torch.int64, device=device)
     labels = (torch.rand(options.batch, options.size, options.size, device=device) > 0.9).long()
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, slices of {options.size}, batch {options.batch}"
@@ -59,22 +61,21 @@ def main() -> None:
     def step(arm, taught=None, cast=autocast):
         def run() -> None:
             chosen, train.autocast = train.autocast, cast
-            train.training_step(arm, images, labels, taught or {}, 0)
+            train.training_step(arm, train.Batch(images, labels, patients, taught or {}, 0))
             train.autocast = chosen
 
         return run
 
     def arm_of(model, teacher=None, **changes):
         run = Run("phantom", "spleen", model, profile=profile, teacher=teacher and "T1", **changes)
-        return train.new_arm(run, 1, 1000, device, teacher)
+        return train.new_arm(run, 1, 1000, device, {"T1": teacher} if teacher else {})
 
     if computes_bf16(device) and device.type == "cpu":
         for model in ("T1", "T2", "S1", "S2"):
             arm = arm_of(model)
             found = in_turns({"fp32": step(arm, cast=lambda _: FLOAT32), "bf16": step(arm)}, options.repeats)
-            print(
-                f"{model}: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {found['fp32'] / found['bf16']:.2f}"
-            )
+            ratio = found["fp32"] / found["bf16"]
+            print(f"{model}: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {ratio:.2f}")
 
     teacher_run = Run("phantom", "spleen", "T1", profile=profile)
     teacher = train.new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -83,9 +84,7 @@ def main() -> None:
     taps = Taps(teacher, teacher.scales, scales_of(arm.run.recipe for arm in arms))
 
     def taught() -> dict:
-        with torch.no_grad(), autocast(device):
-            output, features = taps(images, reconstruct=False)
-        return features | {"logits": output.segmentation}
+        return {"T1": train.teach(taps, images)}
 
     def cohort() -> None:
         shared = taught()

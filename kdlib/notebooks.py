@@ -31,6 +31,7 @@ from kdlib.config import PROFILES, PROTOCOLS, InputError, TrainingError, choose,
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPERIMENTS = ("00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "06_figures")
+ORDER = (*EXPERIMENTS[:-1], "05_bridge", EXPERIMENTS[-1])  # the bridge trains teachers anew at every stage: on request
 
 
 class NotebookError(RuntimeError):
@@ -361,14 +362,14 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
         except ValueError:
             raise InputError(f"{name} {getattr(options, name)!r}: give whole numbers, e.g. '0 1'") from None
     for name in options.only:
-        choose("experiment", name, dict.fromkeys(EXPERIMENTS))
-    experiments = [name for name in EXPERIMENTS if name in options.only]
+        choose("experiment", name, dict.fromkeys(ORDER))
+    experiments = [name for name in ORDER if name in options.only]
     shared = study_parameters(
         options.data, options.target, options.profile, options.protocol, **numbers, device=options.device,
         results=options.results, study=options.study, changes=_changes(options.changes), on_defect=options.on_defect,
     )  # fmt: skip
     print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
-    print(f"profile {options.profile} against the thesis: {PROFILES[options.profile].shrinks}")
+    print(f"profile {options.profile} against the thesis: {tailor(options.profile, shared['changes']).shrinks}")
     failures = run_study(shared, experiments, options.notebooks)
     folder = Path(str(shared["results"])) / str(shared["study"])
     print(f"made in {folder}:")
