@@ -16,8 +16,9 @@ from kdlib.config import (
     tailor,
 )  # fmt: skip
 from kdlib.data import case_table, download, largest_slices, split_table
+from kdlib.fidelity import expected_calibration_error
 from kdlib.recipes import DISTILLERS, QUICK, controls, distiller, thesis_recipe
-from kdlib.runs import Results, imitation, run_bank, run_source, study
+from kdlib.runs import Results, imitation, manifest, run_bank, run_source, study
 
 __all__ = [
     "DISTILLERS",
@@ -39,8 +40,10 @@ __all__ = [
     "controls",
     "distiller",
     "download",
+    "expected_calibration_error",
     "imitation",
     "largest_slices",
+    "manifest",
     "run_bank",
     "run_source",
     "split_table",

@@ -118,6 +118,18 @@ def is_done(run: Run, results: Path) -> bool:
     return (run_folder(run, results) / "manifest.json").is_file()
 
 
+def manifest(run: Run, results: Path | str = "results") -> dict:
+    """What a finished run says of itself: its parameters, data, adapters, timings and versions.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    path = run_folder(run, Path(results).resolve()) / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{run.name} ({run.recipe.name}) has no result in {results}: train it first")
+    return json.loads(path.read_text())
+
+
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
@@ -200,7 +212,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")
     }
     save_arrays(folder / "slices.npz", parts)
-    manifest = {
+    record = {
         "key": folder.name,
         "arm": run.name,
         "run": dataclasses.asdict(run) | {"data": found.dataset.name},
@@ -219,7 +231,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "status": "done",
     }
-    write(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
+    write(folder / "manifest.json", lambda path: path.write_text(json.dumps(record, indent=1)))
 
 
 def save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
@@ -424,7 +436,7 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
     cases, history, rows, examples = [], [], [], []
     for run in runs:
         folder = run_folder(run, results)
-        manifest = json.loads((folder / "manifest.json").read_text())
+        record = manifest(run, results)
         label = {
             "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
             "recipe": run.recipe.name, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
@@ -432,8 +444,8 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
         history.append(pd.read_csv(folder / "history.csv").assign(**label))
         rows.append(
-            label | {"parameters": manifest["parameters"]} | manifest["best"]
-            | {f"{name}_seconds": value for name, value in manifest["seconds"].items()} | {"device": manifest["device"]}
+            label | {"parameters": record["parameters"]} | record["best"]
+            | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
         )  # fmt: skip
         examples.append(
             load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher")

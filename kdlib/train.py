@@ -238,6 +238,8 @@ class EpochLog:
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.steps = 0
         self.terms = list(arm.distiller.weights) if arm.distiller is not None else []
+        # a gradient of 0 is measured again, but for a term that is known to have no other
+        self.settled = {name for name in self.terms if arm.distiller.terms[name].term.loss in KNOWN_DEAD}
         self.projectors = {name: self._projector(name) for name in self.terms}
 
     def _projector(self, name: str) -> Tensor | None:
@@ -246,9 +248,8 @@ class EpochLog:
 
     def unmeasured(self) -> list[str]:
         """Losses whose gradient is still to be measured."""
-        seen = self.gradients
         asked = ["segmentation", *self.terms] if self.terms else []
-        return [name for name in asked if len(seen[name]) < 2 or not any(g.any() for g in seen[name])]
+        return [name for name in asked if len(self.gradients[name]) < 2 or name not in self.settled]
 
     def add(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         self.steps += 1
@@ -257,6 +258,8 @@ class EpochLog:
             self.magnitude[name] += value.detach().abs()
         for name, gradient in gradients.items():
             self.gradients[name] = [*self.gradients[name][-1:], gradient]
+            if gradient.any():
+                self.settled.add(name)
 
     def rows(self, epoch: int) -> list[dict]:
         """Tidy rows of the epoch: each loss; of the segmentation loss and each term `grad/`, the norm of its weighted

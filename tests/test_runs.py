@@ -90,6 +90,26 @@ def test_manifest_says_where_a_number_came_from(finished):
     assert set(data["train"]) < set(teacher["data"]["train"]) and teacher["data"]["test"] == data["test"]
 
 
+def test_a_run_without_result_has_no_manifest(finished):
+    results, runs, _ = finished
+    assert running.manifest(runs[1], results)["adapters"]["PMD"] == "student logits; teacher logits"
+    with pytest.raises(InputError, match="has no result in .*: train it first"):
+        running.manifest(dataclasses.replace(runs[1], seed=9), results)
+
+
+def test_imitation_is_computed_once_and_kept(finished, monkeypatch):
+    results, runs, _ = finished
+    tables = running.imitation(runs[:2], teacher_of(runs[1]), results, "cpu")
+    agreement, similarity, confidence = tables
+    assert set(agreement["metric"]) == {"agreement", "band_agreement", "error_overlap"}
+    assert set(agreement["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and agreement["patient"].nunique() == 3
+    assert {"encoder2", "bottleneck", "decoder1"} <= set(similarity["scale_student"])
+    assert confidence["count"].sum() > 0
+    monkeypatch.setattr(running, "trained", lambda *args: pytest.fail("compared the same runs again"))
+    for first, again in zip(tables, running.imitation(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True):
+        pd.testing.assert_frame_equal(first, again)
+
+
 def test_a_finished_study_only_reads(finished, monkeypatch):
     results, runs, found = finished
     monkeypatch.setattr(running, "train_cohort", lambda *args: pytest.fail("trained a finished run again"))

@@ -195,6 +195,14 @@ def test_gradients_are_measured_twice_and_again_while_they_are_zero():
     assert EpochLog(new_arm(run_of("S1"), 1, 10, CPU, {})).unmeasured() == [], "nothing to compare in a baseline"
 
 
+def test_a_term_that_is_known_to_be_dead_is_not_measured_for_ever():
+    thesis = dataclasses.replace(distilled(("PMD",)), protocol=PROTOCOLS["thesis"])
+    log = EpochLog(new_arm(thesis, 1, 10, CPU, frozen_teacher()))
+    for _ in range(2):
+        log.add({}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
+    assert log.unmeasured() == []
+
+
 def test_shares_and_cosines_of_gradients():
     log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
     losses = {name: torch.ones(()) for name in ("loss", "segmentation", "PMD")}
