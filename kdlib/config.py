@@ -19,6 +19,7 @@ LOSS_NAMES = {  # of the distillers, as printed
     "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "labelled": "labelled contrast",
     "prototype": "prototype contrast", "crd": "CRD",
 }  # fmt: skip
+PROJECTED = ("mse", "feature_cwd", "cirkd", "infonce", "labelled", "prototype", "crd")  # losses behind a 1x1 projection
 # where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
 # stage after its pooling (teacher 128 channels, S1 32, S2 64)
 SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
@@ -108,7 +109,8 @@ class Term:
         if self.projector not in ("learned", "frozen", "redrawn"):
             raise InputError(f"projector {self.projector!r} of term {self.name}: choose learned, frozen or redrawn")
         # dicts and single names are easier to write, only tuples can be part of a frozen key
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
         for field in ("at", "taught_at"):
             given = getattr(self, field)
             object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
@@ -377,9 +379,15 @@ class Run:
             published["kl"] = "softmax_kl"
         if protocol.unlabelled_contrast:
             published["labelled"] = "infonce"
-        terms = [dataclasses.replace(term, loss=published.get(term.loss, term.loss)) for term in recipe.terms]
-        if protocol.redrawn_projectors:
-            terms = [dataclasses.replace(t, projector="redrawn") if t.at != ("logits",) else t for t in terms]
+        terms = []
+        for term in recipe.terms:
+            loss = published.get(term.loss, term.loss)
+            if loss != term.loss:  # a contrast without labels has no use for the options of one with labels
+                options = [(name, value) for name, value in term.options if name == "same_patient"]
+                term = dataclasses.replace(term, loss=loss, options=tuple(options))
+            if protocol.redrawn_projectors and loss in PROJECTED:
+                term = dataclasses.replace(term, projector="redrawn")
+            terms.append(term)
         return dataclasses.replace(recipe, terms=tuple(terms))
 
     @property
@@ -412,7 +420,8 @@ class Run:
                 fraction=self.fraction if peer else 1.0,
                 teacher=None,
                 recipe=BASELINE if peer else TEACHING,
-                seed=self.teacher_seed,
+                # the student's own like must not be the student's own baseline
+                seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
                 teacher_seed=0,
             )
         return found

@@ -31,9 +31,10 @@ class Taps:
     def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
         self.model = model
         self.features: dict[str, Tensor] = {}
+        self.names = list(names)
         modules = dict(model.named_modules())
         self._handles = []
-        for name in names:
+        for name in self.names:
             if name not in layers:
                 raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
             if layers[name] not in modules:
@@ -90,7 +91,16 @@ def probe(
     _, features = taps(torch.zeros(1, channels, *[size] * dims, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     taps.close()
-    return {name: feature.shape[1:] for name, feature in features.items()}
+    kind = type(model).__name__
+    for name in taps.names:
+        if name not in features:
+            raise InputError(f"layer {layers[name]!r} (scale {name!r}) of {kind} is never run: name another")
+        if features[name].dim() != dims + 2:
+            raise InputError(
+                f"layer {layers[name]!r} (scale {name!r}) of {kind} gives {list(features[name].shape)}, not [batch, "
+                f"channels, {dims} spatial dimensions]: name a layer that gives maps"
+            )
+    return {name: features[name].shape[1:] for name in taps.names}
 
 
 def resize(features: Tensor, grid: Sequence[int]) -> Tensor:
@@ -191,8 +201,8 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
             f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}; "
             f"it has {', '.join(options) or 'none'}"
         )
-    logits = term.at == ("logits",) and term.taught_at == ("logits",)
-    if logits != (loss.reads == "logits"):
+    places = {place == "logits" for place in term.at + term.taught_at}
+    if places != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
     if len(term.at) > 1 and loss.adapt != "own":

@@ -24,7 +24,12 @@ from kdlib.evaluate import TOLERANCE, _box, _inference, _labels, predict_cases
 
 
 def fidelity(
-    student: nn.Module, teacher: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str]
+    student: nn.Module,
+    teacher: nn.Module,
+    bank: SliceBank,
+    dataset: Dataset,
+    cases: Sequence[str],
+    threshold: float = 0.5,
 ) -> pd.DataFrame:
     """How alike student and teacher segment each of `cases`, class by class, in the grid of the label files.
 
@@ -38,6 +43,7 @@ def fidelity(
         student, teacher: networks with the bank's classes.
         bank: slices of at least these cases.
         dataset: where the label files and their spacing are.
+        threshold: probability above which a voxel of one-channel models is foreground.
 
     Returns:
         a table with columns case, class, metric and value.
@@ -49,7 +55,7 @@ def fidelity(
     for name in cases:  # one at a time: the probabilities of many classes fill the memory
         part, case = bank.select([name]), dataset.case(name)
         said, taught = (
-            _labels(restore(predict_cases(model, part)[name], part.geometry[name])).cpu().numpy()
+            _labels(restore(predict_cases(model, part)[name], part.geometry[name]), threshold).cpu().numpy()
             for model in (student, teacher)
         )
         file = np.asarray(nib.load(case.label).dataobj).round().astype(int)

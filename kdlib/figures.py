@@ -415,8 +415,11 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
     used = [verdict for verdict in VERDICTS if verdict and verdict in {row.verdict for row in rows[1:last]}]
     if used:
         _legend(figure, [Patch(color=VERDICTS[verdict], label=verdict) for verdict in used], columns=3)
-    note = f"Mean Dice over patients ({_n(table['n'])}) at both ends and its change by each step, with the 95 % BCa "
-    note += f"bootstrap interval of the paired difference. The axis begins at {edge:.2f}."
+    note = f"Dice of {_n(table['n'])} patients at both ends and its change by each step, with the 95 % bootstrap "
+    note += (
+        "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of their "
+    )
+    note += f"pooled voxels. The axis begins at {edge:.2f}."
     whole = rows[last]
     if pd.notna(whole.low):
         note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Run, TrainingError, View, choose
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
 from kdlib.device import computes_bf16, pick_device
-from kdlib.distill import check_recipe
+from kdlib.distill import check_recipe, scales_of
 from kdlib.evaluate import evaluate
 from kdlib.fidelity import calibration, fidelity, scale_similarity
 from kdlib.models import MODELS, count_parameters
@@ -79,11 +79,11 @@ def run_bank(run: Run, results: Path | str) -> SliceBank:
 
 
 def run_key(run: Run, results: Path) -> str:
-    """A hash of all that changes the run's result and of nothing else.
+    """A hash of what a run is: two with the same key have the same result on one machine and version of the code.
 
     That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
     evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
-    teachers.
+    teachers. Device, precision and versions stand in the manifest instead: a run made elsewhere is not trained again.
     """
     profile, protocol = run.profile, run.protocol
     length = [profile.teacher_epochs, profile.teacher_steps]
@@ -104,10 +104,13 @@ def run_key(run: Run, results: Path) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@functools.cache
-def _architecture(model: str) -> str | None:
-    """The layers of a network from outside, in words: its name alone says nothing of them."""
-    return None if model in TEACHERS + STUDENTS else str(choose("model", model, MODELS)(2, 3, 1))
+def _architecture(model: str) -> list | None:
+    """The layers of a network from outside, in words, and its scales: its name alone says nothing of them."""
+    if model in TEACHERS + STUDENTS:
+        return None
+    with torch.device("meta"):  # no weights: they come from the seed
+        network = choose("model", model, MODELS)(2, 3, 1)
+    return [str(network), network.scales]
 
 
 def run_folder(run: Run, results: Path) -> Path:
@@ -359,6 +362,21 @@ class Results:
         return cls(**tables, examples=examples)
 
 
+def check(runs: Iterable[Run]) -> None:
+    """Raises InputError where a run names a model, a distiller or a scale that does not exist."""
+    scales = {}
+    for run in runs:
+        for model in (run.model, *run.teacher_runs()):
+            choose("model", model, MODELS)
+            if model not in scales:
+                with torch.device("meta"):
+                    scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
+        check_recipe(run.lesson)
+        for models, taught in (([run.model], False), (run.teacher_runs(), True)):
+            for model, scale in [(model, scale) for model in models for scale in scales_of([run.lesson], taught)]:
+                choose(f"scale of {model}", scale, scales[model])
+
+
 def study(runs: Iterable[Run], results: Path | str = "results", device: str = "auto") -> Results:
     """Trains and evaluates every run that has no result yet, teachers first, and returns the tables of all.
 
@@ -369,12 +387,14 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
     place = pick_device(device)
     teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
-    for run in teachers + runs:
-        choose("model", run.model, MODELS)
-        check_recipe(run.lesson)
+    check(teachers + runs)
     failures: list[str] = []
     for stage in (teachers, runs):
-        for group in cohorts(run for run in stage if not is_done(run, results)):
+        for group in cohorts(stage):
+            # runs of several protocols may be one and the same, and done by now
+            group = list({run_key(run, results): run for run in group if not is_done(run, results)}.values())
+            if not group:
+                continue
             if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
                 failures += [f"{run.name}: its teacher {run.teacher} has no result" for run in group]
                 continue
@@ -412,7 +432,7 @@ def imitation(
             test = found.folds[run.fold].test
             bank = run_bank(run, results).select(test).to(place)
             models = [trained(who, len(bank.classes), results, place) for who in (run, master)]
-            missing["agreement"] = fidelity(*models, bank, found.dataset, test)
+            missing["agreement"] = fidelity(*models, bank, found.dataset, test, run.threshold)
             missing["agreement"]["patient"] = missing["agreement"]["case"].map(found.folds[run.fold].groups)
             missing["similarity"] = scale_similarity(*models, bank)
             missing["calibration"] = calibration(models[0], bank)

@@ -325,16 +325,17 @@ def overlap_weights(table: pd.DataFrame, by: str = "arm", pooled: bool = False) 
         return per_patient(table, "dice", [by]).rename(columns={"value": "dice"}).assign(weight=1.0)
     if table["class"].nunique() > 1:
         raise InputError("pooled Dice: several classes; filter the table to one")
-    wide = table.pivot_table(index=[by, "patient", "case", "seed"], columns="metric", values="value", sort=False)
+    wide = table.pivot_table(index=[by, "patient", "seed", "case"], columns="metric", values="value", sort=False)
     weight = (2 * wide["truth_volume"] + wide["volume_error"]).rename("weight")
     found = pd.DataFrame({"weight": weight, "shared": weight * wide["dice"]})
-    found = found.groupby([by, "patient"], sort=False).mean()
-    return found.assign(dice=found["shared"] / found["weight"]).drop(columns="shared").reset_index()
+    found = found.groupby([by, "patient", "seed"], sort=False).sum().groupby([by, "patient"], sort=False).mean()
+    dice = (found["shared"] / found["weight"]).fillna(1.0)  # two empty masks: right, and without weight
+    return found.assign(dice=dice).drop(columns="shared").reset_index()
 
 
 def _resampled(a: pd.DataFrame, b: pd.DataFrame, level: float, resamples: int = 9999) -> dict[str, object]:
     """Weighted mean of `a`, its difference to that of `b` on the same patients, and the difference's interval."""
-    a, b = (group.set_index("patient")[["dice", "weight"]].dropna() for group in (a, b))
+    a, b = (group.set_index("patient")[["dice", "weight"]] for group in (a, b))
     if set(a.index) != set(b.index):
         raise InputError(f"patients {', '.join(sorted(set(a.index) ^ set(b.index)))} are not in both: run their folds")
     b = b.loc[a.index]
@@ -342,7 +343,9 @@ def _resampled(a: pd.DataFrame, b: pd.DataFrame, level: float, resamples: int = 
 
     def means(group: pd.DataFrame) -> tuple[float, np.ndarray]:
         dice, weight = group["dice"].to_numpy(), group["weight"].to_numpy()
-        return float(np.average(dice, weights=weight)), (dice * weight)[drawn].sum(1) / weight[drawn].sum(1)
+        total = weight[drawn].sum(1)
+        several = np.divide((dice * weight)[drawn].sum(1), total, out=np.ones(resamples), where=total > 0)
+        return float(np.average(dice, weights=weight)) if weight.any() else 1.0, several
 
     (here, some), (there, others) = means(a), means(b)
     low, high = np.quantile(some - others, [0.025, 0.975])

@@ -8,6 +8,7 @@ on who else is in the cohort.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import Run, TrainingError, derive_seed
+from kdlib.config import TEACHING, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
 from kdlib.device import autocast
 from kdlib.distill import Distiller, Taps, probe, scales_of
@@ -52,7 +53,7 @@ def epochs_of(run: Run, slices: int) -> int:
         return profile.teacher_epochs
     if run.lesson.budget == "student":
         return profile.student_epochs
-    teaching = profile.teacher_steps or math.ceil(slices / run.optimisation.batch)
+    teaching = profile.teacher_steps or math.ceil(slices / dataclasses.replace(run, recipe=TEACHING).optimisation.batch)
     return profile.student_epochs + round(profile.teacher_epochs * teaching / steps_per_epoch(run, slices))
 
 
@@ -85,6 +86,7 @@ class Arm:
     seconds: float = 0.0
     failure: TrainingError | None = None
     weights: dict[str, float] = field(default_factory=dict)
+    balanced: bool = False  # whether the weights of this epoch are set, where the recipe balances them
 
     def __post_init__(self):
         """Weights of each loss in the total: the recipe's, until `balance` changes those of the terms."""
@@ -118,8 +120,10 @@ def new_arm(
     scales, distiller = scales_of([recipe]), None
     if teachers:
         taught_at = scales_of([recipe], taught=True)
-        taught = {name: probe(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
-        distiller = Distiller(recipe, probe(model, model.scales, scales), taught, run.seed, patients=patients)
+        size = run.view.size
+        taught = {name: probe(teacher, teacher.scales, taught_at, size=size) for name, teacher in teachers.items()}
+        own = probe(model, model.scales, scales, size=size)
+        distiller = Distiller(recipe, own, taught, run.seed, patients=patients)
         distiller = distiller.to(device)
     model = model.to(device, memory_format=torch.channels_last)
     parameters = [*model.parameters(), *(distiller.parameters() if distiller else ())]
@@ -149,12 +153,14 @@ def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
 
 
-def shuffle(features: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Every image gets the features of another one of the batch; the same one for all scales."""
-    size = len(features["logits"])
-    ring = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+def shuffle(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
+    """Every image gets the features of another one of the batch, the same one for all scales: of another patient, as
+    far as no patient has more than half of the batch."""
+    ring = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed))
+    ring = ring[patients.cpu()[ring].argsort(stable=True)]  # a ring through all images, patient by patient
+    steps = int(patients.unique(return_counts=True)[1].max())  # along it, so many lead out of every patient
     other = torch.empty_like(ring)
-    other[ring] = ring.roll(1)  # along a ring through all images, nobody keeps their own
+    other[ring] = ring.roll(steps if steps < len(ring) else 1)
     return {name: feature[other.to(feature.device)] for name, feature in features.items()}
 
 
@@ -165,7 +171,7 @@ class Batch:
     Args:
         images: B3HW in 0..1; labels: BHW class indices; patients: [B] numbers of the images' patients.
         taught: teacher -> its features and logits on the same images; empty without a teacher.
-        step: number of the step, for the terms that draw pixels; first: whether it is the first of an epoch.
+        step: number of the step, for the terms that draw pixels.
     """
 
     images: Tensor
@@ -173,7 +179,6 @@ class Batch:
     patients: Tensor
     taught: Mapping[str, Mapping[str, Tensor]]
     step: int
-    first: bool = False
 
 
 def balance(arm: Arm, norms: Mapping[str, float]) -> None:
@@ -188,6 +193,7 @@ def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     own = arm.distiller.weights
     share = arm.run.lesson.balance * arm.weights["segmentation"] * norms["segmentation"] / sum(own.values())
     arm.weights |= {name: share * weight / norms[name] for name, weight in own.items() if norms[name] > 0}
+    arm.balanced = True
 
 
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,11 +214,13 @@ def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[
         if arm.distiller is not None:
             seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
             if recipe.teacher == "shuffled":
-                taught = {name: shuffle(features, derive_seed(seed, "shuffle")) for name, features in taught.items()}
+                mix = derive_seed(seed, "shuffle")
+                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
             own = features | {"logits": output.segmentation}
             losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
     gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
-    if recipe.balance is not None and batch.first:
+    # without foreground the Dice loss has almost no gradient to measure others by
+    if recipe.balance is not None and not arm.balanced and (labels > 0).any():
         balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
     loss = sum(arm.weights[name] * value for name, value in losses.items())
     arm.optimiser.zero_grad()
@@ -240,19 +248,19 @@ class EpochLog:
         self.terms = list(arm.distiller.weights) if arm.distiller is not None else []
         # a gradient of 0 is measured again, but for a term that is known to have no other
         self.settled = {name for name in self.terms if arm.distiller.terms[name].term.loss in KNOWN_DEAD}
-        self.projectors = {name: self._projector(name) for name in self.terms}
-
-    def _projector(self, name: str) -> Tensor | None:
-        learned = self.arm.distiller.learned(name)
-        return torch.cat([parameter.detach().flatten() for parameter in learned]) if learned else None
+        self.projectors = {name: [p.detach().clone() for p in arm.distiller.learned(name)] for name in self.terms}
+        self.decay = 0.0  # how far weight decay alone shrinks a parameter in this epoch, relative to its norm
 
     def unmeasured(self) -> list[str]:
         """Losses whose gradient is still to be measured."""
         asked = ["segmentation", *self.terms] if self.terms else []
-        return [name for name in asked if len(self.gradients[name]) < 2 or name not in self.settled]
+        unbalanced = self.arm.run.lesson.balance is not None and not self.arm.balanced
+        return [n for n in asked if unbalanced or len(self.gradients[n]) < 2 or n not in self.settled]
 
     def add(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         self.steps += 1
+        group = self.arm.optimiser.param_groups[0]
+        self.decay += group["lr"] * group["weight_decay"]
         for name, value in losses.items():
             self.losses[name] += value.detach()
             self.magnitude[name] += value.detach().abs()
@@ -265,11 +273,12 @@ class EpochLog:
         """Tidy rows of the epoch: each loss; of the segmentation loss and each term `grad/`, the norm of its weighted
         gradient on the student, `share/`, its part of the sum of these norms, `cosine/`, between its gradients of two
         successive steps; and of each term `weight/` where it is balanced, `chance/`, InfoNCE over the ln N of a student
-        that knows nothing, and `moved/`, how far its learned projectors moved, relative to their norm.
+        that knows nothing, and `moved/`, how far its least moved learned projector moved, relative to its norm.
 
         Raises:
             TrainingError: a loss that is not finite; a distillation term that was exactly zero or passed no gradient to
-                the student in any step of the epoch; or whose learned projectors did not move.
+                the student in any step of the epoch; or one of whose learned projectors did not move (further than
+                weight decay alone would).
         """
         values = {name: float(total) / self.steps for name, total in self.losses.items()}
         run = self.arm.run
@@ -300,14 +309,16 @@ class EpochLog:
             fault = "was exactly zero"
         elif norm == 0:
             fault = "passed no gradient to the student"
-        if self.projectors[name] is not None:
-            moved = (self._projector(name) - self.projectors[name]).norm() / self.projectors[name].norm()
-            found[f"moved/{name}"] = float(moved)
-            if term.weight and not moved:
-                fault = fault or "did not move its learned projectors"
+        pairs = list(zip(self.arm.distiller.learned(name), self.projectors[name], strict=True))
+        if pairs:
+            # biases are left out: a loss may be invariant to a shift, as CWD is
+            moved = [float((now.detach() - then).norm() / then.norm()) for now, then in pairs if now.dim() > 1]
+            found[f"moved/{name}"] = min(moved)
+            if term.weight and min(moved) <= 2 * self.decay:
+                fault = fault or "did not move one of its learned projectors"
         if fault and term.loss not in KNOWN_DEAD:
             raise TrainingError(f"{self.arm.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
-        if term.loss == "infonce":
+        if term.loss == "infonce" and not term.arguments.get("same_patient"):
             found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch)
         return found
 
@@ -348,6 +359,7 @@ def train_cohort(
         for epoch in range(1, epochs + 1):
             logs = {id(arm): EpochLog(arm) for arm in arms}
             for arm in arms:
+                arm.balanced = False
                 arm.model.train()
             for step in range((epoch - 1) * steps, epoch * steps):
                 index = next(batches).to(device)
@@ -357,7 +369,7 @@ def train_cohort(
                 )
                 images = images.contiguous(memory_format=torch.channels_last)
                 taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
-                seen = Batch(images, labels, train.patient_of(index), taught, step, first=step % steps == 0)
+                seen = Batch(images, labels, train.patient_of(index), taught, step)
                 for arm in arms:
                     if arm.failure is None:
                         log = logs[id(arm)]

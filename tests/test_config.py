@@ -24,7 +24,9 @@ from kdlib.config import (
     derive_seed,
     tailor,
 )  # fmt: skip
-from kdlib.recipes import thesis_recipe
+from kdlib.distill import check_recipe
+from kdlib.losses import LOSSES
+from kdlib.recipes import DISTILLERS, distiller, thesis_recipe
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,7 @@ def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
 def test_a_term_takes_options_and_scales_as_they_are_easy_to_write():
     term = Term("x", "labelled", 0.1, options={"samples": 64, "hard": 0.5}, at="decoder1")
     assert term.options == (("hard", 0.5), ("samples", 64)) and hash(term)
+    assert hash(Term("x", "cirkd", 0.1, options={"weights": [1, 0, 0]}, at="decoder1"))
     assert term.at == term.taught_at == ("decoder1",)
     assert term.arguments == {"hard": 0.5, "samples": 64}
     assert Term("PMD", "kl", 0.2, 4.0).arguments == {"temperature": 4.0} and Term("B-B", "mse", 1.0).arguments == {}
@@ -108,6 +111,20 @@ def test_the_lesson_keeps_the_published_faults():
     assert thesis.view.published and thesis.threshold == pytest.approx(0.6225, abs=1e-4)
     weights = [(term.weight, term.temperature) for term in thesis.recipe.terms]
     assert [(term.weight, term.temperature) for term in thesis.lesson.terms] == weights
+
+
+@pytest.mark.parametrize("loss", DISTILLERS)
+def test_every_distiller_can_be_had_with_the_published_faults(loss):
+    run = Run("phantom", "spleen", "S1", teacher="T1", recipe=distiller(loss, "S1"), protocol=PROTOCOLS["thesis"])
+    check_recipe(run.lesson)
+    redrawn = {term.projector == "redrawn" for term in run.lesson.terms}
+    assert redrawn == {LOSSES[loss].adapt in ("both", "student") and LOSSES[loss].reads == "features"}
+
+
+def test_options_of_labels_are_dropped_where_labels_are():
+    terms = (Term("B-B", "labelled", 0.1, 0.1, options={"samples": 64, "same_patient": True}),)
+    run = Run("phantom", "spleen", "S1", teacher="T1", recipe=Recipe("r", terms=terms), protocol=PROTOCOLS["thesis"])
+    assert run.lesson.terms[0].loss == "infonce" and run.lesson.terms[0].options == (("same_patient", True),)
 
 
 def test_the_bridge_mends_one_fault_at_a_time():

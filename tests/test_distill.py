@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.networks import nets
 from torch import nn
 
 from kdlib.config import SCALES, InputError, Recipe, Term
 from kdlib.distill import PROJECTION, Adapter, Distiller, Projector, Taps, check_recipe, probe, resize, scales_of
 from kdlib.losses import LOSSES
-from kdlib.models import build_model
+from kdlib.models import Outside, build_model
 from kdlib.recipes import thesis_recipe
 
 ALL = ("E-E", "B-B", "D-D", "PMD")
@@ -67,6 +68,43 @@ def test_a_layer_that_gives_no_tensor_is_named():
     taps = Taps(nn.Sequential(nn.Conv2d(3, 4, 1), Several()), {"body": "1"}, ["body"])
     with pytest.raises(InputError, match="layer '1' .scale 'body'. gives a list"):
         taps(torch.zeros(1, 3, 8, 8))
+
+
+def test_layers_that_cannot_be_tapped_are_named():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Unflatten(2, (64, 64)))
+    net.unused = nn.Conv2d(4, 4, 1)
+    net.forward = lambda x: net[2](net[1](net[0](x)))
+    with pytest.raises(InputError, match="layer 'unused' .scale 'a'. of Sequential is never run"):
+        probe(net, {"a": "unused"}, ["a"])
+    with pytest.raises(InputError, match="layer '1' .* gives .1, 4, 4096., not .batch, channels, 2 spatial"):
+        probe(net, {"a": "1"}, ["a"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "build, layers",
+    [
+        (lambda d: nets.SegResNet(d, 8, 3, 1), ("down_layers.1", "down_layers.3", "up_layers.2")),
+        (lambda d: nets.DynUNet(d, 3, 1, [3] * 4, [1, 2, 2, 2], [2] * 3),
+         ("downsamples.0", "bottleneck", "upsamples.2")),
+        (lambda d: nets.FlexibleUNet(3, 1, "resnet10", spatial_dims=d, decoder_channels=(64, 32, 16, 8, 8)),
+         ("encoder.layer1", "encoder.layer4", "decoder.blocks.4")),
+    ],
+    ids=["SegResNet", "DynUNet", "FlexibleUNet"],
+)  # fmt: skip
+def test_networks_of_monai_teach_and_learn_unchanged(build, layers, dims):
+    torch.manual_seed(0)
+    model = Outside(build(dims), dict(zip(("encoder2", "bottleneck", "decoder1"), layers, strict=True)))
+    ours = build_model("S1", spatial_dims=dims, classes=1)
+    recipe, names = thesis_recipe("S1"), scales_of([thesis_recipe("S1")])
+    shapes = {name: probe(net, net.scales, names, dims=dims, size=32 if dims == 3 else 64)
+              for name, net in (("theirs", model), ("ours", ours))}  # fmt: skip
+    images, labels = torch.rand(2, 3, *[32] * dims), torch.randint(0, 2, (2, *[32] * dims))
+    features = {name: features_of(net, images, names) for name, net in (("theirs", model), ("ours", ours))}
+    for student, teacher in (("theirs", "ours"), ("ours", "theirs")):
+        distiller = Distiller(recipe, shapes[student], {"T": shapes[teacher]}, seed=0, dims=dims)
+        losses = distiller(features[student], {"T": features[teacher]}, labels, seed=1)
+        assert all(torch.isfinite(value) and value > 0 for value in losses.values())
 
 
 def test_an_outside_model_joins_by_naming_its_layers():
@@ -205,6 +243,8 @@ def test_redrawn_projectors_depend_on_the_seed_alone():
         (Term("x", "mse", 1.0, at=("encoder1", "encoder2")), "takes one scale; write a term for each"),
         (Term("PMD", "kl", 1.0, 4.0, projector="frozen"), "no projector that could be frozen"),
         (Term("x", "mse", 1.0, at="encoder2/two"), "whole number above 1"),
+        (Term("x", "mse", 1.0, at="logits", taught_at="decoder1"), "compares features: let it read at scales"),
+        (Term("x", "reviewkd", 1.0, at=("encoder1", "logits")), "compares features: let it read at scales"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_clear_line(term, message):

@@ -121,6 +121,19 @@ def test_segmentation_loss_knows_right_from_wrong(channels, cross_entropy):
     assert loss(-right, labels) > 0.9
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("cross_entropy", [False, True])
+def test_smoothed_labels_are_best_met_by_themselves(channels, cross_entropy):
+    """Least where the probability is the smoothed target, also where almost nothing is foreground."""
+    labels = torch.zeros(2, 16, 16, dtype=torch.long)
+    labels[0, 3:5, 3] = 1
+    loss = SegmentationLoss(cross_entropy, smoothing=0.1)
+    target = one_hot(labels, channels) * 0.9 + 0.1 / max(channels, 2)
+    itself = target.logit() if channels == 1 else target.log()
+    hard = 40 * one_hot(labels, channels) - 20
+    assert loss(itself, labels) < min(loss(hard, labels), loss(-hard, labels), loss(torch.zeros_like(hard), labels))
+
+
 def test_dice_is_pooled_over_the_batch():
     labels = torch.zeros(2, 2, 2, dtype=torch.int64)
     labels[0] = 1

@@ -216,12 +216,11 @@ def test_infonce_without_the_same_patient_is_its_formula():
     agree(term(student, teacher, None, Context(None, PATIENTS)), total / 4, student, teacher)
 
 
-def test_chance_is_what_infonce_gives_where_all_images_are_alike():
+def test_infonce_of_images_alike_is_the_logarithm_of_the_keys():
     alike, context = torch.ones(4, 3, 4, 4), Context(None, PATIENTS)
-    assert InfoNCE(0.4).chance(alike) == pytest.approx(math.log(4))
-    term = InfoNCE(0.4, same_patient=True)
-    assert term.chance(alike, context) == pytest.approx((2 * math.log(3) + 2 * math.log(4)) / 4)
-    assert term(alike, alike, None, context).item() == pytest.approx(term.chance(alike, context))
+    assert InfoNCE(0.4)(alike, alike).item() == pytest.approx(math.log(4))
+    expected = (2 * math.log(3) + 2 * math.log(4)) / 4
+    assert InfoNCE(0.4, same_patient=True)(alike, alike, None, context).item() == pytest.approx(expected)
 
 
 def test_infonce_of_one_patient_alone_is_zero():

@@ -25,8 +25,10 @@ from kdlib.config import (
     Profile,
     Recipe,
     Run,
+    Term,
     TrainingError,
     View,
+    bridge,
 )  # fmt: skip
 from kdlib.data import make_phantom
 from kdlib.models import MODELS, Outside, build_model
@@ -69,7 +71,7 @@ def finished(phantom, tmp_path_factory) -> tuple[Path, list[Run], Results]:
 
 def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
     results, runs, found = finished
-    columns = "run arm model teacher fraction recipe fold seed patient case class metric value".split()
+    columns = "run arm model teacher fraction recipe protocol fold seed patient case class metric value".split()
     assert list(found.cases.columns) == columns
     assert not found.cases.duplicated(["run", "case", "class", "metric"]).any()
     assert set(found.cases["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and found.runs["run"].nunique() == 3
@@ -197,6 +199,10 @@ def test_a_protocol_without_its_faults_is_the_corrected_one(phantom, tmp_path):
     """`thesis` and `corrected` differ in the switches and in nothing else."""
     mended = dataclasses.replace(PROTOCOLS["thesis"], name="mended", **dict.fromkeys(SWITCHES, False))
     for run in [*runs_on(phantom), teacher_of(runs_on(phantom)[1])]:
+        same = dataclasses.replace(run, protocol=mended)
+        assert (same.lesson, same.optimisation, same.view, same.threshold) == (
+            run.lesson, run.optimisation, run.view, run.threshold,
+        )  # fmt: skip
         assert run_key(dataclasses.replace(run, protocol=mended), tmp_path) == run_key(run, tmp_path)
         assert run_key(dataclasses.replace(run, protocol=PROTOCOLS["thesis"]), tmp_path) != run_key(run, tmp_path)
 
@@ -207,6 +213,54 @@ def test_a_teacher_is_shared_where_a_fault_is_not_of_teachers(phantom, tmp_path)
         faulty = dataclasses.replace(run, protocol=dataclasses.replace(PROTOCOLS["corrected"], **{switch: True}))
         same = run_key(teacher_of(faulty), tmp_path) == run_key(teacher_of(run), tmp_path)
         assert same == (switch in ("redrawn_projectors", "one_channel_softmax", "unlabelled_contrast")), switch
+
+
+@pytest.mark.slow
+def test_a_protocol_acts_through_its_switches_not_its_name(phantom, finished, tmp_path):
+    results, runs, found = finished
+    renamed = dataclasses.replace(PROTOCOLS["corrected"], name="thesis")
+    again = study([dataclasses.replace(run, protocol=renamed) for run in runs], tmp_path, "cpu")
+    pd.testing.assert_frame_equal(again.cases.drop(columns="protocol"), found.cases.drop(columns="protocol"))
+
+
+def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(group, results, device):
+        for run in group:
+            trained.append(run_key(run, results))
+            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text("{}"))
+        return []
+
+    monkeypatch.setattr(running, "train_missing", pretend)
+    monkeypatch.setattr(running, "collect", lambda runs, results: None)
+    runs = [dataclasses.replace(run, protocol=protocol) for protocol in bridge() for run in runs_on(phantom)[:2]]
+    thesis = dict(teacher="T1", fraction=0.5, data=str(phantom), target="spleen", profile=TINY)
+    twins = [Run(model="S1", recipe=thesis_recipe("S1", loss), protocol=PROTOCOLS["thesis"], **thesis)
+             for loss in ("infonce", "labelled")]  # fmt: skip
+    study(runs + twins, tmp_path, "cpu")
+    assert len(trained) == len(set(trained))
+
+
+@pytest.mark.parametrize("change", [{"at": "encoder9"}, {"at": "encoder2", "taught_at": "encoder9"}])
+def test_a_scale_that_does_not_exist_is_named_before_anything_is_trained(phantom, tmp_path, change):
+    recipe = Recipe("r", terms=(Term("x", "mse", 0.1, **change),))
+    run = dataclasses.replace(runs_on(phantom)[1], recipe=recipe)
+    with pytest.raises(InputError, match="scale of [ST]1 'encoder9' does not exist: choose from encoder1"):
+        study([run], tmp_path, "cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_key_of_an_outside_network_changes_with_its_layers_and_taps(phantom, tmp_path, monkeypatch):
+    def add(width: int, tap: str) -> str:
+        def build(spatial_dims, in_channels, out_channels):
+            net = torch.nn.Sequential(torch.nn.Conv2d(in_channels, width, 1), torch.nn.Conv2d(width, out_channels, 1))
+            return Outside(net, {"bottleneck": tap})
+
+        monkeypatch.setitem(MODELS, "Net", build)
+        return run_key(Run(str(phantom), "spleen", "Net", profile=TINY), tmp_path)
+
+    assert len({add(8, "0"), add(16, "0"), add(8, "1")}) == 3 and add(8, "0") == add(8, "0")
 
 
 @pytest.mark.slow

@@ -467,6 +467,19 @@ def test_pooled_dice_is_that_of_all_voxels_together():
     assert both["dice"].tolist() == pytest.approx([0.7, 0.5, 0.5])
 
 
+def test_pooled_dice_adds_up_the_cases_of_a_patient():
+    table = stages({"thesis": [1.0, 1.0, 0.0]})
+    table["patient"] = table["patient"].replace({"p1": "p0"})  # two equal volumes of one patient, one of another
+    found = walk(pd.concat([table, table.assign(protocol="b")]), ["thesis", "b"], ["thesis", "b"])
+    assert found["dice"].tolist() == pytest.approx([2 / 3] * 3)
+
+
+def test_a_patient_without_target_or_prediction_is_right_and_weighs_nothing():
+    dice = {"thesis": [0.5, 1.0], "b": [0.5, 1.0]}
+    found = walk(stages(dice, [10.0, 0.0]), list(dice), ["thesis"])
+    assert found["dice"].tolist() == pytest.approx([0.5, 0.75, 0.75])
+
+
 def test_few_patients_are_never_decided_by_a_bootstrap():
     dice = {"thesis": [0.5] * 5, "a": [0.9] * 5}
     assert walk(stages(dice), list(dice), [])["verdict"].tolist()[1:] == ["inconclusive"] * 2

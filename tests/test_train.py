@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdlib import train as training
 from kdlib.config import PROTOCOLS, Profile, Recipe, Run, Term, TrainingError, View
@@ -238,7 +240,21 @@ def test_a_learned_projector_that_does_not_move_stops_its_arm(monkeypatch):
     monkeypatch.setattr(training, "new_arm", remember)
     monkeypatch.setattr(torch.optim.AdamW, "step", only_the_model)
     failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
-    assert "B-B (labelled) did not move its learned projectors in epoch 1" in str(failure)
+    assert "B-B (labelled) did not move one of its learned projectors in epoch 1" in str(failure)
+
+
+def test_weight_decay_alone_is_no_movement(monkeypatch):
+    """A teacher's projector that gets no gradient still shrinks by weight decay."""
+    original = training.new_arm
+
+    def without_gradient(*args, **kwargs):
+        arm = original(*args, **kwargs)
+        arm.distiller.terms["B-B"].adapters[0].teacher.conv.weight.register_hook(torch.zeros_like)
+        return arm
+
+    monkeypatch.setattr(training, "new_arm", without_gradient)
+    failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
+    assert "did not move one of its learned projectors" in str(failure)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "redrawn"])
@@ -254,12 +270,16 @@ def test_controls_on_projectors(kind):
     assert not any(row["name"].startswith("moved/") for row in first.history)
 
 
-def test_a_shuffled_teacher_gives_everybody_somebody_elses_features():
-    features = {"bottleneck": torch.arange(7.0)[:, None], "logits": torch.arange(7.0)[:, None] * 10}
-    mixed = training.shuffle(features, seed=3)
-    assert sorted(mixed["bottleneck"][:, 0].tolist()) == list(range(7))
-    assert (mixed["bottleneck"] != features["bottleneck"]).all()
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(0, 100))
+def test_a_shuffled_teacher_gives_everybody_another_patients_features(owners, seed):
+    patients, images = torch.tensor(owners), torch.arange(float(len(owners)))[:, None]
+    mixed = training.shuffle({"bottleneck": images, "logits": images * 10}, patients, seed)
+    other = mixed["bottleneck"][:, 0].long()
+    assert sorted(other.tolist()) == list(range(len(owners))), "each once"
+    assert (other != torch.arange(len(owners))).all()
     assert torch.equal(mixed["logits"], mixed["bottleneck"] * 10), "the same other image at every scale"
+    if 2 * patients.bincount().max() <= len(owners):
+        assert (patients[other] != patients).all()
 
 
 def test_all_weights_zero_is_no_distillation():
@@ -285,6 +305,33 @@ def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():
         assert rows["weight/PMD"] * rows["PMD"] > 0
 
 
+def test_a_batch_without_foreground_balances_nothing():
+    terms = (Term("B-B", "mse", 1.0),)
+    run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
+    arm = new_arm(run, 1, 6, CPU, frozen_teacher())
+    images, labels = blobs().batch(torch.arange(4))
+    teacher = frozen_teacher()["T1"]
+    taught = {"T1": training.teach(training.Taps(teacher, teacher.scales, ["bottleneck"]), images)}
+    batch = training.Batch(images, labels, torch.zeros(4, dtype=torch.long), taught, 0)
+    names = ["segmentation", "B-B"]
+    training.training_step(arm, dataclasses.replace(batch, labels=torch.zeros_like(labels)), names)
+    assert arm.weights["B-B"] == 1.0 and not arm.balanced
+    assert EpochLog(arm).unmeasured() == names, "measured until it is balanced"
+    training.training_step(arm, batch, names)
+    assert arm.weights["B-B"] != 1.0 and arm.balanced
+
+
+def test_a_memory_takes_in_the_training_patients_alone():
+    terms = (Term("B-B", "labelled", 0.2, 0.1, options={"memory": 64, "hard": 0.5, "same_patient": True}),)
+    run = run_of("S1", teacher="T1", recipe=Recipe("memory", terms=terms), fraction=0.5)
+    bank = dataclasses.replace(blobs(3), patients=(7, 7, 9))
+    assert bank.patient_of(torch.tensor([0, 6, 12])).tolist() == [7, 7, 9]
+    arm = train_cohort([run], bank, blobs(1, seed=9), 3, CPU, frozen_teacher())[0]
+    memory = arm.distiller.terms["B-B"].loss.bank
+    assert arm.failure is None and len(memory) == 64 and memory.admitted.tolist() == [7, 9]
+    assert set(memory.entries()[2].tolist()) <= {7, 9}
+
+
 def test_label_smoothing_changes_the_targets_alone():
     plain, smooth = run_of("S1"), run_of("S1", recipe=Recipe("smooth", smoothing=0.1))
     a, b = train_one(plain), train_one(smooth)
@@ -305,6 +352,7 @@ def test_a_student_teaches_itself():
     run = run_of("S1", teacher="S1", recipe=thesis_recipe("S1"), fraction=0.5)
     (teacher,) = run.teacher_runs().values()
     assert (teacher.model, teacher.fraction, teacher.teacher, teacher.teaches) == ("S1", 0.5, None, False)
+    assert teacher != run_of("S1", fraction=0.5), "not the baseline that it is compared with"
     assert train_one(run, {"S1": new_model(teacher, 1).eval().requires_grad_(False)}).failure is None
 
 

@@ -135,9 +135,7 @@ def _ellipsoid(place: np.ndarray, centre, axes, turn: float = 0.0) -> np.ndarray
     return reach * (reach - 1) / slope
 
 
-def _anatomy(
-    rng: np.random.Generator, place: np.ndarray, contrast: float
-) -> Iterator[tuple[np.ndarray, float, int]]:
+def _anatomy(rng: np.random.Generator, place: np.ndarray, contrast: float) -> Iterator[tuple[np.ndarray, float, int]]:
     """(distance in mm, HU, label value) of every structure, the later painted over the earlier.
 
     Args:

@@ -37,7 +37,7 @@ class InfoNCE(nn.Module):
 
     reads, adapt = "features", "both"
 
-    def __init__(self, temperature: float, same_patient: bool = False):
+    def __init__(self, temperature: float = 0.1, same_patient: bool = False):
         super().__init__()
         check_positive(temperature=temperature)
         self.temperature, self.same_patient = temperature, same_patient
@@ -63,10 +63,6 @@ class InfoNCE(nn.Module):
             similarity = unit(student.flatten(1)) @ unit(teacher.flatten(1)).T / self.temperature
             similarity = similarity.masked_fill(~keys, -torch.inf)
             return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
-
-    def chance(self, student: Tensor, context: Context = NOTHING) -> float:
-        """The loss where all similarities are alike: ln(batch), of fewer keys where `same_patient` leaves some out."""
-        return self._keys(student, context).sum(1).log().mean().item()
 
     def _keys(self, student: Tensor, context: Context) -> Tensor:
         """Which images are keys of which anchor, [B, B] bool."""
@@ -106,7 +102,7 @@ class LabelledContrast(nn.Module):
 
     def __init__(
         self,
-        temperature: float,
+        temperature: float = 0.1,
         samples: int | None = 1024,
         hard: float = 0.0,
         radius: int = 1,

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DiceLoss
 from torch import nn
 
 from kdlib.config import InputError
@@ -45,10 +45,11 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, cross_entropy: bool, smoothing: float = 0.0):
         super().__init__()
-        loss = DiceCELoss if cross_entropy else DiceLoss
-        self.smoothing = smoothing
-        self.binary = loss(sigmoid=True, batch=True)
-        self.multiclass = loss(softmax=True, include_background=False, batch=True)
+        self.cross_entropy, self.smoothing = cross_entropy, smoothing
+        # MONAI's default Dice of soft targets is not least at the target itself
+        soft = dict(batch=True, soft_label=smoothing > 0)
+        self.binary = DiceLoss(sigmoid=True, **soft)
+        self.multiclass = DiceLoss(softmax=True, include_background=False, **soft)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -71,4 +72,8 @@ class SegmentationLoss(nn.Module):
             raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
         logits = as_float(logits)
         target = one_hot(labels, channels).to(logits.dtype) * (1 - self.smoothing) + self.smoothing / max(channels, 2)
-        return (self.binary if channels == 1 else self.multiclass)(logits, target)
+        if channels == 1:
+            dice, entropy = self.binary, F.binary_cross_entropy_with_logits
+        else:
+            dice, entropy = self.multiclass, F.cross_entropy
+        return dice(logits, target) + (entropy(logits, target) if self.cross_entropy else 0.0)
