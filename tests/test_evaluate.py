@@ -20,7 +20,7 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from kdlib.config import InputError, View
+from kdlib.config import LOGIT_CUT, InputError, View
 from kdlib.data.decathlon import index
 from kdlib.data.slices import build
 from kdlib.device import autocast, computes_bf16
@@ -277,6 +277,28 @@ def test_the_cut_is_at_a_probability_of_one_half(folder):
     inside = table[table["metric"] == "dice"]["value"]
     assert (inside == 1).all() and volume_dice(Reader(1), close) == 1
     assert np.array_equal(examples[0]["truth"], examples[0]["prediction"])
+
+
+def test_the_published_cut_is_at_a_logit_of_one_half(folder):
+    # pixel value 128 makes a logit of 0.1: foreground at a probability of 0.5, background at a logit of 0.5
+    dataset = index(folder)
+    bank = painted(dataset, "near")
+    close = dataclasses.replace(bank, images=bank.labels + 127)
+    table, examples = evaluate(Reader(1), close, dataset, bank.cases, LOGIT_CUT)
+    assert (table[table["metric"] == "dice"]["value"] == 0).all() and not examples[0]["prediction"].any()
+    assert volume_dice(Reader(1), close, threshold=LOGIT_CUT) == 0
+
+
+def test_pooled_dice_lets_large_organs_decide(folder):
+    bank = painted(index(folder), "near")
+    inside = bank.labels > 0
+    small = inside & (torch.arange(32)[:, None] < 14)  # of the second case, only a part is there and is missed
+    labels = torch.where((bank.case_index == 1)[:, None, None], small, inside).to(torch.uint8)
+    half = dataclasses.replace(bank, labels=labels, images=255 * labels * (bank.case_index == 0)[:, None, None])
+    first, second = (int(labels[bank.case_index == case].sum()) for case in (0, 1))
+    assert 0 < second < first
+    assert volume_dice(Reader(1), half) == pytest.approx(0.5)
+    assert volume_dice(Reader(1), half, pooled=True) == pytest.approx(2 * first / (2 * first + second))
 
 
 def test_example_is_the_slice_with_most_truth(folder):

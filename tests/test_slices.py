@@ -369,3 +369,30 @@ def test_real_livers_are_on_the_left_of_the_slice(real_data):
         labels = bank.select([name]).labels.numpy()
         liver, spleen = (ndimage.center_of_mass(labels == value) for value in (1, 2))
         assert liver[2] < 64 < spleen[2] and spleen[1] > 64  # the spleen lies behind the middle
+
+
+# --- as the published code makes its slices
+
+
+def test_published_slices_keep_the_files_axes_and_its_whole_field_of_view(tmp_path):
+    image, label = _random((32, 16, 3))
+    image[0, 0, 0] = 1000
+    case = _save(tmp_path, "a", image, label, (0.7, 2.0, 3.0), "LPS")
+    bank = build(_dataset(case), CLASSES, View(16, 1.5, published=True))
+    stored = np.asarray(nib.load(case.image).dataobj).astype(float).clip(0, 255)
+    assert bank.images.shape == (3, 16, 16), "slices along the file's third axis, whatever the spacing"
+    halved = stored.reshape(16, 2, 16, 3).mean(1)  # rows are the file's first axis, resized by half
+    inner = bank.images.permute(1, 2, 0).numpy()[1:-1].astype(float)
+    assert np.corrcoef(inner.ravel(), halved[1:-1].ravel())[0, 1] > 0.9
+    assert bank.images.max() <= 255 and bank.images.min() == 0, "no window: 0 HU and below are black"
+    square = build(_dataset(case), CLASSES, View(32, published=True))
+    back = restore(_one_hot(square.labels, 3), square.geometry["a"]).argmax(0).numpy()
+    truth = np.searchsorted([0, 1, 6], np.asarray(nib.load(case.label).dataobj))
+    assert back.shape == truth.shape and (back == truth).mean() > 0.95
+
+
+def test_published_slices_of_mr_know_no_percentiles(tmp_path):
+    image, label = _random((16, 16, 2))
+    case = _save(tmp_path, "a", (np.abs(image) * 10).astype(np.int16), label)
+    bank = build(_dataset(case, modality="MR"), CLASSES, View(16, published=True))
+    assert (bank.images == 255).float().mean() > 0.8, "all above 255 is white"
