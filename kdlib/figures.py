@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from kdlib.config import InputError
+from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
 from kdlib.statistics import THESIS_TABLE, interval, per_patient, rows_of, summarise
 
@@ -40,6 +40,13 @@ METHOD_COLOURS = {
 }  # fmt: skip
 METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sDod^vPX*p", strict=True))
 OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
+FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, marker)
+    "predictions": (("kl", "softmax_kl", "dkd", "dist", "cwd", "boundary_kl"), "#0072B2", "s"),
+    "features": (("mse", "at", "feature_cwd", "reviewkd", "importance", "affinity"), "#D55E00", "D"),
+    "relations": (("sp", "skd", "ifvd", "cirkd"), "#009E73", "^"),
+    "contrast": (("infonce", "labelled", "prototype", "crd"), "#CC79A7", "P"),
+}  # fmt: skip
+FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
 LINES = {"T": "-", "S": "--", "K": "-."}
 BARE = {"linestyle": ""}
 TERMS = ("E-E", "B-B", "D-D", "PMD")
@@ -47,6 +54,8 @@ CONTROLS = (  # arms that a distiller must beat
     "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
     "label smoothing", "both budgets", "self-teacher",
 )  # fmt: skip
+FAMILY_STYLES = {family: style for family, (_, *style) in FAMILIES.items()}
+FAMILY_STYLES |= {"thesis terms": ("#E69F00", "X"), "controls": ("#7F7F7F", "o")}
 ERRORS = (("#56B4E9", "missed"), ("#D55E00", "too much"), ("#CC79A7", "wrong class"))
 OUTLINES = (("-", "truth"), ("--", "prediction"))
 VERDICTS = {"better": "#0072B2", "inconclusive": "#999999", "worse": "#D55E00", "": "#444444"}
@@ -62,12 +71,21 @@ TERM_COLOURS = dict(zip(("segmentation", *TERMS), ("#7F7F7F", "#0072B2", "#D55E0
 
 
 def method_style(arm: str) -> dict[str, str]:
-    """Colour, marker and line style of a method: controls are grey, an unknown one always gets the same reserve."""
-    if arm in CONTROLS:
-        return dict(color="#7F7F7F", marker="o", linestyle=":")
+    """Colour, marker and line style of a method: a distiller has its family's, the thesis's terms are orange, controls
+    grey, and an unknown method always gets the same of a reserve."""
+    family = _family(arm)
+    if family:
+        return dict(zip(("color", "marker"), FAMILY_STYLES[family], strict=True)) | {"linestyle": ":"}
     other = OTHER_COLOURS[zlib.crc32(arm.encode()) % len(OTHER_COLOURS)]
     colour, marker = METHOD_COLOURS.get(arm, other), METHOD_MARKERS.get(arm, "h")
     return dict(color=colour, marker=marker, linestyle=LINES.get(arm[:1], ":"))
+
+
+def _family(arm: str) -> str:
+    """Which family a distiller or control is of; "" for other arms."""
+    if arm in CONTROLS or arm.endswith(", shuffled"):
+        return "controls"
+    return "thesis terms" if arm.startswith("thesis terms") else FAMILY_OF.get(arm, "")
 
 
 @plt.rc_context(STYLE)
@@ -322,8 +340,10 @@ def ranking(
         if not differences.index.intersection(names).size:
             raise InputError(f"ranking: no comparison with the reference {reference!r} in the verdicts; give both")
     label, unit, higher = METRICS[metric]
-    size = (DOUBLE, (4.4 * len(names) + 22) * MM)
+    families = {_family(name): method_style(name) for name in names}
+    size = (DOUBLE, (4.4 * len(names) + 28) * MM)
     figure, axes = plt.subplots(1, 1 + (differences is not None), figsize=size, sharey=True, squeeze=False)
+    cut = np.inf if differences is None else _cut(differences.loc[differences.index.intersection(names)])
     for y, row in enumerate(rows.itertuples()):
         style = dict(method_style(row.Index)) | BARE
         whisker = np.maximum([[row.rank - row.rank_low], [row.rank_high - row.rank]], 0)
@@ -331,6 +351,13 @@ def ranking(
         if differences is not None and row.Index in differences.index:
             found = differences.loc[row.Index]
             hollow = {"markerfacecolor": "white"} if found["verdict"] == "inconclusive" else {}
+            if abs(found["difference"]) > cut:  # named at the edge: one far outlier must not flatten all others
+                side = np.sign(found["difference"])
+                text = f"{found['difference']:+.2f}".replace("-", "\N{MINUS SIGN}")
+                text = f"{text} \N{RIGHTWARDS ARROW}" if side > 0 else f"\N{LEFTWARDS ARROW} {text}"
+                where = dict(ha="right" if side > 0 else "left", va="center", fontsize=7, color=style["color"])
+                axes[0, 1].text(side * cut, y, text, **where)
+                continue
             whisker = np.maximum([[found["difference"] - found["low"]], [found["high"] - found["difference"]]], 0)
             axes[0, 1].errorbar(found["difference"], y, xerr=whisker, elinewidth=1.4, **style | hollow)
     for ax in axes.flat:
@@ -350,10 +377,23 @@ def ranking(
         axes[0, 1].axvline(0, color="black", linewidth=0.6, zorder=1)
         axes[0, 1].xaxis.get_major_locator().set_params(nbins=6)
         axes[0, 1].tick_params(labelleft=False)
+        if np.isfinite(cut):
+            axes[0, 1].set_xlim(-cut, cut)
         note += f" Right: mean paired difference ({_n(differences['n'])}) and 95 % BCa bootstrap interval, "
         note += f"{'higher' if higher else 'lower'} is better; hollow: inconclusive after Holm's correction."
+    if set(families) - {""}:
+        known = [family for family in FAMILY_STYLES if family in families]
+        handles = [Line2D([], [], label=family, **families[family] | BARE) for family in known]
+        _legend(figure, handles, columns=len(handles))
     figure.set_label(note)
     return figure
+
+
+def _cut(differences: pd.DataFrame) -> float:
+    """Where the axis of differences ends: infinite, or what holds all that is not far from the usual."""
+    reach = differences[["low", "high"]].abs().max(axis=1).fillna(differences["difference"].abs())
+    usual = reach <= 6 * reach.median()
+    return np.inf if usual.all() or not reach.median() else 1.25 * reach[usual].max()
 
 
 @plt.rc_context(STYLE)

@@ -15,9 +15,10 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 
-from kdlib.config import InputError
+from kdlib.config import LOSS_NAMES, InputError
 from kdlib.figures import (
     DOUBLE,
+    FAMILY_OF,
     METHOD_COLOURS,
     METHOD_MARKERS,
     SINGLE,
@@ -337,6 +338,25 @@ def test_ranking_without_reference_and_by_recipe():
     far = tidy(["S1", "S2"], metric="hd95")
     figure = ranking(ranks(far, metric="hd95"), "S1", compare(far, [("S2", "S1")], "hd95"), metric="hd95")
     assert "lower is better" in figure.get_label() and figure.axes[1].get_xlabel() == "HD95 minus that of S1 (mm)"
+
+
+def test_ranking_names_a_far_outlier_at_the_edge_and_the_families():
+    table = tidy(["S1", "S2", "KD(T1, S1)", "T1"], cases=8)
+    names = {"S1": "no distillation", "S2": "KL (Hinton)", "KD(T1, S1)": "MSE", "T1": "shuffled teacher"}
+    table["arm"] = table["arm"].replace(names)
+    table["value"] = 0.8 + 0.001 * table["value"] - 0.4 * (table["arm"] == "shuffled teacher")
+    verdicts = compare(table, [(arm, "no distillation") for arm in names.values() if arm != "no distillation"])
+    figure = ranking(ranks(table, resamples=50), "no distillation", verdicts)
+    check(figure, DOUBLE)
+    assert any("0.40" in text.get_text() for text in figure.axes[1].texts)
+    assert max(map(abs, figure.axes[1].get_xlim())) < 0.05
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["predictions", "features", "controls"]
+
+
+def test_every_distiller_has_a_family():
+    assert set(FAMILY_OF) == set(LOSS_NAMES.values())
+    assert method_style("DIST") == method_style("DKD") != method_style("MSE")
+    assert method_style("MSE, shuffled") == method_style("no distillation")
 
 
 def test_ranking_refuses():
