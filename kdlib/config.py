@@ -300,9 +300,9 @@ PROFILES = {
         teacher_epochs=4,
         student_epochs=3,
         teacher_steps=50,
-        student_steps=42,
+        student_steps=35,
         folds=4,
-        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 126 for students: "
+        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 105 for students: "
         "to try out, not for claims",
     ),
     "hippocampus": _shrunk(
