@@ -523,3 +523,15 @@ def test_the_normaliser_of_crd_is_kept_from_the_first_training_step_that_has_a_n
     assert kept.isfinite().all()
     term(*later)
     assert torch.equal(term.log_normaliser, kept)
+
+
+@pytest.mark.parametrize("anchors", ["regions", "pixels"])
+def test_a_nearly_solved_prototype_contrast_is_small_but_alive(anchors):
+    """Opposite regions at temperature 0.1: log(1 + exp(-20)), which 1 + exp(-20) = 1 in float32 would make a zero."""
+    labels = torch.tensor([[[0, 0], [1, 1]]])
+    maps = torch.where(labels[:, None] > 0, 1.0, -1.0) * torch.tensor([1.0, 0.5]).reshape(1, 2, 1, 1)
+    student = (maps + 1e-3 * torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)).requires_grad_()
+    loss = PrototypeContrast(0.1, anchors)(student, maps, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-20)), rel=1e-2)
+    assert student.grad.any()

@@ -275,8 +275,10 @@ class PrototypeContrast(nn.Module):
             else:
                 anchors = student
             similarity = keys @ anchors.mT / self.temperature  # [G, classes, anchors]
-            everything = similarity.masked_fill(~present[:, :, None], -torch.inf).logsumexp(1)
-            loss = members * (everything[:, None] - similarity)
+            # of the others alone: 1 + exp(-20) is 1 in float32, and a loss nearly solved would become a dead term
+            absent = ~present[:, :, None] | (members > 0)
+            others = similarity.masked_fill(absent, torch.finfo(similarity.dtype).min).logsumexp(1)
+            loss = members * F.softplus(others[:, None] - similarity)
             return (loss.sum((0, 2)) / counts.sum(0)).mean()
 
 
