@@ -220,6 +220,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         "arm": run.name,
         "run": dataclasses.asdict(run) | {"data": found.dataset.name},
         "lesson": dataclasses.asdict(run.lesson),
+        "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
         "adapters": arm.distiller.describe() if arm.distiller is not None else {},
         "data": {"digest": found.digest, "train": fold.subset(run.fraction), "val": fold.val, "test": fold.test},
         "parameters": count_parameters(arm.model),

@@ -81,7 +81,11 @@ def test_the_experiments_have_the_arms_of_the_thesis(done):
 def test_runs_are_shared_between_experiments(done):
     keys = [set(pd.read_csv(path)["run"]) for path in (done[0] / "tiny" / "tables").glob("*_runs.csv")]
     assert len(set.union(*keys)) < sum(map(len, keys))
-    assert {path.name for path in (done[0] / "runs").iterdir()} == set.union(*keys)
+    folders = list((done[0] / "runs").iterdir())
+    records = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    teachers = {key for record in records for key in record["teachers"].values()}
+    assert {folder.name for folder in folders} == set.union(teachers, *keys), "nothing else was trained"
+    assert len(teachers - set.union(*keys)) == 1, "the self-teacher of the controls alone is no arm"
 
 
 @pytest.mark.slow
