@@ -172,7 +172,7 @@ def evaluate(
     """Metrics of `cases` in the grid of their label files, which the truth is read from.
 
     Probabilities, not labels, go back to the file's grid; there one class is cut at the threshold, and of several the
-    most probable wins. Several ranks deal the cases among them, and each returns what all have found.
+    most probable wins.
 
     Args:
         bank: slices of at least these cases.
@@ -186,8 +186,8 @@ def evaluate(
     Raises:
         InputError: a case that the bank or the data set does not hold.
     """
-    found = []
-    for name in ranks.deal(cases):  # one at a time: the probabilities of many classes fill the memory
+    tables, examples = [], []
+    for name in cases:  # one at a time: the probabilities of many classes fill the memory
         part, case = bank.select([name]), dataset.case(name)
         scores = predict_cases(model, part)[name]
         prediction = _labels(restore(scores, part.geometry[name]), threshold).cpu().numpy()
@@ -195,14 +195,12 @@ def evaluate(
         truth = np.zeros_like(file)
         for value, label in enumerate(bank.classes, start=1):
             truth[file == dataset.labels[label]] = value
-        rows = case_metrics(prediction, truth, bank.classes, case.spacing).assign(case=name).to_dict("records")
+        tables.append(case_metrics(prediction, truth, bank.classes, case.spacing).assign(case=name))
         largest = int((part.labels > 0).sum((1, 2)).argmax())
         guess = _labels(scores[:, largest], threshold)
         shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=guess)
-        example = {"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()}
-        found.append((rows, example))
-    tables, examples = zip(*ranks.collect(found), strict=True)
-    return pd.DataFrame(sum(tables, []), columns=["case", "class", "metric", "value"]), list(examples)
+        examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})
+    return pd.concat(tables, ignore_index=True)[["case", "class", "metric", "value"]], examples
 
 
 def _labels(scores: Tensor, threshold: float = 0.5) -> Tensor:

@@ -31,9 +31,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdlib import ranks
-from kdlib.config import PROFILES, PROTOCOLS, InputError, Profile, Protocol, Recipe, Run, Term, TrainingError, View, choose
+from kdlib.checkpoint import Stops
+from kdlib.config import (
+    PROFILES,
+    PROTOCOLS,
+    InputError,
+    Profile,
+    Protocol,
+    Recipe,
+    Run,
+    Term,
+    TrainingError,
+    View,
+    choose,
+)
 from kdlib.device import pick_device
-from kdlib.runs import check, run_source, study
+from kdlib.runs import check, is_done, run_source, study
 
 # ------------------------------------------------------------------------------------------------- runs as plain text
 
@@ -88,12 +101,10 @@ def _load(path: Path) -> list[Run]:
 # ---------------------------------------------------------------------------------------------------- the two sides
 
 
-def launch(
-    runs: Iterable[Run], results: Path | str = "results", processes: int = 2, device: str = "auto"
-) -> None:
+def launch(runs: Iterable[Run], results: Path | str = "results", processes: int = 2, device: str = "auto") -> None:
     """Trains runs, and their teachers, on several processes; returns when their run folders are there.
 
-    What they say is printed as it comes. An interrupt ends them all.
+    What they say is printed as it comes. An interrupt, or SIGTERM, ends them all with a checkpoint.
 
     Args:
         processes: of one machine, each on a GPU of its own, or all on the CPU.
@@ -105,7 +116,10 @@ def launch(
     """
     runs = list(dict.fromkeys(runs))
     _check(runs, processes, device)
-    with tempfile.TemporaryDirectory() as folder:
+    runs = [run for run in runs if not is_done(run, Path(results).resolve())]
+    if not runs:
+        return
+    with Stops(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "runs.json"
         path.write_text(json.dumps([describe(run) for run in runs]))
         options = ["--results", str(results), "--processes", str(processes), "--device", device]
@@ -145,6 +159,7 @@ def _check(runs: list[Run], processes: int, device: str) -> None:
 def _start(arguments: list[str], processes: int) -> int:
     """Starts the ranks and waits for them; of their errors the first is told. Returns the exit status."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP finds it worth a warning that every parameter is used
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0,
@@ -162,33 +177,33 @@ def _start(arguments: list[str], processes: int) -> int:
 
 
 def _cause(failures: Mapping[int, ProcessFailure], processes: int) -> tuple[str, str]:
-    """Kind and text of the failure that all others followed from: a kill before an error, then what came first."""
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-    if not isinstance(failure.message, dict):
-        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        return "", f"process {rank} of {processes} {how}, and the others were ended; finished runs are kept"
-    kind, _, text = failure.message["message"].partition(": ")
-    if kind in ("InputError", "TrainingError"):
+    """Kind and text of the failure that the others followed from: what is lost without a word first, broken links last."""
+    found = []
+    for rank, failure in failures.items():
+        kind, text, order = "", f"was killed by {failure.signal_name()}", 0
+        if isinstance(failure.message, dict):
+            kind, _, text = failure.message["message"].partition(": ")
+            order = 1 if kind in ("InputError", "TrainingError") else 2
+        elif failure.exitcode > 0:
+            text = f"ended with exit status {failure.exitcode}"
+        found.append((order, failure.timestamp, rank, kind, text))
+    order, _, rank, kind, text = min(found)
+    if order == 1:
         return kind, text
-    print(failure.message["extraInfo"]["py_callstack"], file=sys.stderr)
-    return kind, f"process {rank} of {processes} failed, and the others were ended; finished runs are kept: {kind}: {text}"
+    if order == 2:
+        print(failures[rank].message["extraInfo"]["py_callstack"], file=sys.stderr)
+        text = f"failed with {kind} ({text})"
+    return kind, f"process {rank} of {processes} {text}, and the others were ended; finished runs are kept"
 
 
 def _work(runs: list[Run], results: Path, device: str) -> None:
     """What each rank does."""
-    failure = None
     with ranks.joined(device) as place:
         _check(runs, ranks.size(), device)
         with ranks.one_after_another():  # the first may make splits, or the phantom
             for run in runs:
                 run_source(run, results)
-        try:
-            study(runs, results, str(place))
-        except TrainingError as error:  # alike on every rank
-            failure = error
-        ranks.agree(None)  # a rank that ends early would end rank 0 while it writes
-    if failure is not None:
-        raise failure
+        study(runs, results, str(place))
 
 
 def main(arguments: list[str] | None = None) -> int:

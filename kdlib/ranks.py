@@ -12,21 +12,22 @@ network sees its part alone, so `gather` passes gradients back times the number 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlib.config import InputError
 from kdlib.device import pick_device
 
-PATIENCE = timedelta(hours=1)  # that ranks wait for one another: rank 0 may read a data set or make splits
+PATIENCE = timedelta(days=7)  # of ranks with one another: rank 0 may wait for another process; a death is seen at once
 
 
 def size() -> int:
@@ -37,6 +38,18 @@ def size() -> int:
 def rank() -> int:
     """Number of this one; rank 0 writes files and speaks."""
     return dist.get_rank() if size() > 1 else 0
+
+
+def asked() -> int:
+    """Processes that `KDLIB_PROCESSES` wants for every study; 1 without it, and for a rank, which is one of them.
+
+    Raises:
+        InputError: it is no number above 0.
+    """
+    text = os.environ.get("KDLIB_PROCESSES", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"KDLIB_PROCESSES is {text!r}: give the number of processes that train together, or leave it")
+    return 1 if dist.is_available() and dist.is_torchelastic_launched() else int(text)
 
 
 @contextmanager
@@ -54,9 +67,12 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
     if place.type == "cuda":
         place = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(place)
+    # laid out in memory as it likes, a gradient of a 1x1 convolution is as good
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     torch.manual_seed(0)  # nothing should draw from torch's own stream; what does, draws alike
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-    yield place
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        yield place
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -90,9 +106,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, maps: Tensor) -> Tensor:
         last = maps.movedim(1, -1).contiguous()  # channels last, which costs nothing where they are
-        whole = last.new_empty(len(last) * size(), *last.shape[1:])
-        dist.all_gather_into_tensor(whole, last)
-        return whole.movedim(-1, 1)
+        parts = [torch.empty_like(last) for _ in range(size())]
+        dist.all_gather(parts, last)
+        return torch.cat(parts).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -111,8 +127,22 @@ def wrap(module: nn.Module) -> nn.Module:
     """The module with gradients averaged over the ranks."""
     if size() == 1:
         return module
-    # buffers are alike on every rank, and a memory's change their shape; a network may have a part that no loss uses
-    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    with warnings.catch_warnings():  # torch 2.13 has another name for an argument, and 2.11 only this one
+        warnings.simplefilter("ignore", FutureWarning)
+        # buffers are alike on every rank, and a memory's change their shape; a network may have a part without a loss
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, each of which goes on with it."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return total(values.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return total(gradient.clone())
 
 
 class WholeBatchNorm(_BatchNorm):
@@ -127,8 +157,8 @@ class WholeBatchNorm(_BatchNorm):
         values = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)
         axes = tuple(range(values.dim() - 1))
         # the squares of differences, and not of values, which would lose digits
-        average = all_reduce(values.mean(axes)) / size()
-        variance = all_reduce((values - average).square().mean(axes)) / size()
+        average = _Sum.apply(values.mean(axes)) / size()
+        variance = _Sum.apply((values - average).square().mean(axes)) / size()
         with torch.no_grad():
             count = values[..., 0].numel() * size()
             self.num_batches_tracked += 1
@@ -167,6 +197,15 @@ def total(counts: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(counts)
     return counts
+
+
+def highest(number: int) -> int:
+    """The highest of the ranks' numbers."""
+    if size() == 1:
+        return number
+    told = torch.tensor(number)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
 
 
 def collect(own: list) -> list:
