@@ -177,7 +177,7 @@ def _start(arguments: list[str], processes: int) -> int:
 
 
 def _cause(failures: Mapping[int, ProcessFailure], processes: int) -> tuple[str, str]:
-    """Kind and text of the failure that the others followed from: what is lost without a word first, broken links last."""
+    """Kind and text of the failure that others followed from: a death without a word first, broken links last."""
     found = []
     for rank, failure in failures.items():
         kind, text, order = "", f"was killed by {failure.signal_name()}", 0
