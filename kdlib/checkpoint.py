@@ -170,7 +170,7 @@ class Checkpoint:
         tensors, record = pack(arm)
         head = {
             "format": FORMAT, "identity": self.identity, "code": CODE, "commit": self.commit,
-            "checksum": _checksum(tensors),
+            "checksum": _checksum(tensors), "names": list(tensors),
         }  # fmt: skip
         save_tensors(tensors, self.path, {"kdlib": json.dumps(head | record)})
 
@@ -223,7 +223,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         record = json.loads((file.metadata() or {})["kdlib"])
         if record["format"] > FORMAT:  # nothing else of it can be judged
             return {}, record
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        # in the order of before, which rows of the history follow; copies, as the file may go
+        tensors = {name: file.get_tensor(name).clone() for name in record["names"]}
     if _checksum(tensors) != record["checksum"]:
         raise ValueError("checksum differs")
     return tensors, record
@@ -242,7 +243,7 @@ def pack(arm: Arm) -> tuple[dict[str, Tensor], dict]:
         "schedule": arm.schedule.state_dict(), "history": arm.history,
         "sessions": arm.sessions, "log": None,
     }  # fmt: skip
-    if (log := arm.log) is not None:
+    if (log := arm.log) is not None and log.steps:
         parts["losses"], parts["magnitude"] = log.losses, log.magnitude
         parts["gradients"] = {f"{i}.{name}": v for name, seen in log.gradients.items() for i, v in enumerate(seen)}
         parts["projectors"] = {f"{i}.{name}": v for name, seen in log.projectors.items() for i, v in enumerate(seen)}
@@ -272,20 +273,16 @@ def unpack(arm: Arm, tensors: Mapping[str, Tensor], record: Mapping) -> None:
         for name in ("losses", "magnitude"):
             getattr(log, name).update((key, value.to(device)) for key, value in parts.get(name, {}).items())
         for name in ("gradients", "projectors"):
-            seen = getattr(log, name)
-            for key in {key.partition(".")[2] for key in parts.get(name, {})}:
-                seen[key] = [value.to(device) for _, value in _numbered(parts[name], key)]
+            found: dict[str, list[Tensor]] = {}
+            for key, value in parts.get(name, {}).items():
+                found.setdefault(key.partition(".")[2], []).append(value.to(device))
+            getattr(log, name).update(found)
         arm.balanced = record["balanced"]
         log.steps, log.settled, log.decay = (
             record["log"]["steps"],
             set(record["log"]["settled"]),
             record["log"]["decay"],
         )
-
-
-def _numbered(values: Mapping[str, Tensor], name: str) -> list[tuple[int, Tensor]]:
-    found = [(key.partition("."), value) for key, value in values.items()]
-    return sorted((int(i), value) for (i, _, key), value in found if key == name)
 
 
 def _restore_optimiser(optimiser: torch.optim.Optimizer, values: Mapping[str, Tensor], rates: list[float]) -> None:
