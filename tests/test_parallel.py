@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -227,16 +228,12 @@ def until(child: subprocess.Popen, pattern: str) -> None:
     pytest.fail(f"never said {pattern}: {''.join(said)} {child.stderr.read()}")
 
 
-def rank_of(parent: int, number: int) -> int:
-    """Process of a rank, among the children of who started it."""
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"RANK={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"rank {number} is not running")
+def rank_of(parent: int, number: int) -> psutil.Process:
+    """The process of a rank, among the children of who started it."""
+    return next(c for c in psutil.Process(parent).children() if c.environ().get("RANK") == str(number))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_training_of_two_processes_that_is_stopped_and_killed_ends_as_one_of_one(tmp_path, monkeypatch):
     run, results = taught(), tmp_path / "pair"
     folder, file = run_folder(run, results), tmp_path / "run.json"
@@ -253,7 +250,7 @@ def test_a_training_of_two_processes_that_is_stopped_and_killed_ends_as_one_of_o
     child = started(file, results)
     until(child, rf"goes on from step {stopped} of 200")
     until(child, "epoch")
-    os.kill(rank_of(child.pid, 1), signal.SIGKILL)
+    rank_of(child.pid, 1).kill()
     _, errors = child.communicate()
     assert child.returncode == 1
     assert errors == "error: process 1 of 2 was killed by SIGKILL, and the others were ended; finished runs are kept\n"
