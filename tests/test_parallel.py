@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from kdlib import parallel, ranks
 from kdlib.config import PROFILES, PROTOCOLS, InputError, Profile, Recipe, Run, Term, View, tailor
@@ -332,6 +333,33 @@ def test_a_wrong_number_of_processes_in_the_environment_is_refused(text, monkeyp
     monkeypatch.setenv("KDLIB_PROCESSES", text)
     with pytest.raises(InputError, match="give the number of processes"):
         ranks.asked()
+
+
+LOST = {"message": "RuntimeError: Connection closed by peer", "extraInfo": {"py_callstack": "...", "timestamp": "5"}}
+TOLD = {"message": "InputError: the disk is full", "extraInfo": {"py_callstack": "...", "timestamp": "6"}}
+ENDED = "and the others were ended; finished runs are kept"
+
+
+@pytest.mark.parametrize(
+    "failures, expected",
+    [
+        ([(1, LOST), (-9, None)], ("", f"process 1 of 2 was killed by SIGKILL, {ENDED}")),
+        ([(1, LOST), (1, TOLD)], ("InputError", "the disk is full")),
+        (
+            [(1, LOST)],
+            ("RuntimeError", f"process 0 of 2 failed with RuntimeError (Connection closed by peer), {ENDED}"),
+        ),
+        ([(7, None)], ("", f"process 0 of 2 ended with exit status 7, {ENDED}")),
+    ],
+)
+def test_of_several_failures_the_first_cause_is_told(failures, expected, tmp_path):
+    found = {}
+    for rank, (code, message) in enumerate(failures):
+        file = tmp_path / f"{rank}.json"
+        if message:
+            file.write_text(json.dumps({"message": message}))
+        found[rank] = ProcessFailure(rank, 1000 + rank, code, str(file))
+    assert parallel._cause(found, 2) == expected
 
 
 def test_a_rank_is_started_by_torchrun():
