@@ -219,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
             _work(runs, given.results, given.device)
             return 0
         _check(runs, given.processes, given.device)
+    except KeyboardInterrupt:  # its state is kept
+        return 130
     except Exception as error:
         if dist.is_torchelastic_launched():
             get_error_handler().record_exception(error)  # whoever started the ranks tells it once

@@ -255,7 +255,8 @@ def test_a_training_of_two_processes_that_is_stopped_and_killed_ends_as_one_of_o
     _, errors = child.communicate()
     assert child.returncode == 1
     assert errors == "error: process 1 of 2 was killed by SIGKILL, and the others were ended; finished runs are kept\n"
-    assert json.loads((folder / "manifest.json").read_text())["status"] == "training"
+    # whether rank 0 has the time to write down why depends on who sees the death first
+    assert json.loads((folder / "manifest.json").read_text())["status"] in ("training", "failed")
 
     monkeypatch.setenv("KDLIB_PROCESSES", "2")
     found = study([run], results, "cpu")
