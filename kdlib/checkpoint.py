@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kdlib import ranks
 from kdlib.config import InputError
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ FORMAT = 1  # of checkpoints
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all: into a neighbour, onto the disk, then renamed.
+    """Writes a file whole or not at all: into a neighbour, onto the disk, then renamed. Of several ranks, rank 0 does.
 
     Raises:
         InputError: the file system refuses (full disk, read-only folder); what was finished before stays.
     """
+    if ranks.rank():
+        return
     partial = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")  # two hosts may share process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def unsaved(path: Path, error: Exception) -> InputError:
 
 def sweep(folder: Path) -> None:
     """Removes what a killed writer left half done in a run's folder; its lock must be held."""
-    for partial in folder.glob(".????????????.*"):
+    for partial in folder.glob(".????????????.*") if not ranks.rank() else ():
         partial.unlink()
 
 
@@ -96,7 +99,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # what a training or its evaluation passes through; drawing, statistics and notebooks read finished tables alone, and
 # recipes are part of a run's key
 SOURCES = (
-    "checkpoint.py", "config.py", "device.py", "distill.py", "evaluate.py", "metrics.py", "parallel.py", "runs.py",
+    "checkpoint.py", "config.py", "device.py", "distill.py", "evaluate.py", "metrics.py", "ranks.py", "runs.py",
     "train.py", "data/*.py", "losses/*.py", "models/*.py",
 )  # fmt: skip
 
@@ -152,6 +155,8 @@ class Checkpoint:
         Raises:
             InputError: it cannot be written.
         """
+        if ranks.rank():
+            return
         path = self.folder / "log.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +206,8 @@ class Checkpoint:
             raise InputError(f"{self.path} was made by another version of {', '.join(found)}: {remedy}{commit}")
 
     def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if not ranks.rank():
+            self.path.unlink(missing_ok=True)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -301,7 +307,7 @@ class Stops:
     """SIGTERM and SIGINT end a training: at once, or where it is `held`, as soon as that is left.
 
     A context: handlers are those of before when it is left. Outside the main thread, which alone gets signals, it does
-    nothing.
+    nothing. Several ranks end together, at the next step after a signal to any of them: see `agree`.
 
     Raises:
         KeyboardInterrupt: in the main thread after SIGINT.
@@ -312,6 +318,7 @@ class Stops:
 
     def __init__(self):
         self.holding, self.number, self.before = False, None, {}
+        self.together = ranks.size() > 1
 
     def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
@@ -324,7 +331,7 @@ class Stops:
 
     def _stop(self, number: int, frame: object) -> None:
         self.number = number
-        if not self.holding:
+        if not (self.holding or self.together):
             self._end()
 
     def _end(self) -> None:
@@ -338,5 +345,11 @@ class Stops:
             yield
         finally:
             self.holding = False
-        if self.number is not None:
+        if self.number is not None and not self.together:
+            self._end()
+
+    def agree(self) -> None:
+        """Ends all ranks here if one of them was told to; each must come by."""
+        if self.together and (number := ranks.highest(self.number or 0)):
+            self.number = number
             self._end()

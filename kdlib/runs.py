@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from kdlib import ranks
 from kdlib.checkpoint import CODE, CODE_HASH, Checkpoint, save_tensors, sweep, unsaved, write
 from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Run, TrainingError, View, choose
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
@@ -150,7 +151,12 @@ def read_manifest(folder: Path) -> dict:
 
 
 def is_done(run: Run, results: Path) -> bool:
-    return read_manifest(run_folder(run, results)).get("status") == "done"
+    """As rank 0 sees it: it writes while the others may be further on."""
+    return ranks.agree(_says_done(run_folder(run, results)))
+
+
+def _says_done(folder: Path) -> bool:
+    return read_manifest(folder).get("status") == "done"
 
 
 def manifest(run: Run, results: Path | str = "results") -> dict:
@@ -243,6 +249,7 @@ def introduce(run: Run, found: Source, results: Path, device: torch.device) -> d
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "precision": "bf16" if computes_bf16(device) else "fp32",
         **machine(),
+        "processes": ranks.size(),
         "notebook": os.path.relpath(notebook, results) if notebook else None,
         "started": _now(),
     }
@@ -277,19 +284,20 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, record: dict, folder: Pat
     save_weights(arm.model.state_dict(), folder / "last.safetensors")
     save_weights(arm.best, folder / "best.safetensors")
     arm.model.load_state_dict(arm.best)
-    begin, tables, examples = time.perf_counter(), [], []
+    begin, own, cause = time.perf_counter(), [], None
     test = bank.select(fold.test).to(next(arm.model.parameters()).device)
-    for case in fold.test:
+    for case in ranks.deal(fold.test):
         try:
-            table, example = evaluate(arm.model, test, found.dataset, [case], run.threshold)
-        except (
-            Exception
-        ) as error:  # whatever a bad file or metric raises, it must name the case and cost this run alone
-            text = f"{arm.label}: case {case} cannot be evaluated ({type(error).__name__}: {error}); "
-            raise TrainingError(text + "mend it and run again, the training is kept") from error
-        tables.append(table)
-        examples += example
-    metrics = pd.concat(tables, ignore_index=True)
+            table, (example,) = evaluate(arm.model, test, found.dataset, [case], run.threshold)
+            own.append((table.to_dict("records"), example, ""))
+        except Exception as error:  # whatever a bad file raises, it must name the case and cost this run alone
+            own.append(([], {}, f"case {case} cannot be evaluated ({type(error).__name__}: {error})"))
+            cause = error
+    tables, examples, faults = zip(*ranks.collect(own), strict=True)
+    if any(faults):
+        text = "; ".join(filter(None, faults))
+        raise TrainingError(f"{arm.label}: {text}; mend it and run again, the training is kept") from cause
+    metrics = pd.DataFrame(sum(tables, []))
     metrics["patient"] = metrics["case"].map(fold.groups)
     history = pd.DataFrame(arm.history)
     write(folder / "history.csv", lambda path: history.to_csv(path, index=False))
@@ -368,6 +376,8 @@ def train_missing(group: list[Run], results: Path, device: torch.device) -> list
     try:
         return _train(group, results, device)
     except torch.OutOfMemoryError as error:
+        if ranks.size() > 1:  # the others are still at it
+            raise
         cause = str(error).splitlines()[0]
     gc.collect()  # the arms of the failed try: its traceback held their tensors until here
     torch.cuda.empty_cache()
@@ -413,7 +423,7 @@ def _train(group: list[Run], results: Path, device: torch.device) -> list[Traini
         raise
     except Exception as error:
         for run, checkpoint, record in zip(group, keep, records, strict=True):
-            if not is_done(run, results):
+            if not _says_done(checkpoint.folder):
                 fail(run.name, checkpoint.folder, record, error)
         raise
 
@@ -435,7 +445,8 @@ def _finish(arm: Arm, checkpoint: Checkpoint, record: dict, bank: SliceBank, fou
         return fail(arm.label, folder, record, error)
     checkpoint.delete()
     checkpoint.note("done")
-    if listing := os.environ.get("KDLIB_TRAINED"):  # whoever runs the notebook puts its executed copy there
+    listing = os.environ.get("KDLIB_TRAINED")
+    if listing and not ranks.rank():  # whoever runs the notebook puts its executed copy there
         with open(listing, "a", encoding="utf-8") as file:
             file.write(f"{folder}\n")
     return None
@@ -523,9 +534,16 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     place = pick_device(device)
     teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
     check(teachers + runs)
+    if ranks.asked() > 1:
+        from kdlib.parallel import launch  # which imports this module
+
+        # a network that was added to `MODELS` is known in this process alone, and trained here
+        own = {*TEACHERS, *STUDENTS}
+        launch([run for run in runs if {run.model, *run.teacher_runs()} <= own], results, ranks.asked(), device)
     failures: list[str] = []
     for stage in (teachers, runs):
         failures += _train_stage(cohorts(stage), results, place)
+    ranks.agree(None)  # by now rank 0 has written everything
     if failures:
         raise TrainingError(
             f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
@@ -547,7 +565,7 @@ def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device
             print(f"{busy[0].name} ({busy[0].recipe.name}): another process is training it, waiting", flush=True)
             with _locked(busy[0], results, wait=True):
                 pass
-            records = [read_manifest(run_folder(run, results)) for run in busy]
+            records = ranks.agree([read_manifest(run_folder(run, results)) for run in busy])
             failures += [record["error"] for record in records if record.get("status") == "failed"]
             left = [run for run, record in zip(busy, records, strict=True) if record.get("status") != "failed"]
             found, busy = _train_free(left, results, place)
@@ -578,20 +596,23 @@ def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tup
 def _locked(run: Run, results: Path, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a run's folder; yields False where another process holds it and is not waited for.
 
-    The operating system keeps it, and frees it when its holder dies.
+    The operating system keeps it, and frees it when its holder dies. Of several ranks the first holds it for all.
     """
+    if ranks.rank():
+        yield ranks.agree(None)
+        return
     folder = run_folder(run, results)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
     except Timeout:
-        yield False
+        yield ranks.agree(False)
         return
     except OSError as error:
         raise unsaved(folder, error) from None
     try:
-        yield True
+        yield ranks.agree(True)
     finally:
         lock.release()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from kdlib import ranks
 from kdlib.checkpoint import Checkpoint, Stops
 from kdlib.config import TEACHING, InputError, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
@@ -83,6 +84,7 @@ class Arm:
     segmentation: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: nn.Module = field(init=False)  # of a batch, by name
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
@@ -98,6 +100,7 @@ class Arm:
 
     def __post_init__(self):
         """Weights of each loss in the total: the recipe's, until `balance` changes those of the terms."""
+        self.losses = ranks.wrap(Losses(self.run, self.taps, self.distiller, self.segmentation))
         recipe = self.run.lesson
         self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
         self.weights |= self.distiller.weights if self.distiller is not None else {}
@@ -142,7 +145,7 @@ def new_arm(
     patients: Sequence[int] = (),
 ) -> Arm:
     """An arm ready for its first of `steps` optimiser steps; `patients` are those of the training part."""
-    model, recipe = new_model(run, classes), run.lesson
+    model, recipe = ranks.norms_of_whole_batches(new_model(run, classes), device), run.lesson
     scales, distiller = scales_of([recipe]), None
     if teachers:
         taught_at = scales_of([recipe], taught=True)
@@ -171,12 +174,15 @@ def new_arm(
 
 
 def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept."""
+    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept.
+
+    Of a loss of several ranks' whole batch, `parameters` being those of the network.
+    """
     gradients = [None] * len(parameters)
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
+    return ranks.mean(torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs]))
 
 
 def shuffle(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
@@ -222,6 +228,34 @@ def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     arm.balanced = True
 
 
+class Losses(nn.Module):
+    """A network and its distiller as one module, from a batch to every unweighted loss by name.
+
+    Each of several ranks passes its part of the batch through the network; the losses are those of the whole.
+    """
+
+    def __init__(self, run: Run, taps: Taps, distiller: Distiller | None, segmentation: nn.Module):
+        super().__init__()
+        self.run, self.recipe, self.taps = run, run.lesson, taps
+        self.model, self.distiller, self.segmentation = taps.model, distiller, segmentation
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        recipe, labels = self.recipe, batch.labels
+        output, features = self.taps(ranks.share(batch.images), reconstruct=recipe.reconstruction_weight > 0)
+        logits, reconstruction = map(ranks.gather, output)
+        losses = {"segmentation": self.segmentation(logits, labels)}
+        if reconstruction is not None:
+            losses["reconstruction"] = F.mse_loss(reconstruction.float(), batch.images)
+        if self.distiller is not None:
+            seed, taught = derive_seed(self.run.seed, "terms", batch.step), batch.taught
+            if recipe.teacher == "shuffled":
+                mix = derive_seed(seed, "shuffle")
+                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
+            own = {name: ranks.gather(feature) for name, feature in features.items()} | {"logits": logits}
+            losses |= self.distiller(own, taught, labels, seed, batch.patients, batch.step)
+        return losses
+
+
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
 
@@ -231,22 +265,11 @@ def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[
     Returns:
         unweighted losses by name, and the gradient of each loss in `measure` on the model's parameters, as a vector.
     """
-    recipe, images, labels = arm.run.lesson, batch.images, batch.labels
-    with autocast(images.device):
-        output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
-        losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
-        if output.reconstruction is not None:
-            losses["reconstruction"] = F.mse_loss(output.reconstruction.float(), images)
-        if arm.distiller is not None:
-            seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
-            if recipe.teacher == "shuffled":
-                mix = derive_seed(seed, "shuffle")
-                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
-            own = features | {"logits": output.segmentation}
-            losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
+    with autocast(batch.images.device):
+        losses = arm.losses(batch)
     gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
     # without foreground the Dice loss has almost no gradient to measure others by
-    if recipe.balance is not None and not arm.balanced and (labels > 0).any():
+    if arm.run.lesson.balance is not None and not arm.balanced and (batch.labels > 0).any():
         balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
     loss = sum(arm.weights[name] * value for name, value in losses.items())
     arm.optimiser.zero_grad()
@@ -380,6 +403,7 @@ def train_cohort(
         KeyboardInterrupt, SystemExit: see `kdlib.checkpoint.Stops`.
     """
     seed, batch, profile, teachers = runs[0].seed, runs[0].optimisation.batch, runs[0].profile, teachers or {}
+    ranks.check_batch(batch, ranks.size())
     epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
     arms = [new_arm(run, len(train.classes), epochs * steps, device, teachers, train.patients) for run in runs]
     for arm, checkpoint in zip(arms, keep, strict=bool(keep)):
@@ -391,7 +415,8 @@ def train_cohort(
             continue
         if resumed:
             arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
-        arm.sessions.append({"from_step": arm.step, "device": str(device), "torch": torch.__version__})
+        session = {"from_step": arm.step, "device": str(device), "processes": ranks.size()}
+        arm.sessions.append(session | {"torch": torch.__version__})
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
     batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)
@@ -407,6 +432,7 @@ def train_cohort(
         try:
             for epoch in range(max(1, math.ceil(first / steps)), epochs + 1):
                 for step in range(max(first, (epoch - 1) * steps), epoch * steps):
+                    stops.agree()
                     index = next(batches).to(device)
                     due = [arm for arm in arms if arm.failure is None and arm.step == step]
                     if not due:
@@ -482,10 +508,10 @@ def make_batch(train: SliceBank, index: Tensor, seed: int, step: int, taught_tap
 
 @torch.no_grad()
 def teach(taps: Taps, images: Tensor) -> dict[str, Tensor]:
-    """A teacher's features and logits of images."""
+    """A teacher's features and logits of images, of which each of several ranks takes its part."""
     with autocast(images.device):
-        output, features = taps(images, reconstruct=False)
-    return features | {"logits": output.segmentation}
+        output, features = taps(ranks.share(images), reconstruct=False)
+    return {name: ranks.gather(maps) for name, maps in (features | {"logits": output.segmentation}).items()}
 
 
 def _end_epoch(arm: Arm, val: SliceBank, epoch: int, stops: Stops) -> None:
@@ -524,7 +550,8 @@ class Progress:
         self.what, self.epochs = what, epochs
         self.plain = os.environ.get("KDLIB_PROGRESS") == "plain"
         self.begin = time.perf_counter()
-        self.bar = tqdm(total=epochs * steps, initial=done, desc=what, unit="step", disable=self.plain, leave=False)
+        quiet = self.plain or ranks.rank() > 0
+        self.bar = tqdm(total=epochs * steps, initial=done, desc=what, unit="step", disable=quiet, leave=False)
 
     def __enter__(self) -> Progress:
         return self
