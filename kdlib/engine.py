@@ -157,14 +157,11 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
     """Runs Snakemake in the study's folder, shows what the jobs print, and returns whether anything failed."""
     (folder / "jobs" / "study.json").write_text(json.dumps(plan, indent=1))
     local = place.executor == "local"
-    cores = place.cores or usable_cores()
     command = [
         sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE), "--directory", str(folder),
         "--configfile", str(folder / "jobs" / "study.json"), "--scheduler", "greedy", "--keep-going",
         "--rerun-incomplete", "--nolock",  # a lock of a killed Snakemake stays behind; ours does not
-        *(["--cores", str(cores), "--resources", "gpu=1", "--quiet", "all"] if local else ["--executor", place.executor]),
-        *([] if local else ["--jobs", "100", "--retries", "1", "--default-resources", "runtime=1440", "mem_mb=16000"]),
-        *place.options,
+        *_options(place), *place.options,
     ]  # fmt: skip
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (folder / "jobs" / "snakemake.log").open("w") as log:
@@ -176,6 +173,27 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
             for line in process.stdout:
                 print(line, end="")
     return process.returncode != 0
+
+
+def _options(place: Place) -> list[str]:
+    """Snakemake's options for this machine, or for a cluster: there a job that was killed is tried once more."""
+    if place.executor == "local":
+        return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1", "--quiet", "all"]
+    options = [
+        "--executor",
+        place.executor,
+        "--jobs",
+        "100",
+        "--retries",
+        "1",
+        "--quiet",
+        "rules",
+        "progress",
+        "reason",
+    ]
+    if place.executor == "slurm":  # else a $ in a path would be the shell's
+        options.append("--slurm-pass-command-as-script")
+    return [*options, "--default-resources", "runtime=1440", "mem_mb=16000"]
 
 
 @contextmanager
@@ -201,7 +219,9 @@ def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
         log = (folder / "jobs" / "snakemake.log").read_text().strip().splitlines()
         found.append(Failure("snakemake", log[-1] if log else "see above", 1))
     known = {failure.job for failure in found}
-    waiting = [name for name in experiments if not (folder / "jobs" / name / "done.json").exists() and name not in known]
+    waiting = [
+        name for name in experiments if name not in known and not (folder / "jobs" / name / "done.json").exists()
+    ]
     return found + [Failure(name, WAITING, 1) for name in waiting]
 
 

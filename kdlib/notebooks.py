@@ -283,7 +283,7 @@ def plan_study(
 def run_study(
     shared: Mapping[str, object], experiments: Sequence[str] = EXPERIMENTS, notebooks: Path = NOTEBOOKS
 ) -> dict[str, str]:
-    """Runs experiments one after another into `<results>/<study>/notebooks/`; one that fails does not hold up the others.
+    """Runs experiments in turn into `<results>/<study>/notebooks/`; one that fails does not hold up the others.
 
     The simple way, for tests and for debugging; the command line has the jobs of the Snakefile do the same.
 
