@@ -14,6 +14,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,13 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import TEACHING, Run, TrainingError, derive_seed
+from kdlib.checkpoint import Checkpoint, Stops
+from kdlib.config import TEACHING, InputError, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
 from kdlib.device import autocast
 from kdlib.distill import Distiller, Taps, probe, scales_of
 from kdlib.evaluate import volume_dice
 from kdlib.losses import SegmentationLoss
 from kdlib.models import build_model
+
+CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
 
 
 def steps_per_epoch(run: Run, slices: int) -> int:
@@ -84,15 +88,37 @@ class Arm:
     best_epoch: int = 0
     best_dice: float = -1.0
     seconds: float = 0.0
-    failure: TrainingError | None = None
+    failure: TrainingError | InputError | None = None
     weights: dict[str, float] = field(default_factory=dict)
     balanced: bool = False  # whether the weights of this epoch are set, where the recipe balances them
+    step: int = 0  # optimiser steps done
+    log: EpochLog | None = None  # of the epoch that it is in; None between two
+    checkpoint: Checkpoint | None = None
+    sessions: list[dict] = field(default_factory=list)  # where it was trained, from which step on
 
     def __post_init__(self):
         """Weights of each loss in the total: the recipe's, until `balance` changes those of the terms."""
         recipe = self.run.lesson
         self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
         self.weights |= self.distiller.weights if self.distiller is not None else {}
+
+    def begin_epoch(self) -> EpochLog:
+        """A fresh log; balanced weights are set anew."""
+        self.model.train()
+        self.balanced, self.log = False, EpochLog(self)
+        return self.log
+
+    def save(self) -> None:
+        """Saves a checkpoint, where the arm has one and is worth it."""
+        if self.checkpoint is not None and self.failure is None and self.step:
+            self.checkpoint.save(self)
+
+    def note(self, text: str, aloud: bool = False) -> None:
+        """A line of the run's log, where it has one; `aloud` prints it too."""
+        if self.checkpoint is not None:
+            self.checkpoint.note(text)
+        if aloud:
+            print(f"{self.label}: {text}", flush=True)
 
     @property
     def label(self) -> str:
@@ -331,11 +357,13 @@ def train_cohort(
     device: torch.device,
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
+    keep: Sequence[Checkpoint] = (),
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
-    A run ends with the same weights, to the bit on CPU, as if it were trained alone. An arm that fails keeps its
-    `failure`, and the others go on.
+    A run ends with the same weights, to the bit on CPU, as if it were trained alone, and as if it had never been
+    stopped. An arm that fails keeps its `failure`, and the others go on. Arms whose checkpoints are of different steps
+    are brought together: the one that is further on waits.
 
     Args:
         runs: of one cohort (see `kdlib.runs.cohorts`).
@@ -344,50 +372,111 @@ def train_cohort(
         device: where the banks are.
         teachers: by name, frozen, in eval mode, on `device`; None for teachers and baselines.
         epochs: of the training; by default the profile's.
+        keep: for each run, where its state is read from and saved: at the end of every epoch, within an epoch every
+            `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
+
+    Raises:
+        InputError: a checkpoint is of something else, or cannot be saved.
+        KeyboardInterrupt, SystemExit: see `kdlib.checkpoint.Stops`.
     """
     seed, batch, profile, teachers = runs[0].seed, runs[0].optimisation.batch, runs[0].profile, teachers or {}
     epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
     arms = [new_arm(run, len(train.classes), epochs * steps, device, teachers, train.patients) for run in runs]
+    for arm, checkpoint in zip(arms, keep, strict=bool(keep)):
+        arm.checkpoint = checkpoint
+        try:
+            resumed = checkpoint.restore(arm)
+        except InputError as error:  # of something else: a person must decide
+            arm.failure = error
+            continue
+        if resumed:
+            arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
+        arm.sessions.append({"from_step": arm.step, "device": str(device), "torch": torch.__version__})
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
-    batches = order(len(train), batch, seed)
-    begin = time.perf_counter()
+    batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)
+    for _ in range(first):
+        next(batches)
     place = f"fold {runs[0].fold}, seed {seed}"
     students = f"{len(arms)} students {f'of {runs[0].teacher}' if runs[0].teacher else 'without a teacher'}, {place}"
     what = arms[0].label if len(arms) == 1 else students
-    with Progress(what, epochs, steps) as progress:
-        for epoch in range(1, epochs + 1):
-            logs = {id(arm): EpochLog(arm) for arm in arms}
+    with ExitStack() as hooks, Progress(what, epochs, steps, first) as progress, Stops() as stops:
+        for taps in [*taught_taps.values(), *(arm.taps for arm in arms)]:
+            hooks.callback(taps.close)
+        clock = Clock()
+        try:
+            for epoch in range(max(1, math.ceil(first / steps)), epochs + 1):
+                for step in range(max(first, (epoch - 1) * steps), epoch * steps):
+                    index = next(batches).to(device)
+                    due = [arm for arm in arms if arm.failure is None and arm.step == step]
+                    if not due:
+                        continue
+                    seen = make_batch(train, index, seed, step, taught_taps)
+                    for arm in due:
+                        with stops.held():
+                            log = arm.log or arm.begin_epoch()
+                            with drawing(derive_seed(seed, "layers", step), device):
+                                log.add(*training_step(arm, seen, log.unmeasured()))
+                            arm.step += 1
+                    progress.step()
+                    clock.share(due)
+                    clock.save(due, every=CHECKPOINT_SECONDS)
+                due = [arm for arm in arms if arm.failure is None and arm.log and arm.step == epoch * steps]
+                for arm in due:
+                    _end_epoch(arm, val, epoch, stops)
+                clock.share(due)
+                ended = [arm for arm in due if arm.failure is None]
+                clock.save(ended)
+                for arm in ended:
+                    arm.note(f"epoch {epoch} of {epochs}, {arm.step} steps: {summary([arm])}")
+                if ended:
+                    progress.epoch(epoch, ended)
+                if all(arm.failure for arm in arms):
+                    break
+        except (KeyboardInterrupt, SystemExit):
+            stops.holding = True  # a second signal waits for the checkpoints
             for arm in arms:
-                arm.balanced = False
-                arm.model.train()
-            for step in range((epoch - 1) * steps, epoch * steps):
-                index = next(batches).to(device)
-                images, labels = train.batch(index)
-                images, labels = augment(
-                    images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-                )
-                images = images.contiguous(memory_format=torch.channels_last)
-                taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
-                seen = Batch(images, labels, train.patient_of(index), taught, step)
-                for arm in arms:
-                    if arm.failure is None:
-                        log = logs[id(arm)]
-                        log.add(*training_step(arm, seen, log.unmeasured()))
-                progress.step()
-            for arm in arms:
-                if arm.failure is None:
-                    _end_epoch(arm, logs[id(arm)], val, epoch)
-            alive = [arm for arm in arms if arm.failure is None]
-            if not alive:
-                break
-            progress.epoch(epoch, alive)
-    for taps in taught_taps.values():
-        taps.close()
-    for arm in arms:
-        arm.taps.close()
-        arm.seconds = (time.perf_counter() - begin) / len(arms)
+                arm.save()
+                arm.note(f"stopped at step {arm.step} of {epochs * steps}")
+            raise
     return arms
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Layers that draw from torch's own random numbers (dropout) draw from a stream of their own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class Clock:
+    """Shares the time that passes among the arms, and saves them from time to time."""
+
+    def __init__(self):
+        self.mark = self.saved = time.perf_counter()  # never set back, as the time of day can be
+
+    def share(self, arms: Sequence[Arm]) -> None:
+        now = time.perf_counter()
+        for arm in arms:
+            arm.seconds += (now - self.mark) / len(arms)
+        self.mark = now
+
+    def save(self, arms: Sequence[Arm], every: float = 0.0) -> None:
+        """Saves the arms where the last time is at least `every` seconds ago."""
+        if self.mark - self.saved >= every:
+            for arm in arms:
+                arm.save()
+            self.saved = self.mark
+
+
+def make_batch(train: SliceBank, index: Tensor, seed: int, step: int, taught_taps: Mapping[str, Taps]) -> Batch:
+    """The batch of a step: slices `index` of the bank, augmented by the step's own draws, and what the teachers see."""
+    images, labels = train.batch(index)
+    images, labels = augment(images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step)))
+    images = images.contiguous(memory_format=torch.channels_last)
+    taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
+    return Batch(images, labels, train.patient_of(index), taught, step)
 
 
 @torch.no_grad()
@@ -398,32 +487,43 @@ def teach(taps: Taps, images: Tensor) -> dict[str, Tensor]:
     return features | {"logits": output.segmentation}
 
 
-def _end_epoch(arm: Arm, log: EpochLog, val: SliceBank, epoch: int) -> None:
+def _end_epoch(arm: Arm, val: SliceBank, epoch: int, stops: Stops) -> None:
     """Logs, validates and keeps the weights of the best epoch (the first of equals)."""
     try:
-        arm.history += log.rows(epoch)
+        rows = arm.log.rows(epoch)
     except TrainingError as error:
         arm.failure = error
         return
     run = arm.run
     dice = volume_dice(arm.model, val, threshold=run.threshold, pooled=run.protocol.pooled_dice)
-    arm.history += [
+    rows += [
         dict(epoch=epoch, name="val_dice", value=dice),
         dict(epoch=epoch, name="lr", value=arm.schedule.get_last_lr()[0]),
     ]
-    if dice > arm.best_dice:
-        arm.best_dice, arm.best_epoch = dice, epoch
-        arm.best = copy.deepcopy(arm.model.state_dict())
+    with stops.held():
+        arm.history += rows
+        if dice > arm.best_dice:
+            arm.best_dice, arm.best_epoch = dice, epoch
+            arm.best = copy.deepcopy(arm.model.state_dict())
+        arm.log = None
+
+
+def summary(arms: Sequence[Arm]) -> str:
+    """Mean loss and validation Dice of the arms' last epoch, in words."""
+    last = [{row["name"]: row["value"] for row in arm.history} for arm in arms]
+    dice = [rows["val_dice"] for rows in last]
+    text = f"loss {sum(rows['loss'] for rows in last) / len(last):.3f}, validation Dice {min(dice):.3f}"
+    return text + (f" to {max(dice):.3f}" if len(dice) > 1 else "")
 
 
 class Progress:
     """A bar in a terminal and in JupyterLab; one plain line an epoch where `KDLIB_PROGRESS` is "plain"."""
 
-    def __init__(self, what: str, epochs: int, steps: int):
+    def __init__(self, what: str, epochs: int, steps: int, done: int = 0):
         self.what, self.epochs = what, epochs
         self.plain = os.environ.get("KDLIB_PROGRESS") == "plain"
         self.begin = time.perf_counter()
-        self.bar = tqdm(total=epochs * steps, desc=what, unit="step", disable=self.plain, leave=False)
+        self.bar = tqdm(total=epochs * steps, initial=done, desc=what, unit="step", disable=self.plain, leave=False)
 
     def __enter__(self) -> Progress:
         return self
@@ -435,10 +535,7 @@ class Progress:
         self.bar.update()
 
     def epoch(self, epoch: int, arms: Sequence[Arm]) -> None:
-        dice = [next(row["value"] for row in reversed(arm.history) if row["name"] == "val_dice") for arm in arms]
-        loss = [next(row["value"] for row in reversed(arm.history) if row["name"] == "loss") for arm in arms]
-        text = f"loss {sum(loss) / len(loss):.3f}, validation Dice {min(dice):.3f}"
-        text += f" to {max(dice):.3f}" if len(dice) > 1 else ""
+        text = summary(arms)
         self.bar.set_postfix_str(text)
         if self.plain:
             print(

@@ -18,6 +18,7 @@ import torch
 from monai.networks.nets import UNet
 
 from kdlib import runs as running
+from kdlib.checkpoint import write
 from kdlib.config import (
     PROTOCOLS,
     SWITCHES,
@@ -33,7 +34,16 @@ from kdlib.config import (
 from kdlib.data import make_phantom
 from kdlib.models import MODELS, Outside, build_model
 from kdlib.recipes import thesis_recipe
-from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_arrays, save_weights, study, write
+from kdlib.runs import (
+    Results,
+    cohorts,
+    load_weights,
+    run_folder,
+    run_key,
+    save_arrays,
+    save_weights,
+    study,
+)
 
 TINY = Profile("tiny", View(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
 
@@ -229,7 +239,7 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
     def pretend(group, results, device):
         for run in group:
             trained.append(run_key(run, results))
-            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text("{}"))
+            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text('{"status": "done"}'))
         return []
 
     monkeypatch.setattr(running, "train_missing", pretend)
