@@ -82,6 +82,16 @@ def run_jobs(
         return _failures(folder, experiments) if failed else []
 
 
+def foresee(experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
+    """Prints what experiments would train (see `kdlib.plan`, which needs torch); returns the exit status."""
+    plan = {"experiments": experiments, "shared": shared, "notebooks": str(notebooks.resolve())}
+    command = [sys.executable, "-P", "-m", "kdlib.plan"]
+    done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, env=_environment())
+    print(done.stdout, end="")
+    print(done.stderr, end="", file=sys.stderr)
+    return done.returncode
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """Holds a study's folder against a second engine; Snakemake inherits the lock, so it outlives a killed parent."""
@@ -163,11 +173,10 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
         "--rerun-incomplete", "--nolock",  # a lock of a killed Snakemake stays behind; ours does not
         *_options(place), *place.options,
     ]  # fmt: skip
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (folder / "jobs" / "snakemake.log").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log if local else subprocess.STDOUT,
-            text=True, errors="replace", env=os.environ | {"PYTHONPATH": path}, pass_fds=[lock], process_group=0,
+            text=True, errors="replace", env=_environment(), pass_fds=[lock], process_group=0,
         )  # fmt: skip
         with process, _stopping(process):
             for line in process.stdout:
@@ -175,22 +184,18 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
     return process.returncode != 0
 
 
+def _environment() -> dict[str, str]:
+    """Jobs run in other folders, with the kdlib that started them."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path}
+
+
 def _options(place: Place) -> list[str]:
     """Snakemake's options for this machine, or for a cluster: there a job that was killed is tried once more."""
     if place.executor == "local":
         return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1", "--quiet", "all"]
-    options = [
-        "--executor",
-        place.executor,
-        "--jobs",
-        "100",
-        "--retries",
-        "1",
-        "--quiet",
-        "rules",
-        "progress",
-        "reason",
-    ]
+    options = ["--executor", place.executor, "--jobs", "100", "--retries", "1"]
+    options += ["--quiet", "rules", "progress", "reason", "host"]
     if place.executor == "slurm":  # else a $ in a path would be the shell's
         options.append("--slurm-pass-command-as-script")
     return [*options, "--default-resources", "runtime=1440", "mem_mb=16000"]
@@ -218,11 +223,8 @@ def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
     if not found:  # Snakemake itself: an option or a plugin that is not there, no allocation
         log = (folder / "jobs" / "snakemake.log").read_text().strip().splitlines()
         found.append(Failure("snakemake", log[-1] if log else "see above", 1))
-    known = {failure.job for failure in found}
-    waiting = [
-        name for name in experiments if name not in known and not (folder / "jobs" / name / "done.json").exists()
-    ]
-    return found + [Failure(name, WAITING, 1) for name in waiting]
+    ended = {failure.job for failure in found} | {path.parent.name for path in folder.glob("jobs/*/done.json")}
+    return found + [Failure(name, WAITING, 1) for name in experiments if name not in ended]
 
 
 # ------------------------------------------------------------------------------------------------------ within a job

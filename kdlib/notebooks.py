@@ -28,7 +28,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from kdlib.config import PROFILES, PROTOCOLS, InputError, TrainingError, choose, tailor
-from kdlib.engine import WAITING, Place, recorded, run_jobs
+from kdlib.engine import WAITING, Place, foresee, recorded, run_jobs
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPERIMENTS = ("00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "06_figures")
@@ -398,6 +398,8 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
     plans = plan_study(shared, experiments, options.notebooks)
     print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
     print(f"profile {options.profile} against the thesis: {tailor(options.profile, shared['changes']).shrinks}")
+    if options.dry_run:
+        return foresee(plans, shared, options.notebooks)
     failures = run_jobs(plans, shared, options.notebooks, place, again=options.only or ())
     if failures and all(failure.status == 2 for failure in failures if failure.cause != WAITING):
         raise InputError("\n".join(dict.fromkeys(failure.cause for failure in failures if failure.cause != WAITING)))
