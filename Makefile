@@ -15,11 +15,15 @@ DEVICE ?= auto
 RESULTS ?= results
 STUDY ?=
 ONLY ?=
+DRY ?=
+CORES ?=
+CLUSTER ?=
+SNAKEMAKE_ARGS ?=
 LAB ?=
 PYTHON ?=
 
 # Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
-VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY LAB PYTHON
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES CLUSTER SNAKEMAKE_ARGS LAB PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
@@ -29,7 +33,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 20000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
-make study   run every experiment; finished trainings are kept, so a stopped study goes on where it was
+make study   run every experiment, jobs side by side; what is finished is kept, so a stopped study goes on where it was
 make test    run all tests
 make lab     open JupyterLab on notebooks/, on 127.0.0.1 and behind a token
 make strip   take outputs out of notebooks/ before a commit
@@ -49,6 +53,10 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
   ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_bridge
+  DRY                   DRY=1 lists what would be trained, and for how long by past runs
+  CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
+  CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
+  SNAKEMAKE_ARGS        more options for Snakemake, e.g. SNAKEMAKE_ARGS="--default-resources runtime=600 mem_mb=8000"
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef
@@ -82,7 +90,8 @@ endif
 study: $(STAMP)
 	@.venv/bin/python -m kdlib.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
 	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
-	    --study="$$STUDY" $${ONLY:+--only $$ONLY}
+	    --study="$$STUDY" $${DRY:+--dry-run} $${CORES:+--cores="$$CORES"} $${CLUSTER:+--executor="$$CLUSTER"} \
+	    $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"} $${ONLY:+--only $$ONLY}
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -q --durations=10

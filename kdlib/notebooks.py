@@ -32,6 +32,7 @@ import psutil
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from kdlib.config import PROFILES, PROTOCOLS, InputError, TrainingError, choose, tailor
+from kdlib.engine import WAITING, Place, foresee, recorded, run_jobs
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPERIMENTS = ("00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "06_figures")
@@ -332,10 +333,28 @@ def study_parameters(
     }  # fmt: skip
 
 
+def plan_study(
+    shared: Mapping[str, object], experiments: Sequence[str], notebooks: Path
+) -> dict[str, dict[str, object]]:
+    """The parameters of each experiment's notebook: of the shared ones those that it declares.
+
+    Raises:
+        InputError: an experiment does not exist, or its notebook cannot take these parameters.
+    """
+    plans = {}
+    for name in experiments:
+        path = notebooks / f"{name}.ipynb"
+        declared = read_parameters(path)
+        plans[name] = check_parameters(path, {key: value for key, value in shared.items() if key in declared})
+    return plans
+
+
 def run_study(
     shared: Mapping[str, object], experiments: Sequence[str] = EXPERIMENTS, notebooks: Path = NOTEBOOKS
 ) -> dict[str, str]:
-    """Runs experiments into `<results>/<study>/notebooks/`; one that fails does not hold up the others.
+    """Runs experiments in turn into `<results>/<study>/notebooks/`; one that fails does not hold up the others.
+
+    The simple way, for tests and for debugging; the command line has the jobs of the Snakefile do the same.
 
     Args:
         shared: see `study_parameters`; each notebook gets those that it declares.
@@ -349,14 +368,10 @@ def run_study(
         InputError: an experiment does not exist, or its notebook cannot take these parameters, and nothing has run; or
             a notebook refused its input, which would stop all that follow too.
     """
-    plans = {}
-    for name in experiments:
-        path = notebooks / f"{name}.ipynb"
-        declared = read_parameters(path)
-        plans[path] = check_parameters(path, {key: value for key, value in shared.items() if key in declared})
     folder = Path(str(shared["results"])) / str(shared["study"])
     failures = {}
-    for path, values in plans.items():
+    for name, values in plan_study(shared, experiments, notebooks).items():
+        path = notebooks / f"{name}.ipynb"
         print(f"== {path.stem}")
         start = time.perf_counter()
         try:
@@ -370,7 +385,7 @@ def run_study(
 
 def _made(folder: Path, experiments: Sequence[str]) -> list[Path]:
     notebooks = [folder / "notebooks" / f"{name}.ipynb" for name in experiments]
-    patterns = ("tables/*.csv", "tables/*.tex", "figures/*.pdf", "figures/*.png")
+    patterns = ("tables/*.csv", "tables/*.tex", "figures/*.pdf", "figures/*.png", "report.html")
     return notebooks + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
@@ -384,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("notebook", type=Path)
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("-o", "--output", type=Path, required=True, help="the executed copy")
+    run.add_argument("--record", type=Path, help="file that says the notebook is done; for a job of the Snakefile")
     study = commands.add_parser("study", help="run every experiment")
     study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
     study.add_argument("--target", default="spleen", help="label names joined by ',', or 'all'")
@@ -398,7 +414,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--study", default="", help="name of the study's folder in results; empty for data-target-profile"
     )
-    study.add_argument("--only", nargs="+", default=EXPERIMENTS, metavar="NAME", help="experiments to run")
+    study.add_argument("--only", nargs="+", metavar="NAME", help="experiments to run, even if up to date")
+    study.add_argument("--dry-run", action="store_true", help="list what would be trained, and for how long")
+    study.add_argument("--cores", type=int, default=0, help="CPUs of all jobs; on a cluster of each; 0 for all, or 2")
+    study.add_argument("--executor", default="local", help="where the jobs run: local, slurm, or a Snakemake plugin")
+    study.add_argument("--snakemake-args", default="", help="more options for Snakemake, as one text")
     study.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the experiments' notebooks")
     return parser
 
@@ -408,8 +428,13 @@ def _run(options: argparse.Namespace) -> int:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(f"parameter {repeated[0]!r} is given twice; a list is one value, e.g. '0 1'")
-    execute(options.notebook, options.output, dict(options.parameter))
-    print(f"wrote {options.output}")
+    values = dict(options.parameter)
+    if options.record is None:
+        execute(options.notebook, options.output, values)
+        print(f"wrote {options.output}")
+    else:
+        with recorded(options.record, Path(values["results"], values["study"])):
+            execute(options.notebook, options.output, values)
     return 0
 
 
@@ -430,26 +455,44 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
             numbers[name] = convert(getattr(options, name), "list[int]")
         except ValueError:
             raise InputError(f"{name} {getattr(options, name)!r}: give whole numbers, e.g. '0 1'") from None
-    for name in options.only:
+    only = EXPERIMENTS if options.only is None else options.only
+    for name in only:
         choose("experiment", name, dict.fromkeys(ORDER))
-    experiments = [name for name in ORDER if name in options.only]
+    experiments = [name for name in ORDER if name in only]
     shared = study_parameters(
         options.data, options.target, options.profile, options.protocol, **numbers, device=options.device,
         results=options.results, study=options.study, changes=_changes(options.changes), on_defect=options.on_defect,
     )  # fmt: skip
+    place = _place(options)
+    plans = plan_study(shared, experiments, options.notebooks)
     print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
     print(f"profile {options.profile} against the thesis: {tailor(options.profile, shared['changes']).shrinks}")
-    failures = run_study(shared, experiments, options.notebooks)
+    if options.dry_run:
+        return foresee(plans, shared, options.notebooks)
+    failures = run_jobs(plans, shared, options.notebooks, place, again=options.only or ())
+    if failures and all(failure.status == 2 for failure in failures if failure.cause != WAITING):
+        raise InputError("\n".join(dict.fromkeys(failure.cause for failure in failures if failure.cause != WAITING)))
     folder = Path(str(shared["results"])) / str(shared["study"])
     print(f"made in {folder}:")
-    for path in _made(folder, [name for name in experiments if name not in failures]):
+    failed = {failure.job for failure in failures}
+    for path in _made(folder, [name for name in experiments if name not in failed]):
         print(f"    {path.relative_to(folder)}")
-    for name, message in failures.items():
-        print(f"failed: {name}: {message.splitlines()[0]}", file=sys.stderr)
+    for failure in failures:
+        print(f"failed: {failure.job}: {failure.cause}", file=sys.stderr)
     if failures:
         print("finished trainings are kept; the same command goes on from them:", file=sys.stderr)
         print(f"    {shlex.join([sys.executable, '-m', 'kdlib.notebooks', *command])}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _place(options: argparse.Namespace) -> Place:
+    if options.cores < 0:
+        raise InputError(f"cores {options.cores}: give a number of CPUs, or 0 for all")
+    try:
+        words = shlex.split(options.snakemake_args)
+    except ValueError as error:
+        raise InputError(f"Snakemake's options {options.snakemake_args!r}: {error}") from None
+    return Place(options.executor, options.cores, tuple(words))
 
 
 def main(command: Sequence[str]) -> int:
