@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from nibabel.arrayproxy import ArrayProxy
 
 from kdlib.config import InputError
-from kdlib.data.decathlon import Case, Dataset, decode
+from kdlib.data.decathlon import Case, Dataset, Defect, decode
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -93,15 +95,22 @@ def _make(dataset: Dataset, asked: dict) -> dict:
 def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
     """Patient, hashes and covariate of a case, from one read of each of its files."""
     image, label = case.image.read_bytes(), case.label.read_bytes()
-    target = np.isin(np.asanyarray(decode(label).dataobj), list(classes.values()))
+    target = np.isin(np.asanyarray(_stored(case.label, label)), list(classes.values()))
     if modality == "MR":
         covariate = np.count_nonzero(target) * float(np.prod(case.spacing)) / 1000
     elif target.any():
-        stored = decode(image).dataobj
+        stored = _stored(case.image, image)
         covariate = float(stored.get_unscaled()[target].mean(dtype=np.float64) * stored.slope + stored.inter)
     else:
         covariate = None
     return {"patient": case.group, "covariate": covariate, "image": _sha256(image), "label": _sha256(label)}
+
+
+def _stored(path: Path, blob: bytes) -> ArrayProxy:
+    try:
+        return decode(io.BytesIO(blob)).dataobj
+    except Defect as defect:
+        raise InputError(f"{path}: changed since it was indexed: {defect}") from None
 
 
 def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, list[str]]]:
