@@ -152,7 +152,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: str | Callable[[s
     rows, cases = [], []
     for file in sorted(file for file in files if not _plain(file)):
         files.remove(file)
-        rows.append((ascii(file), ascii(file), "file name with characters that cannot be printed", "rename the file"))
+        rows.append((ascii(file), ascii(file), "file name too long, or with unprintable characters", "rename the file"))
     for case, file in sorted((file.removesuffix(SUFFIX), file) for file in files):
         image, label = root / "imagesTr" / file, root / "labelsTr" / file
         defects, geometry = _inspect(image, label, listed.get(file), {0, *labels.values()})
@@ -174,6 +174,8 @@ def _read_description(root: Path) -> tuple[str, str, dict[str, int], dict[str, t
     try:
         if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError
+        if path.stat().st_size > 2**26:
+            raise ValueError("larger than 64 MiB")
         description = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         name, modalities, named = (description[key] for key in ("name", "modality", "labels"))
         modality_names = [text.strip().upper() for text in modalities.values()]
@@ -267,12 +269,14 @@ def decode(stream: BinaryIO) -> nib.Nifti1Image:
             size = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
             if size > LARGEST or size > DEFLATE * packed:
                 raise Defect(f"truncated, or a wrong header: it claims {size:,} bytes of voxels", again)
+            if packed > size + size // 50 + 2**16:  # gzip would look for an end behind any number of zeros
+                raise Defect("more bytes than its header says", again)
             file.seek(0)
             content = file.read(size + 1)
         if len(content) < size:
             raise EOFError
         if len(content) > size:
-            raise Defect("more voxels than its header says", again)
+            raise Defect("more bytes than its header says", again)
         image = nib.Nifti1Image.from_bytes(content)
     except Defect:
         raise

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,15 @@ class Fold:
             )
         kept = set(patients[:count])
         return tuple(case for case in self.train if self.groups[case] in kept)
+
+
+def split_file(folder: Path, dataset: Dataset, classes: dict[str, int], folds: int) -> Path:
+    """Where the split of these classes lies: in `folder`, whatever the data set and its labels are called."""
+    name = "-".join([dataset.name, *classes, str(folds)]).lower()
+    name = re.sub(r'[\\/:*?"<>| ]', "_", name)
+    if len(name.encode()) > 200:
+        name = f"{name[:40]}-{_sha256(name.encode())[:16]}"
+    return folder / f"{name}.json"
 
 
 def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, seed: int = 0) -> tuple[Fold, ...]:
@@ -153,6 +163,8 @@ def _spread(ranked: list[str], rng: np.random.Generator) -> list[str]:
 def _read(path: Path) -> dict:
     remedy = "restore the file, or delete it if you mean to start anew"
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] > FORMAT:
             raise InputError(f"{path}: written by a newer version (format {record['format']}); update kdlib")
@@ -162,9 +174,12 @@ def _read(path: Path) -> dict:
             whole = sorted(fold["train"] + fold["val"] + fold["test"]) == names
             if not whole or sum(map(len, patients)) != len(set.union(*patients)):
                 raise InputError(f"{path}: a fold lacks a case, or has a patient in two parts; {remedy}")
+        tested = sorted(case for fold in record["parts"] for case in fold["test"])
+        if tested != names or len(record["parts"]) != record["folds"]:
+            raise InputError(f"{path}: a fold is missing, or a case is tested twice; {remedy}")
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a whole record of a split; {remedy}") from None
     return record
 
