@@ -67,7 +67,10 @@ help:
 
 # The stamp holds the folder it was made in: a moved, half-made or broken environment is made again from nothing,
 # a changed pyproject.toml or requirements.lock only updates it.
+# All but PyTorch, of which there are CPU and CUDA builds, is checked against the hashes of requirements.lock; what
+# pyproject.toml asks for is then there, so that the second pip adds PyTorch at its locked version, and kdlib.
 STAMP := .venv/.complete
+UNHASHED := /^torch(vision)?==/
 whole := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && .venv/bin/python -c "" 2>/dev/null && echo yes)
 
 $(STAMP): pyproject.toml requirements.lock $(if $(whole),,FORCE)
@@ -84,7 +87,10 @@ ifneq ($(whole),yes)
 	rm -rf .venv && "$$python" -m venv .venv
 endif
 	@rm -f $(STAMP)
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@sed -E -e '$(UNHASHED)d' requirements.lock > .venv/hashed && \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/hashed
+	@sed -E -e '/^ /d' -e 's/ *\\$$//' requirements.lock > .venv/versions && \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c .venv/versions -e ".[dev]"
 	@pwd -P > $(STAMP)
 
 study: $(STAMP)
@@ -104,13 +110,15 @@ strip: $(STAMP)
 	    --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec notebooks/*.ipynb
 
-# aiohttp: papermill needs it on Python 3.12 only. CUDA builds of PyTorch pin the packages that sed leaves out.
+# uv resolves for every Python and system at once and keeps the versions that stand in requirements.lock (delete a line
+# to get the newest); it asks the index in UV_DEFAULT_INDEX. CUDA builds of PyTorch pin the packages that sed leaves out.
 lock:
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && python3.11 -m venv "$$new" && \
-	"$$new/bin/python" -m pip install --quiet -e ".[dev]" "$$(grep '^torch==' requirements.lock)" aiohttp && \
-	"$$new/bin/python" -m pip freeze --all --exclude pip --exclude-editable > "$$new/all" && \
+	"$$new/bin/python" -m pip install --quiet uv && cp requirements.lock "$$new/all" && \
+	"$$new/bin/uv" pip compile --quiet --universal --python-version=3.11 --extra=dev --generate-hashes --no-annotate \
+	    --no-header --output-file="$$new/all" pyproject.toml && \
 	head -n 1 requirements.lock > "$$new/lock" && \
-	sed -E -e '/^(nvidia|cuda|triton)/d' -e 's/\+[a-z0-9]+$$//' "$$new/all" >> "$$new/lock" && \
+	sed -E -e '/^(nvidia|cuda|triton)/,/[^\\]$$/d' -e '$(UNHASHED),/[^\\]$$/{/^ /d;s/ *\\$$//;}' "$$new/all" >> "$$new/lock" && \
 	cp "$$new/lock" requirements.lock
 
 clean:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from kdlib import ranks
 from kdlib.checkpoint import CODE, CODE_HASH, Checkpoint, save_tensors, sweep, unsaved, write
 from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Run, TrainingError, View, choose
-from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
+from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
 from kdlib.device import computes_bf16, pick_device
 from kdlib.distill import check_recipe, scales_of
 from kdlib.evaluate import evaluate
@@ -63,8 +63,7 @@ def source(data: str, target: str, folds: int, on_defect: str, results: Path) ->
     folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
     dataset = index(folder, on_defect)
     classes = dataset.classes(target)
-    name = "-".join([dataset.name, *classes, str(folds)]).lower().replace(" ", "_").replace("/", "_")
-    path = results / "splits" / f"{name}.json"
+    path = split_file(results / "splits", dataset, classes, folds)
     parts = splits(dataset, classes, folds, path)
     return Source(dataset, classes, parts, hashlib.sha256(path.read_bytes()).hexdigest())
 
