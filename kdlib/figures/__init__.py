@@ -1,0 +1,48 @@
+"""One function a figure: tidy tables in, a matplotlib Figure out, in one style and at printed size.
+
+Every figure carries a note on n and its intervals as its label, which `save_figure` writes after the caption.
+"""
+
+from kdlib.figures.pictures import qualitative, slice_montage
+from kdlib.figures.results import (
+    ablation,
+    choose_cases,
+    dice_against_parameters,
+    dice_per_method,
+    fidelity,
+    ranking,
+    reliability,
+    waterfall,
+)
+from kdlib.figures.style import (
+    DOUBLE,
+    FAMILY_OF,
+    METHOD_COLOURS,
+    METHOD_MARKERS,
+    SINGLE,
+    method_style,
+    save_figure,
+)
+from kdlib.figures.training import liveness, training_curves
+
+__all__ = [
+    "DOUBLE",
+    "FAMILY_OF",
+    "METHOD_COLOURS",
+    "METHOD_MARKERS",
+    "SINGLE",
+    "ablation",
+    "choose_cases",
+    "dice_against_parameters",
+    "dice_per_method",
+    "fidelity",
+    "liveness",
+    "method_style",
+    "qualitative",
+    "ranking",
+    "reliability",
+    "save_figure",
+    "slice_montage",
+    "training_curves",
+    "waterfall",
+]
