@@ -3,16 +3,17 @@
 Every figure carries a note on n and its intervals as its label, which `save_figure` writes after the caption.
 """
 
+from kdlib.figures.comparisons import ablation, ranking, waterfall
 from kdlib.figures.pictures import qualitative, slice_montage
 from kdlib.figures.results import (
-    ablation,
     choose_cases,
     dice_against_parameters,
     dice_per_method,
+    efficiency,
+    failure,
     fidelity,
-    ranking,
     reliability,
-    waterfall,
+    slopes,
 )
 from kdlib.figures.style import (
     DOUBLE,
@@ -23,7 +24,7 @@ from kdlib.figures.style import (
     method_style,
     save_figure,
 )
-from kdlib.figures.training import liveness, training_curves
+from kdlib.figures.training import gradient_shares, liveness, training_curves
 
 __all__ = [
     "DOUBLE",
@@ -35,7 +36,10 @@ __all__ = [
     "choose_cases",
     "dice_against_parameters",
     "dice_per_method",
+    "efficiency",
+    "failure",
     "fidelity",
+    "gradient_shares",
     "liveness",
     "method_style",
     "qualitative",
@@ -43,6 +47,7 @@ __all__ = [
     "reliability",
     "save_figure",
     "slice_montage",
+    "slopes",
     "training_curves",
     "waterfall",
 ]

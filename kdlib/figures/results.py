@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from scipy import stats
 
 from kdlib.config import InputError
 from kdlib.figures.style import (
     BARE,
     DOUBLE,
-    FAMILY_STYLES,
+    INTERVAL,
     MM,
     SINGLE,
     STYLE,
-    TERMS,
-    VERDICTS,
     bar_lengths,
-    draw_mean,
     draw_strip,
     entries_beside,
-    family_of,
     interval_text,
     legend_below,
     method_style,
     n_text,
     name_rows,
     need_columns,
+    p_text,
+    spread,
 )
 from kdlib.metrics import METRICS
 from kdlib.statistics import THESIS_TABLE, interval, per_patient, rows_of, summarise
@@ -41,6 +39,14 @@ FIDELITY = {  # metric of kdlib.fidelity -> print
     "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
     "error_overlap": "Dice of both's errors", "cka": "CKA with the teacher", "ece": "calibration error",
 }  # fmt: skip
+COSTS = {  # column of the cost table -> (label, its unit)
+    "inference_parameters": ("parameters (millions)", 1e6), "gflops": ("GFLOPs a slice", 1),
+    "latency_ms": ("CPU latency (ms a slice)", 1),
+}  # fmt: skip
+DIRECTIONS = {  # of a patient's change, for lines
+    "better or equal": dict(color="#0072B2", linewidth=0.8, linestyle="-", alpha=0.7),
+    "worse": dict(color="#D55E00", linewidth=0.8, linestyle="--", alpha=0.9),
+}
 
 
 @plt.rc_context(STYLE)
@@ -50,12 +56,71 @@ def dice_per_method(table: pd.DataFrame, metric: str = "dice") -> Figure:
     Raises:
         InputError: see `kdlib.statistics.per_patient`.
     """
-    values, means = per_patient(table, metric), summarise(table, metric=metric)
+    means = summarise(table, metric=metric)
+    values = per_patient(table, metric).pivot(index="patient", columns="arm", values="value")[list(means["arm"])]
     figure, ax = plt.subplots(figsize=(SINGLE, (7 * len(means) + 16) * MM))
+    heights = np.arange(len(means)) + spread(len(values))[:, None]
+    ax.plot(values.T, heights.T, color="#BBBBBB", linewidth=0.35, zorder=1)
     for y, row in enumerate(means.itertuples()):
-        draw_strip(ax, y, values.loc[values["arm"] == row.arm, "value"], row, method_style(row.arm))
+        draw_strip(ax, y, values[row.arm], row, method_style(row.arm))
     name_rows(ax, means["arm"], metric)
-    figure.set_label(f"Small points: patients, seeds averaged; large ones: {interval_text(means)}.")
+    figure.set_label(
+        f"Small points: patients, seeds averaged, thin lines from arm to arm; large ones: {interval_text(means)}."
+    )
+    return figure
+
+
+@plt.rc_context(STYLE)
+def slopes(table: pd.DataFrame, verdicts: pd.DataFrame, metric: str = "dice") -> Figure:
+    """Every patient's value under a student and under its distilled twin, a panel a pair.
+
+    Args:
+        table: tidy.
+        verdicts: from `kdlib.statistics.compare`: a the distilled student (drawn on the right), b the student.
+        metric: that the verdicts are of.
+
+    Raises:
+        InputError: no verdicts, or an arm of theirs that the table lacks; see also `kdlib.statistics.per_patient`.
+    """
+    need_columns(verdicts, ["a", "b", "n", "difference", "low", "high", "p_holm", "verdict"], "verdicts", "compare's")
+    values = per_patient(table, metric).pivot(index="patient", columns="arm", values="value")
+    missing = sorted({*verdicts["a"], *verdicts["b"]} - set(values))
+    if missing:
+        raise InputError(f"slopes: no arm {', '.join(missing)} in the table: it has {', '.join(values)}")
+    label, unit, higher = METRICS[metric]
+    columns = min(4, len(verdicts))
+    lines = -(-len(verdicts) // columns)
+    width = SINGLE if columns < 3 else DOUBLE
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(width, (58 * lines + 8) * MM), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}
+    )
+    for ax, row in zip(axes.flat, verdicts.itertuples(), strict=False):
+        pairs = values[[row.b, row.a]].dropna()
+        change = (pairs[row.a] - pairs[row.b]).round(12) * (1 if higher else -1)
+        for look, some in ((DIRECTIONS["worse"], change < 0), (DIRECTIONS["better or equal"], change >= 0)):
+            ax.plot([0, 1], pairs[some].T, **look)
+        ax.plot([0, 1], pairs.mean(), color="black", linewidth=2, zorder=3)
+        for x, arm in enumerate((row.b, row.a)):
+            style = dict(method_style(arm)) | BARE | {"markersize": 7, "markeredgecolor": "white", "zorder": 4}
+            ax.plot(x, pairs[arm].mean(), **style)
+        bounds = "" if np.isnan(row.low) else f"\n[{row.low:+.3f}, {row.high:+.3f}]"
+        title = f"{row.difference:+.3f}{bounds}\n{p_text(row.p_holm)}, {row.verdict}"
+        ax.set_title(title.replace("-", "\N{MINUS SIGN}"), fontsize=7)
+        ax.set(xticks=[0, 1], xlim=(-0.25, 1.25))
+        ax.set_xticklabels([name.replace("(", "\n(", 1) for name in (row.b, row.a)])
+        ax.tick_params(labelsize=7)
+        ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"{label} ({unit})" if unit else label)
+    for ax in axes.flat[len(verdicts) :]:
+        ax.remove()
+    handles = [Line2D([], [], label=f"patient, {name}", **look) for name, look in DIRECTIONS.items()]
+    legend_below(figure, [*handles, Line2D([], [], color="black", linewidth=2, label="mean")], columns=3)
+    figure.set_label(
+        f"Lines: patients ({n_text(verdicts['n'])}), seeds averaged. Above: mean paired difference with its "
+        f"{INTERVAL}, and p of Wilcoxon's signed-rank test after Holm's correction "
+        f"for {len(verdicts)} comparisons."
+    )
     return figure
 
 
@@ -72,49 +137,6 @@ def choose_cases(table: pd.DataFrame, arm: str) -> dict[str, str]:
     chosen = {"best": order[-1], "median": order[(len(order) - 1) // 2], "worst": order[0]}
     rules = {1: ["best"], 2: ["best", "worst"]}.get(len(order), chosen)
     return {rule: chosen[rule] for rule in rules}
-
-
-@plt.rc_context(STYLE)
-def ablation(table: pd.DataFrame, metric: str = "dice") -> Figure:
-    """Each subset of distillation terms: which terms were on, and mean and interval, best first.
-
-    Args:
-        table: tidy, of one student and one teacher, and the student's baseline if there is one (a dotted line).
-
-    Raises:
-        InputError: a recipe that is no subset of the terms, two of the same subset (filter by loss), several students,
-            teachers or label fractions.
-    """
-    rows = rows_of(table, metric, ["recipe", "arm"])
-    subsets = {name: set(name.split(" (")[0].split("+")) - {"baseline"} for name in rows["recipe"].unique()}
-    for recipe, terms in subsets.items():
-        if not terms <= set(TERMS):
-            raise InputError(f"ablation: recipe {recipe!r} is no subset of {', '.join(TERMS)}; filter the table")
-        if list(subsets.values()).count(terms) > 1:
-            raise InputError(f"ablation: {recipe!r} has the terms of another recipe; filter the table by loss")
-    arms = rows.drop_duplicates(["recipe", "arm"]).set_index("recipe")["arm"]
-    if not arms.index.is_unique:
-        raise InputError(f"ablation: recipes were run for several of {', '.join(set(arms))}; filter the table by arm")
-    means = summarise(table, ["recipe"], metric)
-    means = means.sort_values("mean", ascending=not METRICS[metric].higher, kind="stable").reset_index(drop=True)
-    size = (SINGLE, (4.6 * len(means) + 18) * MM)
-    figure, (dots, forest) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=[1, 2])
-    for y, row in enumerate(means.itertuples()):
-        for x, term in enumerate(TERMS):
-            on = term in subsets[row.recipe]
-            dots.scatter(x, y, s=22 if on else 5, color="black" if on else "#BBBBBB")
-        style = method_style(arms[row.recipe])
-        draw_mean(forest, y, row, style)
-        if row.recipe == "baseline":
-            forest.axvline(row.mean, color=style["color"], linestyle=":", linewidth=0.8, zorder=0)
-    name_rows(forest, [""] * len(means), metric)
-    dots.set(xticks=range(4), xlim=(-0.6, 3.6))
-    dots.set_xticklabels(TERMS, rotation=90)
-    dots.tick_params(length=0, labelsize=7, labelleft=False)
-    dots.spines[:].set_visible(False)
-    legend_below(figure, [Line2D([], [], label=arm, **method_style(arm) | BARE) for arm in arms.unique()], columns=3)
-    figure.set_label(f"Dark dots: terms that were on. Points and bars: {interval_text(means)}.")
-    return figure
 
 
 @plt.rc_context(STYLE)
@@ -137,179 +159,84 @@ def dice_against_parameters(
     missing = [arm for arm in means["arm"] if arm not in params]
     if missing:
         raise InputError(f"no number of parameters for {', '.join(missing)}: give it in `params`")
-    apart = 1.2  # factor between arms of equal size
     figure, ax = plt.subplots(figsize=(SINGLE, 95 * MM))
-    for row, step in zip(means.itertuples(), means.groupby(means["arm"].map(params)).cumcount(), strict=True):
-        x = params[row.arm] / 1e6 * apart**step
-        ax.errorbar(x, row.mean, yerr=bar_lengths(row), elinewidth=1, label=row.arm, **method_style(row.arm) | BARE)
-    note = ""
+    points = None if thesis is None else thesis["params"]
+    _frontier(ax, means, {arm: count / 1e6 for arm, count in params.items()}, thesis, points)
+    ax.set(xlabel="parameters (millions)", ylabel="Dice")
+    legend_below(figure, ax.get_legend_handles_labels()[0], columns=3)
+    figure.set_label(_frontier_note(means, thesis))
+    return figure
+
+
+@plt.rc_context(STYLE)
+def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | None = THESIS_TABLE) -> Figure:
+    """Dice against what a network costs where it is used: parameters, arithmetic, and latency on a CPU.
+
+    Args:
+        table: tidy, with a column model.
+        cost: one row a (model, size): model, size ("study" as trained here, or "thesis": full width, 256 x 256),
+            inference_parameters, gflops of a slice, latency_ms and threads.
+        thesis: column dice by arm, drawn at the cost of size "thesis"; None leaves it out.
+
+    Raises:
+        InputError: a missing column, or a model without its cost.
+    """
+    need_columns(cost, ["model", "size", *COSTS, "threads"], "cost", "tables/02_cost.csv of notebook 02")
+    need_columns(table, ["model", "arm"], "efficiency", "`Results.cases`")
+    means = summarise(table)
+    models = dict(zip(table["arm"], table["model"], strict=True))
+    sizes = {size: rows.set_index("model") for size, rows in cost.groupby("size")}
+    missing = sorted(set(models.values()) - set(sizes.get("study", pd.DataFrame()).index))
+    if missing:
+        raise InputError(f"efficiency: no cost of {', '.join(missing)} in size study; run notebook 02 again")
+    figure, axes = plt.subplots(1, len(COSTS), figsize=(DOUBLE, 78 * MM), sharey=True)
+    for ax, (name, (label, unit)) in zip(axes, COSTS.items(), strict=True):
+        points = None
+        if thesis is not None:
+            students = [arm.split(", ")[-1].rstrip(")") for arm in thesis.index]
+            points = pd.Series(sizes["thesis"][name].reindex(students).to_numpy() / unit, thesis.index)
+        _frontier(ax, means, {arm: sizes["study"][name][model] / unit for arm, model in models.items()}, thesis, points)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("Dice")
+    handles, names = axes[0].get_legend_handles_labels()
+    legend_below(figure, handles, columns=entries_beside(names, DOUBLE))
+    threads = " or ".join(map(str, sorted(cost["threads"].unique())))
+    figure.set_label(
+        f"{_frontier_note(means, thesis)} Costs are of one slice, without a teacher's reconstruction decoder; latency: "
+        f"median, batch 1, {threads} thread{'s' * (threads != '1')}."
+    )
+    return figure
+
+
+def _frontier(
+    ax: Axes, means: pd.DataFrame, cost: Mapping[str, float], thesis: pd.DataFrame | None, at: pd.Series | None
+) -> None:
+    """Means against a cost on a log axis, a stair through those that no cheaper arm reaches, the thesis's hollow."""
+    apart = 1.2  # factor between arms of equal cost
+    costs = means["arm"].map(cost)
+    best = means.assign(cost=costs).sort_values(["cost", "mean"], ascending=[True, False])
+    best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-np.inf)]
+    ax.plot(best["cost"], best["mean"], color="#BBBBBB", drawstyle="steps-post", linewidth=1, zorder=0)
+    for row, step in zip(means.itertuples(), means.groupby(costs).cumcount(), strict=True):
+        style = method_style(row.arm) | BARE
+        ax.errorbar(cost[row.arm] * apart**step, row.mean, yerr=bar_lengths(row), elinewidth=1, label=row.arm, **style)
     if thesis is not None:
-        note = " Hollow: the thesis's single runs, pixels of its test set pooled."
         hollow = BARE | {"markerfacecolor": "none"}
-        for row, step in zip(thesis.itertuples(), thesis.groupby("params").cumcount() + 1, strict=True):
-            ax.plot(row.params / apart**step, row.dice, **method_style(row.Index) | hollow)
+        for (arm, x), step in zip(at.items(), at.groupby(at).cumcount() + 1, strict=True):
+            ax.plot(x / apart**step, thesis["dice"][arm], **method_style(arm) | hollow)
         ax.plot([], [], color="#555555", marker="o", label="hollow: thesis", **hollow)
-    ax.set(xscale="log", xlabel="parameters (millions)", ylabel="Dice")
+    ax.set_xscale("log")
     ax.tick_params(labelsize=7)
     ax.xaxis.set_major_formatter("{x:g}")
-    legend_below(figure, ax.get_legend_handles_labels()[0], columns=3)
-    figure.set_label(f"Points and bars: {interval_text(means)}; arms of equal size stand side by side.{note}")
-    return figure
-
-
-@plt.rc_context(STYLE)
-def ranking(
-    ranks: pd.DataFrame, reference: str | None = None, verdicts: pd.DataFrame | None = None, metric: str = "dice"
-) -> Figure:
-    """Every arm's rank with its interval, best first, and beside it the paired difference to a reference.
-
-    Args:
-        ranks: from `kdlib.statistics.ranks`; its first column names the arms.
-        reference: arm that the others are held against; its row is shaded.
-        verdicts: from `kdlib.statistics.compare`, the rows with b = `reference`; filled points are decided, hollow
-            ones inconclusive. None leaves the second panel out.
-        metric: that both tables are of.
-
-    Raises:
-        InputError: no rows, a reference that is not ranked or not given, or no comparison with it.
-    """
-    need_columns(ranks, ["n", "mean", "rank", "rank_low", "rank_high"], "ranks", "kdlib.statistics.ranks")
-    names = list(ranks.sort_values(["rank", "mean"], kind="stable").iloc[:, 0])
-    rows = ranks.set_index(ranks.columns[0]).loc[names]
-    if reference is not None and reference not in names:
-        raise InputError(f"ranking: no reference {reference!r} among {', '.join(names)}")
-    differences = None
-    if verdicts is not None:
-        need_columns(
-            verdicts, ["a", "b", "n", "difference", "low", "high", "verdict"], "verdicts", "statistics.compare"
-        )
-        differences = verdicts[verdicts["b"] == reference].set_index("a")
-        if not differences.index.intersection(names).size:
-            raise InputError(f"ranking: no comparison with the reference {reference!r} in the verdicts; give both")
-    label, unit, higher = METRICS[metric]
-    families = {family_of(name): method_style(name) for name in names}
-    size = (DOUBLE, (4.4 * len(names) + 28) * MM)
-    figure, axes = plt.subplots(1, 1 + (differences is not None), figsize=size, sharey=True, squeeze=False)
-    cut = np.inf if differences is None else _cut(differences.loc[differences.index.intersection(names)])
-    for y, row in enumerate(rows.itertuples()):
-        style = dict(method_style(row.Index)) | BARE
-        whisker = np.maximum([[row.rank - row.rank_low], [row.rank_high - row.rank]], 0)
-        axes[0, 0].errorbar(row.rank, y, xerr=whisker, elinewidth=1.4, **style)
-        if differences is not None and row.Index in differences.index:
-            found = differences.loc[row.Index]
-            hollow = {"markerfacecolor": "white"} if found["verdict"] == "inconclusive" else {}
-            if abs(found["difference"]) > cut:  # named at the edge: one far outlier must not flatten all others
-                side = np.sign(found["difference"])
-                text = f"{found['difference']:+.2f}".replace("-", "\N{MINUS SIGN}")
-                text = f"{text} \N{RIGHTWARDS ARROW}" if side > 0 else f"\N{LEFTWARDS ARROW} {text}"
-                where = dict(ha="right" if side > 0 else "left", va="center", fontsize=7, color=style["color"])
-                axes[0, 1].text(side * cut, y, text, **where)
-                continue
-            whisker = np.maximum([[found["difference"] - found["low"]], [found["high"] - found["difference"]]], 0)
-            axes[0, 1].errorbar(found["difference"], y, xerr=whisker, elinewidth=1.4, **style | hollow)
-    for ax in axes.flat:
-        name_rows(ax, [f"{name}  {mean:.3f}" for name, mean in zip(names, rows["mean"], strict=True)], metric)
-        ax.set_ylim(len(names) - 0.4, -0.7)
-        if reference is not None:
-            y = names.index(reference)
-            ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", linewidth=0, zorder=-1)
-    axes[0, 0].set(xlabel=f"rank by mean {label} (1 = best)", xlim=(0.4, 1.03 * len(names) + 0.6))
-    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
-    note = f"Beside the names: mean {label} over patients ({n_text(rows['n'])}). Left: rank of the mean and 95 % percentile "
-    note += "interval over a bootstrap of the patients."
-    if differences is not None:
-        axes[0, 1].set_xlabel(f"{label} minus that of {reference}" + (f" ({unit})" if unit else ""))
-        axes[0, 1].axvline(0, color="black", linewidth=0.6, zorder=1)
-        axes[0, 1].xaxis.get_major_locator().set_params(nbins=6)
-        axes[0, 1].tick_params(labelleft=False)
-        if np.isfinite(cut):
-            axes[0, 1].set_xlim(-cut, cut)
-        note += f" Right: mean paired difference ({n_text(differences['n'])}) and 95 % BCa bootstrap interval, "
-        note += f"{'higher' if higher else 'lower'} is better; hollow: inconclusive after Holm's correction."
-    if set(families) - {""}:
-        known = [family for family in FAMILY_STYLES if family in families]
-        handles = [Line2D([], [], label=family, **families[family] | BARE) for family in known]
-        legend_below(figure, handles, columns=len(handles))
-    figure.set_label(note)
-    return figure
-
-
-def _cut(differences: pd.DataFrame) -> float:
-    """Where the axis of differences ends: infinite, or what holds all that is not far from the usual."""
-    reach = differences[["low", "high"]].abs().max(axis=1).fillna(differences["difference"].abs())
-    usual = reach <= 6 * reach.median()
-    return np.inf if usual.all() or not reach.median() else 1.25 * reach[usual].max()
-
-
-@plt.rc_context(STYLE)
-def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
-    """The bridge: the mean at its start and at its end, and between them what each step changed.
-
-    Args:
-        table: one row a stage in order, columns step (label), dice (mean after the step), difference (to the stage
-            before), low, high, verdict and n. The first row is the start; the last the end, whose Dice is that of the
-            stage before it, and whose difference, if not NaN, is the whole change from the start (told in the note).
-        double: drawn for a page's width, else for a column's.
-
-    Raises:
-        InputError: fewer than two rows, a missing column, or differences that do not lead from each mean to the next.
-    """
-    need_columns(table, ["step", "dice", "difference", "low", "high", "verdict", "n"], "bridge", "one row a stage")
-    if len(table) < 2:
-        raise InputError("bridge: give at least its start and its end")
-    rows = list(table.reset_index(drop=True).itertuples())
-    last = len(rows) - 1
-    for before, row in zip(rows[:-1], rows[1:], strict=True):
-        change = 0.0 if row.Index == last else row.difference
-        if not abs(row.dice - before.dice - change) < 1e-3:
-            found = f"{before.dice:.3f} before, {row.dice:.3f} after, a difference of {change:.3f}"
-            advice = "the last row repeats the one before" if row.Index == last else "use the same cases at every stage"
-            raise InputError(f"bridge: step {row.step!r} does not add up ({found}); {advice}")
-    labels = [textwrap.fill(str(row.step), 42 if double else 20) for row in rows]
-    heights = np.array([3.1 * (label.count("\n") + 1) + 3.2 for label in labels])  # mm, as is the y axis
-    places = np.cumsum(heights) - heights / 2
-    size = (DOUBLE if double else SINGLE, (heights.sum() + 20) * MM)
-    figure, ax = plt.subplots(figsize=size)
-    reached = [row.dice for row in rows]
-    for row in rows[1:last]:
-        reached += [row.dice - row.difference + bound for bound in (row.low, row.high)]
-    low, high = np.nanmin(reached), np.nanmax(reached)
-    span = max(high - low, 0.02)
-    edge = max(low - 0.18 * span, 0.0)
-    for place, row, above in zip(places, rows, [None, *places], strict=False):
-        end = row.Index in (0, last)
-        start = edge if end else row.dice - row.difference
-        verdict = "" if end else row.verdict
-        ax.barh(place, row.dice - start, 4, start, color=VERDICTS[verdict], zorder=2)
-        if not end:
-            whisker = np.maximum([[row.difference - row.low], [row.high - row.difference]], 0)
-            ax.errorbar(row.dice, place, xerr=whisker, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3)
-        right = np.nanmax([row.dice, start, np.nan if end else start + row.high])
-        text = f"{row.dice:.3f}" if end else f"{row.difference:+.3f}".replace("-", "\N{MINUS SIGN}")
-        ax.annotate(text, (right, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
-        if above is not None:
-            before = row.dice if end else start
-            ax.plot([before, before], [above - 2, place + 2], color="black", linewidth=0.5, zorder=1)
-    ax.set_yticks(places, labels)
-    ax.set(ylim=(heights.sum(), 0), xlim=(edge, high + (0.14 if double else 0.3) * span), xlabel="Dice")
-    ax.xaxis.get_major_locator().set_params(nbins=8 if double else 4)
-    ax.tick_params(labelsize=7)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+    ax.xaxis.set_minor_formatter("")
+    ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
     ax.set_axisbelow(True)
-    used = [verdict for verdict in VERDICTS if verdict and verdict in {row.verdict for row in rows[1:last]}]
-    if used:
-        legend_below(figure, [Patch(color=VERDICTS[verdict], label=verdict) for verdict in used], columns=3)
-    note = f"Dice of {n_text(table['n'])} patients at both ends and its change by each step, with the 95 % bootstrap "
-    note += (
-        "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of their "
-    )
-    note += f"pooled voxels. The axis begins at {edge:.2f}."
-    whole = rows[last]
-    if pd.notna(whole.low):
-        note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."
-    figure.set_label(note)
-    return figure
+
+
+def _frontier_note(means: pd.DataFrame, thesis: pd.DataFrame | None) -> str:
+    note = f"Points and bars: {interval_text(means)}; arms of equal cost stand side by side. Stair: the best mean Dice "
+    note += "at no more than that cost."
+    return note + (" Hollow: the thesis's single runs, pixels of its test set pooled." if thesis is not None else "")
 
 
 @plt.rc_context(STYLE)
@@ -430,3 +357,108 @@ def fidelity(table: pd.DataFrame) -> Figure:
     means = pd.DataFrame(dict(n=counts))
     figure.set_label(f"Small points: patients, seeds and classes averaged; large ones: {interval_text(means)}.")
     return figure
+
+
+@plt.rc_context(STYLE)
+def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None = None) -> Figure:
+    """Where the arms fail: every patient's Dice against the target's volume and the thickness of the slices.
+
+    Patients are grouped, by thirds of the volume (halves or none where they are few) and by thickness; lines join the
+    groups' means. A data set of one thickness has no second panel.
+
+    Args:
+        table: tidy, with the metrics dice and truth_volume.
+        cases: columns case and "thickness (mm)", as notebook 00 saves them.
+        arms: which to draw, by default all.
+
+    Raises:
+        InputError: a missing column, metric or arm, or a case whose thickness is not known.
+    """
+    need_columns(cases, ["case", "thickness (mm)"], "cases", "tables/00_data_cases.csv; run notebook 00 again")
+    known = per_patient(table, "dice")
+    arms = list(known["arm"].unique()) if arms is None else list(arms)
+    missing = [arm for arm in arms if arm not in set(known["arm"])]
+    if missing:
+        raise InputError(
+            f"failure: no arm {', '.join(missing)} in the table: it has {', '.join(known['arm'].unique())}"
+        )
+    wide = known.pivot(index="patient", columns="arm", values="value")[arms].dropna()
+    rows = rows_of(table, "truth_volume", ["arm"])
+    owner = rows.drop_duplicates("case").set_index("case")["patient" if "patient" in rows else "case"]
+    volume = rows.groupby(["case", "class"])["value"].mean().groupby("case").sum()
+    thickness = cases.set_index("case")["thickness (mm)"].reindex(owner.index)
+    if thickness.isna().any():
+        unknown = ", ".join(thickness.index[thickness.isna()])
+        raise InputError(f"failure: no thickness of cases {unknown}; run notebook 00 of this study again")
+    volume, thickness = (of.groupby(owner).mean().loc[wide.index] for of in (volume, thickness.round(2)))
+    wide, volume, thickness = (of[volume > 0] for of in (wide, volume, thickness))  # log axis; no target, no failure
+    if wide.empty:
+        raise InputError("failure: no patient with a target and a Dice of every arm")
+    several = thickness.nunique() > 1
+    figure, axes = plt.subplots(
+        1, 1 + several, figsize=(DOUBLE if several else SINGLE, 75 * MM), sharey=True, squeeze=False
+    )
+    thirds = pd.qcut(volume.rank(method="first"), min(3, max(1, len(volume) // 4)), labels=False)
+    places = volume.groupby(thirds).median()
+    _groups(axes[0, 0], wide, volume, thirds, places, lambda x, step: x * 1.04**step)
+    for edge in (volume.groupby(thirds).min().iloc[1:].to_numpy() * volume.groupby(thirds).max().iloc[:-1]) ** 0.5:
+        axes[0, 0].axvline(edge, color="#BBBBBB", linewidth=0.6, linestyle=":", zorder=0)
+    for place, count in zip(places, thirds.value_counts(sort=False).sort_index(), strict=True):
+        where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+        axes[0, 0].annotate(f"n = {count}", (place, 1.0), **where)
+    axes[0, 0].set(xscale="log", xlabel="true volume (ml)", ylabel="Dice")
+    axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].xaxis.set_minor_formatter("")
+    note = _correlations(wide, volume, "volume")
+    if several:
+        sharp = thickness if thickness.nunique() <= 5 else pd.qcut(thickness, 3, duplicates="drop").map(lambda i: i.mid)
+        levels = {level: number for number, level in enumerate(sorted(sharp.unique()))}
+        at = sharp.map(levels).astype(float)
+        jittered = at + 0.08 * spread(len(at))
+        _groups(axes[0, 1], wide, jittered, at, pd.Series(levels.values(), levels.values()), lambda x, i: x + 0.12 * i)
+        counts = sharp.value_counts()
+        axes[0, 1].set(xlabel="slice thickness (mm)", xlim=(-0.5, len(levels) - 0.5), xticks=range(len(levels)))
+        axes[0, 1].set_xticklabels([f"{level:g}\nn = {counts[level]}" for level in levels])
+        note += " " + _correlations(wide, thickness, "thickness")
+    else:
+        note += f" All slices are {thickness.iloc[0]:g} mm thick."
+    handles = [Line2D([], [], label=arm, **method_style(arm)) for arm in arms]
+    legend_below(figure, handles, columns=entries_beside(arms, figure.get_figwidth()), handlelength=3)
+    figure.set_label(
+        f"Small points: patients (n = {len(wide)}), seeds and classes averaged; large ones: means of groups of them "
+        f"and {INTERVAL}. {note}"
+    )
+    return figure
+
+
+def _groups(ax: Axes, wide: pd.DataFrame, at: pd.Series, group: pd.Series, places: pd.Series, move: Callable) -> None:
+    """Patients at `at`, and the means of their groups at `places`, arms moved apart by `move(x, step)`."""
+    for number, arm in enumerate(wide):
+        step, style = number - (len(wide.columns) - 1) / 2, method_style(arm)
+        ax.scatter(move(at, step), wide[arm], s=6, color=style["color"], marker=style["marker"], alpha=0.5, linewidth=0)
+        means = wide[arm].groupby(group).mean()
+        bounds = np.array([interval(values) for _, values in wide[arm].groupby(group)]).T
+        bars = np.maximum([means - bounds[0], bounds[1] - means], 0)
+        ax.errorbar(
+            move(places.loc[means.index], step), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **style
+        )
+    ax.tick_params(labelsize=7)
+    ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
+    ax.set_axisbelow(True)
+
+
+def _correlations(wide: pd.DataFrame, with_: pd.Series, name: str) -> str:
+    """Spearman's rank correlation of each arm's Dice with something, its interval (Fieller, Hartley & Pearson,
+    Biometrika 1957) and p, as text."""
+    if len(wide) < 4:
+        return f"Too few patients for a correlation with {name}."
+    texts = []
+    for arm in wide:
+        if np.ptp(wide[arm]) < 1e-12:
+            texts.append(f"{arm} none, its Dice is constant")
+            continue
+        found = stats.spearmanr(with_, wide[arm])
+        centre, width = np.arctanh(np.clip(found.statistic, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
+        low, high = np.tanh([centre - width, centre + width])
+        texts.append(f"{arm} {found.statistic:+.2f} [{low:+.2f}, {high:+.2f}], {p_text(found.pvalue)}")
+    return f"Spearman's correlation of Dice with {name}, 95 % interval and p: {'; '.join(texts)}."

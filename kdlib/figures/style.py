@@ -20,7 +20,7 @@ from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
 
 MM = 1 / 25.4
-SINGLE, DOUBLE = 85 * MM, 175 * MM  # column widths in inches
+SINGLE, DOUBLE = 84 * MM, 174 * MM  # widths of a column and of a page, in inches
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -43,6 +43,7 @@ FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, mark
 FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
 LINES = {"T": "-", "S": "--", "K": "-."}
 BARE = {"linestyle": ""}
+INTERVAL = "95 % BCa bootstrap interval"
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 CONTROLS = (  # arms that a distiller must beat
     "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
@@ -50,7 +51,8 @@ CONTROLS = (  # arms that a distiller must beat
 )  # fmt: skip
 FAMILY_STYLES = {family: style for family, (_, *style) in FAMILIES.items()}
 FAMILY_STYLES |= {"thesis terms": ("#E69F00", "X"), "controls": ("#7F7F7F", "o")}
-VERDICTS = {"better": "#0072B2", "inconclusive": "#999999", "worse": "#D55E00", "": "#444444"}
+VERDICTS = {"better": "#0072B2", "inconclusive": "#BBBBBB", "worse": "#D55E00", "": "#444444"}
+HATCHES = {"worse": "/////"}  # of a verdict's bar: blue and orange are one grey
 TERM_COLOURS = dict(zip(("segmentation", *TERMS), ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 
 
@@ -99,7 +101,11 @@ def n_text(counts: pd.Series) -> str:
 
 
 def interval_text(means: pd.DataFrame) -> str:
-    return f"mean over patients ({n_text(means['n'])}) and 95 % BCa bootstrap interval"
+    return f"mean over patients ({n_text(means['n'])}) and {INTERVAL}"
+
+
+def p_text(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def legend_below(figure: Figure, handles: list, columns: int, **how) -> None:
@@ -121,10 +127,14 @@ def draw_mean(ax: Axes, y: float, row: tuple, style: Mapping[str, str]) -> None:
     ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=6.5, zorder=3, **look)
 
 
+def spread(count: int) -> np.ndarray:
+    """Where in a row each of so many patients' points lies: -0.25 to 0.25, in a fixed pattern without clumps."""
+    return (np.arange(count) * 0.618034 % 1 - 0.5) * 0.5
+
+
 def draw_strip(ax: Axes, y: float, values: pd.Series, row: tuple, style: Mapping[str, str]) -> None:
-    """Patients as small points spread about `y` in a fixed pattern, mean and interval above them."""
-    spread = (np.arange(len(values)) * 0.618034 % 1 - 0.5) * 0.5
-    ax.scatter(values, y + spread, s=5, color=style["color"], alpha=0.45, linewidth=0, zorder=2)
+    """Patients as small points spread about `y`, mean and interval above them."""
+    ax.scatter(values, y + spread(len(values)), s=5, color=style["color"], alpha=0.45, linewidth=0, zorder=2)
     draw_mean(ax, y, row, style)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from kdlib.config import InputError
 from kdlib.figures.style import (
@@ -28,6 +30,7 @@ LIVENESS = {  # kind of row in a history -> (title, value that would mean nothin
     "share": ("share of the gradient", None), "cosine": ("cosine from step to step", 0.0),
     "chance": ("loss relative to chance", 1.0), "moved": ("movement of the projectors", None),
 }  # fmt: skip
+SHADES = ("", "///", "...", "xxx", "\\\\\\", "ooo")  # hatches of terms, for reading in grey
 
 
 @plt.rc_context(STYLE)
@@ -105,11 +108,11 @@ def liveness(history: pd.DataFrame, arm: str | None = None, recipe: str | None =
     if not panels:
         named = ", ".join(f"{kind}/<term>" for kind in LIVENESS)
         raise InputError(f"liveness: the history has no {named}: draw a distilled student trained with this version")
-    terms = sorted(rows["term"].unique(), key=lambda term: [*TERM_COLOURS, term].index(term))
-    styles = {}
-    for number, term in enumerate(terms):
-        other = OTHER_COLOURS[number % len(OTHER_COLOURS)]
-        styles[term] = dict(color=TERM_COLOURS.get(term, other), marker="osD^vPX*"[number % 8], linestyle="-")
+    terms = _in_order(rows["term"])
+    styles = {
+        term: dict(color=_term_colour(term, number), marker="osD^vPX*"[number % 8], linestyle="-")
+        for number, term in enumerate(terms)
+    }
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)
     size = (DOUBLE if columns > 1 else SINGLE, (44 * lines + 12) * MM)
@@ -142,3 +145,63 @@ def liveness(history: pd.DataFrame, arm: str | None = None, recipe: str | None =
         "dotted: what an idle term would show."
     )
     return figure
+
+
+@plt.rc_context(STYLE)
+def gradient_shares(history: pd.DataFrame) -> Figure:
+    """Which part of the gradient on the student each term gave, epoch by epoch: a panel an arm, mean over its runs.
+
+    Args:
+        history: tidy, columns run, arm, epoch, name, value; the rows `share/<term>` are drawn, which are a term's part
+            of the sum of all terms' gradient norms.
+
+    Raises:
+        InputError: a missing column, no rows `share/<term>`, or an arm mixes recipes.
+    """
+    need_columns(history, ["run", "arm", "epoch", "name", "value"], "history of trainings", "Results.history")
+    rows = history[history["name"].str.startswith("share/")]
+    if rows.empty:
+        raise InputError("gradient shares: the history has no share/<term>: draw students that were distilled")
+    if "recipe" in rows and rows.groupby("arm")["recipe"].nunique().max() > 1:
+        raise InputError("gradient shares: an arm has several recipes; filter by recipe")
+    rows = rows.assign(term=rows["name"].str.removeprefix("share/"))
+    arms, terms = list(rows["arm"].unique()), _in_order(rows["term"])
+    columns = min(4, len(arms))
+    lines = -(-len(arms) // columns)
+    width = DOUBLE if columns > 2 else SINGLE
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(width, (44 * lines + 14) * MM), sharex=True, sharey=True, squeeze=False
+    )
+    looks = {term: dict(facecolor=_term_colour(term, i), hatch=SHADES[i % 6]) for i, term in enumerate(terms)}
+    for ax, arm in zip(axes.flat, arms, strict=False):
+        shares = rows[rows["arm"] == arm].pivot_table(index="epoch", columns="term", values="value")
+        shares = shares.reindex(columns=terms).fillna(0.0)
+        # an epoch's share holds for the whole of it, so that a single one has a width too
+        edges = np.append(shares.index - 0.5, shares.index[-1] + 0.5)
+        tops = shares.cumsum(axis=1)
+        for term in terms:
+            bottom, top = (np.append(of, of.iloc[-1]) for of in (tops[term] - shares[term], tops[term]))
+            ax.fill_between(edges, bottom, top, step="post", edgecolor="white", linewidth=0.3, **looks[term])
+        ax.set(title=arm, xlim=(edges[0], edges[-1]), ylim=(0, 1), xlabel="epoch")
+        ax.tick_params(labelsize=7)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of the gradient")
+    for ax in axes.flat[len(arms) :]:
+        ax.remove()
+    legend_below(figure, [Patch(label=term, **looks[term]) for term in terms], columns=entries_beside(terms, width))
+    runs = rows.groupby("arm")["run"].nunique()
+    figure.set_label(
+        f"Areas: each term's part of the sum of all terms' gradient norms on the student, mean of the runs of an arm "
+        f"({n_text(runs)}) in each epoch."
+    )
+    return figure
+
+
+def _in_order(terms: pd.Series) -> list[str]:
+    """The segmentation first, then the thesis's terms, then others as they come."""
+    return sorted(terms.unique(), key=lambda term: [*TERM_COLOURS, term].index(term))
+
+
+def _term_colour(term: str, number: int) -> str:
+    return TERM_COLOURS.get(term, OTHER_COLOURS[number % len(OTHER_COLOURS)])
