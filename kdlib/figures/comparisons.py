@@ -187,20 +187,24 @@ def ranking(
 
 def _ranked_differences(ax: Axes, differences: pd.DataFrame, names: Sequence[str]) -> None:
     """Differences in the order of `names`; a far outlier is named at the edge, lest it flatten all others."""
-    cut = _cut(differences.loc[differences.index.intersection(names)])
+    shown = differences.loc[[name for name in names if name in differences.index]]
+    far = shown["difference"].abs() > _cut(shown)
+    reached = shown.loc[~far, ["difference", "low", "high"]].to_numpy()
+    low, high = np.nanmin(np.append(reached, 0)), np.nanmax(np.append(reached, 0))
+    span = max(high - low, 1e-3)
+    low -= span * (0.3 if (shown.loc[far, "difference"] < 0).any() else 0.05)
+    high += span * (0.3 if (shown.loc[far, "difference"] > 0).any() else 0.05)
     for y, name in enumerate(names):
-        if name not in differences.index:
+        if name not in shown.index:
             continue
-        row, style = differences.loc[name], method_style(name)
-        if abs(row["difference"]) > cut:
-            side = np.sign(row["difference"])
-            text = f"{row['difference']:+.2f}".replace("-", "\N{MINUS SIGN}")
-            text = f"{text} \N{RIGHTWARDS ARROW}" if side > 0 else f"\N{LEFTWARDS ARROW} {text}"
-            ax.text(side * cut, y, text, ha="right" if side > 0 else "left", va="center", fontsize=7)
+        row = shown.loc[name]
+        if far[name]:
+            above, text = row["difference"] > 0, f"{row['difference']:+.2f}".replace("-", "\N{MINUS SIGN}")
+            text = f"{text} \N{RIGHTWARDS ARROW}" if above else f"\N{LEFTWARDS ARROW} {text}"
+            ax.text(high if above else low, y, text, ha="right" if above else "left", va="center", fontsize=7)
         else:
-            _difference(ax, y, row, style)
-    if np.isfinite(cut):
-        ax.set_xlim(-cut, cut)
+            _difference(ax, y, row, method_style(name))
+    ax.set_xlim(low, high)
 
 
 def _stability(ax: Axes, shares: pd.DataFrame) -> None:
@@ -211,12 +215,13 @@ def _stability(ax: Axes, shares: pd.DataFrame) -> None:
         if not np.isnan(share):
             ax.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
     ax.set_xticks(range(shares.shape[1]), [STABILITY[column] for column in shares])
+    ax.set_xlabel("% of\nresamples", fontsize=7)
     ax.tick_params(length=0, labelsize=7, labelleft=False)
     ax.spines[:].set_visible(False)
 
 
 def _cut(differences: pd.DataFrame) -> float:
-    """Where the axis of differences ends: infinite, or what holds all that is not far from the usual."""
+    """Beyond which a difference is far: infinite, or what holds all that is not far from the usual."""
     reach = differences[["low", "high"]].abs().max(axis=1).fillna(differences["difference"].abs())
     usual = reach <= 6 * reach.median()
     return np.inf if usual.all() or not reach.median() else 1.25 * reach[usual].max()

@@ -25,6 +25,7 @@ from kdlib.figures.style import (
     entries_beside,
     interval_text,
     legend_below,
+    log_axis,
     method_style,
     n_text,
     name_rows,
@@ -163,7 +164,7 @@ def dice_against_parameters(
     points = None if thesis is None else thesis["params"]
     _frontier(ax, means, {arm: count / 1e6 for arm, count in params.items()}, thesis, points)
     ax.set(xlabel="parameters (millions)", ylabel="Dice")
-    legend_below(figure, ax.get_legend_handles_labels()[0], columns=3)
+    legend_below(figure, _frontier_legend(means, thesis), columns=3)
     figure.set_label(_frontier_note(means, thesis))
     return figure
 
@@ -198,8 +199,7 @@ def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | N
         _frontier(ax, means, {arm: sizes["study"][name][model] / unit for arm, model in models.items()}, thesis, points)
         ax.set_xlabel(label)
     axes[0].set_ylabel("Dice")
-    handles, names = axes[0].get_legend_handles_labels()
-    legend_below(figure, handles, columns=entries_beside(names, DOUBLE))
+    legend_below(figure, _frontier_legend(means, thesis), columns=6)
     threads = " or ".join(map(str, sorted(cost["threads"].unique())))
     figure.set_label(
         f"{_frontier_note(means, thesis)} Costs are of one slice, without a teacher's reconstruction decoder; latency: "
@@ -219,18 +219,22 @@ def _frontier(
     ax.plot(best["cost"], best["mean"], color="#BBBBBB", drawstyle="steps-post", linewidth=1, zorder=0)
     for row, step in zip(means.itertuples(), means.groupby(costs).cumcount(), strict=True):
         style = method_style(row.arm) | BARE
-        ax.errorbar(cost[row.arm] * apart**step, row.mean, yerr=bar_lengths(row), elinewidth=1, label=row.arm, **style)
+        ax.errorbar(cost[row.arm] * apart**step, row.mean, yerr=bar_lengths(row), elinewidth=1, **style)
     if thesis is not None:
         hollow = BARE | {"markerfacecolor": "none"}
         for (arm, x), step in zip(at.items(), at.groupby(at).cumcount() + 1, strict=True):
             ax.plot(x / apart**step, thesis["dice"][arm], **method_style(arm) | hollow)
-        ax.plot([], [], color="#555555", marker="o", label="hollow: thesis", **hollow)
-    ax.set_xscale("log")
+    reached = [ax.dataLim.x0, ax.dataLim.x1]
+    log_axis(ax.xaxis, reached[0] / 1.4, reached[1] * 1.4)
     ax.tick_params(labelsize=7)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("")
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
     ax.set_axisbelow(True)
+
+
+def _frontier_legend(means: pd.DataFrame, thesis: pd.DataFrame | None) -> list[Line2D]:
+    handles = [Line2D([], [], label=arm, **method_style(arm) | BARE) for arm in means["arm"]]
+    hollow = Line2D([], [], color="#555555", marker="o", label="hollow: thesis", **BARE, markerfacecolor="none")
+    return handles + [hollow] * (thesis is not None)
 
 
 def _frontier_note(means: pd.DataFrame, thesis: pd.DataFrame | None) -> str:
@@ -399,23 +403,24 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
         1, 1 + several, figsize=(DOUBLE if several else SINGLE, 75 * MM), sharey=True, squeeze=False
     )
     thirds = pd.qcut(volume.rank(method="first"), min(3, max(1, len(volume) // 4)), labels=False)
-    places = volume.groupby(thirds).median()
-    _groups(axes[0, 0], wide, volume, thirds, places, lambda x, step: x * 1.04**step)
-    for edge in (volume.groupby(thirds).min().iloc[1:].to_numpy() * volume.groupby(thirds).max().iloc[:-1]) ** 0.5:
-        axes[0, 0].axvline(edge, color="#BBBBBB", linewidth=0.6, linestyle=":", zorder=0)
-    for place, count in zip(places, thirds.value_counts(sort=False).sort_index(), strict=True):
+    low, high = volume.min() / 1.1, volume.max() * 1.1
+    left, step = axes[0, 0], (high / low) ** 0.02
+    _groups(left, wide, volume, thirds, volume.groupby(thirds).median(), lambda x, move: x * step**move)
+    ends = volume.groupby(thirds).agg(["min", "max"])
+    for edge in np.sqrt(ends["min"].to_numpy()[1:] * ends["max"].to_numpy()[:-1]):
+        left.axvline(edge, color="#BBBBBB", linewidth=0.6, linestyle=":", zorder=0)
+    for group, place in volume.groupby(thirds).median().items():
         where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-        axes[0, 0].annotate(f"n = {count}", (place, 1.0), **where)
-    axes[0, 0].set(xscale="log", xlabel="true volume (ml)", ylabel="Dice")
-    axes[0, 0].xaxis.set_major_formatter("{x:g}")
-    axes[0, 0].xaxis.set_minor_formatter("")
+        left.annotate(f"n = {(thirds == group).sum()}", (place, 1.0), **where)
+    log_axis(left.xaxis, low, high)
+    left.set(xlabel="true volume (ml)", ylabel="Dice")
     note = _correlations(wide, volume, "volume")
     if several:
         sharp = thickness if thickness.nunique() <= 5 else pd.qcut(thickness, 3, duplicates="drop").map(lambda i: i.mid)
         levels = {level: number for number, level in enumerate(sorted(sharp.unique()))}
         at = sharp.map(levels).astype(float)
-        jittered = at + 0.08 * spread(len(at))
-        _groups(axes[0, 1], wide, jittered, at, pd.Series(levels.values(), levels.values()), lambda x, i: x + 0.12 * i)
+        places = pd.Series(levels.values(), levels.values())
+        _groups(axes[0, 1], wide, at + 0.3 * spread(len(at)), at, places, lambda x, move: x + 0.13 * move)
         counts = sharp.value_counts()
         axes[0, 1].set(xlabel="slice thickness (mm)", xlim=(-0.5, len(levels) - 0.5), xticks=range(len(levels)))
         axes[0, 1].set_xticklabels([f"{level:g}\nn = {counts[level]}" for level in levels])
@@ -431,17 +436,16 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
     return figure
 
 
-def _groups(ax: Axes, wide: pd.DataFrame, at: pd.Series, group: pd.Series, places: pd.Series, move: Callable) -> None:
-    """Patients at `at`, and the means of their groups at `places`, arms moved apart by `move(x, step)`."""
+def _groups(ax: Axes, wide: pd.DataFrame, at: pd.Series, group: pd.Series, places: pd.Series, apart: Callable) -> None:
+    """Patients at `at`, and the means of their groups at `places`, those of the arms moved by `apart(x, move)`."""
     for number, arm in enumerate(wide):
-        step, style = number - (len(wide.columns) - 1) / 2, method_style(arm)
-        ax.scatter(move(at, step), wide[arm], s=6, color=style["color"], marker=style["marker"], alpha=0.5, linewidth=0)
+        move, style = number - (len(wide.columns) - 1) / 2, method_style(arm)
+        ax.scatter(at, wide[arm], s=9, color=style["color"], marker=style["marker"], alpha=0.45, linewidth=0)
         means = wide[arm].groupby(group).mean()
         bounds = np.array([interval(values) for _, values in wide[arm].groupby(group)]).T
         bars = np.maximum([means - bounds[0], bounds[1] - means], 0)
-        ax.errorbar(
-            move(places.loc[means.index], step), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **style
-        )
+        x = apart(places.loc[means.index], move)
+        ax.errorbar(x, means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **style)
     ax.tick_params(labelsize=7)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
     ax.set_axisbelow(True)

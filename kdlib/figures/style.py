@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
@@ -32,7 +34,7 @@ METHOD_COLOURS = {
     "T1": "#000000", "T2": "#7F7F7F", "S1": "#0072B2", "S1 (50 %)": "#56B4E9", "S2": "#00664B", "S2 (50 %)": "#2FBF97",
     "KD(T1, S1)": "#E69F00", "KD(T1, S2)": "#D55E00", "KD(T2, S1)": "#CC79A7", "KD(T2, S2)": "#882255",
 }  # fmt: skip
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sDod^vPX*p", strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sDod^vPX>p", strict=True))
 OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
 FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, marker)
     "predictions": (("kl", "softmax_kl", "dkd", "dist", "cwd", "boundary_kl"), "#0072B2", "s"),
@@ -109,12 +111,24 @@ def p_text(p: float) -> str:
 
 
 def legend_below(figure: Figure, handles: list, columns: int, **how) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), **how)
+    """A legend of at most so many columns, its rows evenly filled."""
+    rows = -(-len(handles) // columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), **how)
 
 
 def entries_beside(names: Sequence[str], width: float) -> int:
     """How many entries of a legend with such names fit side by side."""
     return max(1, int(width / MM / (13 + 1.4 * max(map(len, names)))))
+
+
+def log_axis(axis: Axis, low: float, high: float) -> None:
+    """A log scale from `low` to `high` with as many labelled ticks as such a range needs."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    decades = np.log10(high / low)
+    few = MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(few if decades < 0.8 else LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.9 else (1.0,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def bar_lengths(row: tuple) -> np.ndarray:

@@ -56,7 +56,8 @@ def training_curves(history: pd.DataFrame, names: Sequence[str] | None = None) -
         raise InputError(f"history has no {', '.join(unknown) or 'losses'}: it has {', '.join(known)}")
     names.sort(key="val_dice".__ne__)  # validation first, the rest as they come
     titles = {"val_dice": "validation Dice", "loss": "total loss", "lr": "learning rate"}
-    columns, arms = min(3, len(names)), list(history["arm"].unique())
+    arms = list(history["arm"].unique())
+    columns = min(len(names), 4 if -len(names) % 4 < -len(names) % 3 else 3)  # the fewer empty places
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(DOUBLE, (41 * rows + 12) * MM), squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
@@ -72,7 +73,12 @@ def training_curves(history: pd.DataFrame, names: Sequence[str] | None = None) -
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes.flat[len(names) :]:
         ax.remove()
-    legend_below(figure, [Line2D([], [], label=arm, **method_style(arm)) for arm in arms], columns=5, handlelength=3)
+    legend_below(
+        figure,
+        [Line2D([], [], label=arm, **method_style(arm)) for arm in arms],
+        entries_beside(arms, DOUBLE),
+        handlelength=3,
+    )
     runs = history.groupby("arm")["run"].nunique()
     figure.set_label(f"Lines: mean of the runs of an arm ({n_text(runs)}); bands: from the lowest to the highest run.")
     return figure
@@ -113,7 +119,7 @@ def liveness(history: pd.DataFrame, arm: str | None = None, recipe: str | None =
         term: dict(color=_term_colour(term, number), marker="osD^vPX*"[number % 8], linestyle="-")
         for number, term in enumerate(terms)
     }
-    columns = 2 if len(panels) > 1 else 1
+    columns = {1: 1, 3: 3}.get(len(panels), 2)
     lines = -(-len(panels) // columns)
     size = (DOUBLE if columns > 1 else SINGLE, (44 * lines + 12) * MM)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
@@ -189,7 +195,8 @@ def gradient_shares(history: pd.DataFrame) -> Figure:
         ax.set_ylabel("share of the gradient")
     for ax in axes.flat[len(arms) :]:
         ax.remove()
-    legend_below(figure, [Patch(label=term, **looks[term]) for term in terms], columns=entries_beside(terms, width))
+    handles = [Patch(label=term, edgecolor="white", linewidth=0, **looks[term]) for term in terms]
+    legend_below(figure, handles, columns=entries_beside(terms, width))
     runs = rows.groupby("arm")["run"].nunique()
     figure.set_label(
         f"Areas: each term's part of the sum of all terms' gradient norms on the student, mean of the runs of an arm "
