@@ -189,6 +189,7 @@ def _ranked_differences(ax: Axes, differences: pd.DataFrame, names: Sequence[str
     """Differences in the order of `names`; a far outlier is named at the edge, lest it flatten all others."""
     shown = differences.loc[[name for name in names if name in differences.index]]
     far = shown["difference"].abs() > _cut(shown)
+    far &= shown["difference"].abs() > 1.5 * shown.loc[~far, ["difference", "low", "high"]].abs().max(axis=None)
     reached = shown.loc[~far, ["difference", "low", "high"]].to_numpy()
     low, high = np.nanmin(np.append(reached, 0)), np.nanmax(np.append(reached, 0))
     span = max(high - low, 1e-3)

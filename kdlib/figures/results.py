@@ -454,15 +454,21 @@ def _groups(ax: Axes, wide: pd.DataFrame, at: pd.Series, group: pd.Series, place
 def _correlations(wide: pd.DataFrame, with_: pd.Series, name: str) -> str:
     """Spearman's rank correlation of each arm's Dice with something, its interval (Fieller, Hartley & Pearson,
     Biometrika 1957) and p, as text."""
-    if len(wide) < 4:
+    if len(wide) < 6 or with_.nunique() < 2:
         return f"Too few patients for a correlation with {name}."
     texts = []
     for arm in wide:
         if np.ptp(wide[arm]) < 1e-12:
             texts.append(f"{arm} none, its Dice is constant")
             continue
-        found = stats.spearmanr(with_, wide[arm])
-        centre, width = np.arctanh(np.clip(found.statistic, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
+        rho, p = stats.spearmanr(with_, wide[arm])
+        if len(wide) < 10:  # too few for Student's t
+            exact = stats.permutation_test(
+                (with_,), lambda x, y=wide[arm]: stats.spearmanr(x, y).statistic, permutation_type="pairings",
+                vectorized=False, n_resamples=999, rng=np.random.default_rng(0),
+            )  # fmt: skip
+            p = exact.pvalue
+        centre, width = np.arctanh(np.clip(rho, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
         low, high = np.tanh([centre - width, centre + width])
-        texts.append(f"{arm} {found.statistic:+.2f} [{low:+.2f}, {high:+.2f}], {p_text(found.pvalue)}")
+        texts.append(f"{arm} {rho:+.2f} [{low:+.2f}, {high:+.2f}], {p_text(p)}".replace("-", "\N{MINUS SIGN}"))
     return f"Spearman's correlation of Dice with {name}, 95 % interval and p: {'; '.join(texts)}."
