@@ -319,9 +319,9 @@ def test_ablation(subsets, baseline):
 
 
 def test_ablation_shows_paired_differences_to_the_student():
-    table = tidy(["KD(T1, S1)"], recipes=[named(subset) for subset in SUBSETS], cases=8)
+    table = tidy(["KD(T1, S1)"], recipes=[named(subset) for subset in SUBSETS], cases=12)
     table.loc[table["recipe"] == "PMD", "value"] -= 0.2
-    table = pd.concat([table, tidy(["S1 (50 %)"], cases=8).assign(value=lambda rows: rows["value"] + 0.001)])
+    table = pd.concat([table, tidy(["S1 (50 %)"], cases=12).assign(value=lambda rows: rows["value"] + 0.001)])
     verdicts = compare(table, [(named(subset), "baseline") for subset in SUBSETS], by="recipe")
     assert set(verdicts["verdict"]) == {"worse", "inconclusive"}
     figure = ablation(table, verdicts)
@@ -613,7 +613,7 @@ def test_waterfall(steps, double):
     rows = table.iloc[1:-1]
     start = rows["dice"] - rows["difference"]
     assert np.array(whiskers).reshape(-1, 2) == pytest.approx(np.stack([start + rows["low"], start + rows["high"]], 1))
-    colours = {"better": "#0072b2", "worse": "#d55e00", "inconclusive": "#999999"}
+    colours = {"better": "#0072b2", "worse": "#d55e00", "inconclusive": "#bbbbbb"}
     assert [to_hex(bar.get_facecolor()) for bar in bars[1:-1]] == [colours[verdict] for verdict in rows["verdict"]]
     labels = [tick.get_text().replace("\n", " ") for tick in ax.get_yticklabels()]
     assert labels == table["step"].tolist() and ax.yaxis_inverted()

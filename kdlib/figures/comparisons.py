@@ -154,7 +154,7 @@ def ranking(
     label = METRICS[metric].label
     families = {family_of(name): method_style(name) for name in names}
     shares = [column for column in STABILITY if column in rows]
-    ratios = [1] + [1] * (differences is not None) + [0.16 * len(shares)]
+    ratios = [1] + [1] * (differences is not None) + [0.19 * len(shares)]
     size = (DOUBLE, (4.4 * len(names) + 28) * MM)
     figure, (left, *middle, right) = plt.subplots(1, len(ratios), figsize=size, sharey=True, width_ratios=ratios)
     for y, row in enumerate(rows.itertuples()):

@@ -115,7 +115,7 @@ def slopes(table: pd.DataFrame, verdicts: pd.DataFrame, metric: str = "dice") ->
         ax.set_ylabel(f"{label} ({unit})" if unit else label)
     for ax in axes.flat[len(verdicts) :]:
         ax.remove()
-    handles = [Line2D([], [], label=f"patient, {name}", **look) for name, look in DIRECTIONS.items()]
+    handles = [Line2D([], [], label=name, **look) for name, look in DIRECTIONS.items()]
     legend_below(figure, [*handles, Line2D([], [], color="black", linewidth=2, label="mean")], columns=3)
     figure.set_label(
         f"Lines: patients ({n_text(verdicts['n'])}), seeds averaged. Above: mean paired difference with its "
