@@ -3,7 +3,8 @@
 Every figure carries a note on n and its intervals as its label, which `save_figure` writes after the caption.
 """
 
-from kdlib.figures.pictures import qualitative, slice_montage
+from kdlib.figures.diagram import diagram
+from kdlib.figures.pictures import features, pairs, qualitative, slice_montage
 from kdlib.figures.results import (
     ablation,
     choose_cases,
@@ -34,10 +35,13 @@ __all__ = [
     "ablation",
     "choose_cases",
     "dice_against_parameters",
+    "diagram",
     "dice_per_method",
+    "features",
     "fidelity",
     "liveness",
     "method_style",
+    "pairs",
     "qualitative",
     "ranking",
     "reliability",
