@@ -38,7 +38,7 @@ def features(runs: Sequence[Run], results: Path | str = "results", device: str =
 
 
 def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
-    """Positive and negative pairs of a labelled contrast in the run's first batch, before its augmentation.
+    """Positive and negative pairs of a labelled contrast in the run's first batch with target, before augmentation.
 
     Of the run's labelled terms the one on the finest grid, with the positions that its loss draws. Two anchors lie on
     the batch's slice with most target: one of its largest class and one of the background, of those drawn the nearest
@@ -52,10 +52,10 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         arrays with a row a panel (anchor by anchor): anchor (its class), case, image and labels [H,W] uint8, role
         [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left out), row and column of the
         anchor on that grid (-1 where it lies on another slice), positives and negatives (of the anchor in the whole
-        batch), images (of the batch) and term.
+        batch), images (of the batch), step (of the batch, from 0) and term.
 
     Raises:
-        InputError: the run has no labelled contrast, or its batch shows no target.
+        InputError: the run has no labelled contrast, or its training slices show no target.
     """
     labelled = [term for term in run.lesson.terms if term.loss == "labelled"]
     if not labelled:
@@ -68,15 +68,16 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     shapes = probe(model, model.scales, names, size=run.view.size)
     grids = {term.name: _grid(shapes, term.at[0]) for term in labelled}
     term = max(labelled, key=lambda term: grids[term.name][0])
-    index = next(order(len(bank), run.optimisation.batch, run.seed))
+    if not bank.labels.any():
+        raise InputError(f"{run.name}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
+    batches = enumerate(order(len(bank), run.optimisation.batch, run.seed))
+    step, index = next((step, index) for step, index in batches if bank.labels[index].any())
     images, labels = bank.images[index], bank.labels[index]
     patients = bank.patient_of(index)
     area = (labels > 0).flatten(1).sum(1)
-    if not area.any():
-        raise InputError(f"the first batch of {run.name}, seed {run.seed}, shows no target: take another seed")
     loss = LOSSES[term.loss](**term.arguments)
     coarse = labels_on(labels.long(), torch.empty(len(labels), 1, *grids[term.name]), "labelled contrast")
-    seed = derive_seed(derive_seed(run.seed, "terms", 0), term.name)  # as the step and the distiller derive it
+    seed = derive_seed(derive_seed(run.seed, "terms", step), term.name)  # as the step and the distiller derive it
     drawn = loss.draw(coarse, torch.Generator().manual_seed(seed))
     first = int(area.argmax())
     shown = _slices(area, patients, first)
@@ -96,7 +97,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
                     image=images[image].numpy(), labels=labels[image].numpy(), role=role[image].numpy(),
                     row=place[1] if image == first else -1, column=place[2] if image == first else -1,
                     positives=int((relation > 0).sum()), negatives=int((relation < 0).sum()),
-                    images=len(index), term=term.name,
+                    images=len(index), step=step, term=term.name,
                 )  # fmt: skip
             )
     return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}

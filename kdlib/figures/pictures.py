@@ -20,7 +20,7 @@ from sklearn.metrics import silhouette_score
 from kdlib.config import InputError
 from kdlib.figures.style import DOUBLE, MM, STYLE, entries_beside, legend_below, need_columns
 
-ERRORS = (("#56B4E9", "", "missed"), ("#D55E00", "/////", "too much"), ("#CC79A7", "xxxxx", "wrong class"))
+ERRORS = (("#56B4E9", "......", "missed"), ("#D55E00", "/////", "too much"), ("#CC79A7", "xxxxx", "wrong class"))
 OUTLINES = (("white", "-", "truth"), ("#F0E442", (0, (2, 1.2)), "prediction"))
 HALO = [withStroke(linewidth=1.5, foreground="black")]  # seen on bright tissue too
 CLASSES = (("#0072B2", "^"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
@@ -227,7 +227,7 @@ def pairs(panels: pd.DataFrame) -> Figure:
     Raises:
         InputError: a missing column.
     """
-    needed = ["anchor", "case", "image", "labels", "role", "row", "column", "positives", "negatives", "images", "term"]
+    needed = ["anchor", "case", "image", "labels", "role", "row", "column", "positives", "negatives", "images", "step", "term"]
     need_columns(panels, needed, "pairs", "the arrays of kdlib.illustrate.pairs")
     anchors = list(panels["anchor"].unique())
     columns = len(panels) // len(anchors)
@@ -243,7 +243,7 @@ def pairs(panels: pd.DataFrame) -> Figure:
             factor = image.shape[0] / role.shape[0]  # of the slice's pixels to the term's positions
             for value, (colour, marker, _) in ROLES.items():
                 y, x = ((index + 0.5) * factor - 0.5 for index in np.nonzero(role == value))
-                ax.scatter(x, y, s=8, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=DARK)
+                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=DARK)
             if panel.row >= 0:
                 place = [(index + 0.5) * factor - 0.5 for index in (panel.column, panel.row)]
                 ax.plot(*place, **STAR, zorder=4)
@@ -264,8 +264,8 @@ def pairs(panels: pd.DataFrame) -> Figure:
     legend_below(figure, handles, columns=4)
     first = panels.iloc[0]
     figure.set_label(
-        f"{first['term']}: positions drawn from the {first['images']} slices of the first batch, before augmentation, "
-        "in equal number from each class as far as it has them. The student's vector at a star is compared with the "
+        f"{first['term']}: positions drawn from the {first['images']} slices of the batch of step {first['step'] + 1}, "
+        "before augmentation, in equal number from each class as far as it has them. The student's vector at a star is compared with the "
         "teacher's at every mark, on these slices and on the others of the batch; left: their numbers in the batch."
     )
     return figure
@@ -316,5 +316,5 @@ def _errors(ax: Axes, truth: np.ndarray, prediction: np.ndarray) -> None:
         overlay = np.zeros((*mask.shape, 4))
         overlay[mask] = to_rgba(colour, 0.7)
         ax.imshow(overlay)
-        if hatch and mask.any() and not mask.all():
+        if mask.any() and not mask.all():
             ax.contourf(mask, levels=[0.5, 1.5], colors="none", hatches=[hatch]).set(edgecolor="black", linewidth=0)
