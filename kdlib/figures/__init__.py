@@ -4,7 +4,8 @@ Every figure carries a note on n and its intervals as its label, which `save_fig
 """
 
 from kdlib.figures.comparisons import ablation, ranking, waterfall
-from kdlib.figures.pictures import qualitative, slice_montage
+from kdlib.figures.diagram import diagram
+from kdlib.figures.pictures import features, pairs, qualitative, slice_montage
 from kdlib.figures.results import (
     choose_cases,
     dice_against_parameters,
@@ -35,13 +36,16 @@ __all__ = [
     "ablation",
     "choose_cases",
     "dice_against_parameters",
+    "diagram",
     "dice_per_method",
     "efficiency",
     "failure",
+    "features",
     "fidelity",
     "gradient_shares",
     "liveness",
     "method_style",
+    "pairs",
     "qualitative",
     "ranking",
     "reliability",
