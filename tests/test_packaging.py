@@ -316,6 +316,6 @@ def test_no_scan_no_weights_and_no_picture_of_real_pixels_is_committed():
     scans = [name for name in names if re.search(r"\.(nii|nii\.gz|mgz|dcm|npz|npy|h5|pt|pth|ckpt|safetensors)$", name)]
     pictures = [
         name for name in names
-        if re.search(r"(slices|qualitative)\.(png|pdf|svg)$", name) and not name.startswith("results/phantom-")
+        if re.search(r"(slices|qualitative|pairs)\.(png|pdf|svg)$", name) and not name.startswith("results/phantom-")
     ]  # fmt: skip
     assert scans == [] and pictures == []

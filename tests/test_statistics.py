@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import kdlib.figures
 import kdlib.metrics
 import kdlib.statistics
 from kdlib.config import InputError
@@ -422,7 +421,7 @@ def test_saved_tables(study, tmp_path):
     assert r"KD(T1, S1) & T1 & 3 &" in plain and r"p\_holm" in plain and "\n0 &" not in plain
 
 
-@pytest.mark.parametrize("module", [kdlib.statistics, kdlib.figures, kdlib.metrics])
+@pytest.mark.parametrize("module", [kdlib.statistics, kdlib.metrics])
 def test_tables_are_enough(module):
     """No torch and no training code is imported."""
     nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))
