@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -331,6 +331,7 @@ def train_cohort(
     device: torch.device,
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
+    on_epoch: Callable[[list[Arm]], None] | None = None,
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
@@ -344,6 +345,7 @@ def train_cohort(
         device: where the banks are.
         teachers: by name, frozen, in eval mode, on `device`; None for teachers and baselines.
         epochs: of the training; by default the profile's.
+        on_epoch: is called after each epoch with the arms that go on.
     """
     seed, batch, profile, teachers = runs[0].seed, runs[0].optimisation.batch, runs[0].profile, teachers or {}
     epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
@@ -382,6 +384,8 @@ def train_cohort(
             if not alive:
                 break
             progress.epoch(epoch, alive)
+            if on_epoch is not None:
+                on_epoch(alive)
     for taps in taught_taps.values():
         taps.close()
     for arm in arms:
