@@ -54,6 +54,7 @@ PHANTOM = "Phantom"  # name of the built-in data set, which every results folder
 COLOURS = ("#EE8866", "#77AADD", "#44BB99", "#EEDD88", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00", "#DDDDDD")
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
 FITTING = 60  # steps that projectors, which a run does not keep, are fitted for
+DRAWS = 8  # of a contrast's pixels, that a term's gradient is averaged over
 
 
 # -------------------------------------------------------------------------------------------------- what has been done
@@ -384,7 +385,7 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[Arm, Sli
     batches = order(len(bank), run.optimisation.batch, run.seed)
     for step in range(FITTING):
         drawn = next(batches).to(device)
-        losses, _ = _terms(arm, taps, *bank.batch(drawn), bank.patient_of(drawn), step)
+        losses, _ = _terms(arm, taps, *bank.batch(drawn), bank.patient_of(drawn), range(step, step + 1))
         losses.pop("segmentation")
         total = sum(losses.values())
         if optimiser is not None and total.requires_grad:
@@ -395,21 +396,27 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[Arm, Sli
 
 
 def _terms(
-    arm: Arm, taps: Mapping[str, Taps], images: Tensor, labels: Tensor, patients: Tensor, step: int
+    arm: Arm, taps: Mapping[str, Taps], images: Tensor, labels: Tensor, patients: Tensor, draws: range
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Unweighted losses by name, as in a training step but for the frozen network, and the features they rest on."""
+    """Unweighted losses by name, as in training but for the frozen network, and the features they rest on.
+
+    Args:
+        draws: numbers of the steps whose random draws (the pixels of a contrast) the terms are averaged over.
+    """
     images = images.contiguous(memory_format=torch.channels_last)
-    taught = {name: teach(tap, images) for name, tap in taps.items()}
-    seed = derive_seed(arm.run.seed, "terms", step)
-    if arm.run.recipe.teacher == "shuffled":
-        mix = derive_seed(seed, "shuffle")
-        taught = {name: shuffle(features, patients, mix) for name, features in taught.items()}
+    seen = {name: teach(tap, images) for name, tap in taps.items()}
     with autocast(images.device):
         output, features = arm.taps(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
-        losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
-        losses |= arm.distiller(features, taught, labels, seed, patients, step)
-    return losses, features
+        totals = dict.fromkeys(arm.distiller.terms, 0.0)
+        for step in draws:
+            seed, taught = derive_seed(arm.run.seed, "terms", step), seen
+            if arm.run.recipe.teacher == "shuffled":
+                mix = derive_seed(seed, "shuffle")
+                taught = {name: shuffle(features, patients, mix) for name, features in seen.items()}
+            found = arm.distiller(features, taught, labels, seed, patients, step)
+            totals = {name: totals[name] + value / len(draws) for name, value in found.items()}
+        return {"segmentation": arm.segmentation(output.segmentation, labels)} | totals, features
 
 
 def _spread(field: Tensor, size: int) -> np.ndarray:
@@ -437,8 +444,9 @@ def term_gradients(
     """How hard, and which way, each distillation term pulls at the trained student's features in a region of a slice.
 
     The slice stands in a batch of training slices, as in training, because contrasts and relations compare images.
-    Each gradient is taken on the features that its term reads, which a term pulls at directly. A run keeps its network
-    and not its projectors: they are fitted anew to the frozen student first.
+    Each gradient is taken on the features that its term reads, which a term pulls at directly, and averaged over a few
+    draws where a term draws pixels. A run keeps its network and not its projectors: they are fitted anew to the frozen
+    student first.
 
     Args:
         student: a distilled student, or one alone (then the thesis's terms from `teachers` are asked).
@@ -465,7 +473,7 @@ def term_gradients(
     parts = zip(own.batch(here), bank.batch(others), strict=True)
     images, labels = (torch.cat(part) for part in parts)
     patients = torch.cat([torch.full_like(here, patient), bank.patient_of(others)])
-    losses, features = _terms(arm, taps, images, labels, patients, FITTING)
+    losses, features = _terms(arm, taps, images, labels, patients, range(FITTING, FITTING + DRAWS))
 
     weights, maps, rows = _weights(student, arm), {}, []
     for name, module in arm.distiller.terms.items():
