@@ -46,7 +46,7 @@ from kdlib.evaluate import predict_cases
 from kdlib.figures import ERRORS, STYLE
 from kdlib.models import MODELS
 from kdlib.recipes import thesis_recipe
-from kdlib.runs import Source, load_weights, run_source
+from kdlib.runs import Source, load_weights, run_key, run_source
 from kdlib.train import Arm, new_arm, new_model, order, shuffle, teach, train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
@@ -133,16 +133,22 @@ class Finished:
 
 
 def _described(record: dict, data: str) -> Run:
-    """The `Run` that a manifest describes."""
+    """The `Run` that a manifest describes, as far as this version knows its fields."""
     given = dict(record["run"])
-    recipe, profile = given["recipe"], given["profile"]
-    view = {name: tuple(value) if isinstance(value, list) else value for name, value in profile["view"].items()}
+    recipe, view = dict(given["recipe"]), given["profile"]["view"]
+    recipe["terms"] = tuple(_made(Term, term) for term in recipe["terms"])
+    view = {name: tuple(value) if isinstance(value, list) else value for name, value in view.items()}
     parts = {
-        "recipe": Recipe(**(recipe | {"terms": tuple(Term(**term) for term in recipe["terms"])})),
-        "profile": Profile(**(profile | {"view": View(**view)})),
-        "protocol": Protocol(**given["protocol"]),
+        "data": data,
+        "recipe": _made(Recipe, recipe),
+        "profile": _made(Profile, given["profile"] | {"view": _made(View, view)}),
+        "protocol": _made(Protocol, given["protocol"]),
     }
-    return Run(**(given | parts | {"data": data}))
+    return _made(Run, given | parts)
+
+
+def _made(kind: type, fields: dict):
+    return kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields})
 
 
 @functools.cache
@@ -172,13 +178,12 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
     elif data == "phantom" or (found := _data_name(str(data))) != name:
         instead = "no folder is given" if data == "phantom" else f"{data} holds {found}"
         raise InputError(f"{arm} ({key}) was trained on {name!r}, {instead}: give that data set's folder as data")
-    try:
-        run = _described(record, str(data))
-    except TypeError as error:  # a field that this version does not know
-        raise InputError(f"{path} is of another version of kdlib ({error}): train that run again") from None
+    run = _described(record, str(data))
     source = run_source(run, results)
     if source.digest != record["data"]["digest"]:
         raise InputError(f"{arm} ({key}) was trained on other files or folds than {data} has now: restore them")
+    if run_key(run, results) != key:  # a manifest of another version may say what this one does not understand
+        raise InputError(f"{path} does not describe the run of its key in this version of kdlib: train that run again")
     return Finished(key, run, record, source, results, pick_device(device))
 
 
@@ -191,7 +196,7 @@ def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str =
     Returns:
         nothing for a teacher, or where the study has none of that fold.
     """
-    keys = list(student.record["teachers"].values())
+    keys = [run_key(run, student.results) for run in student.run.teacher_runs().values()]
     if not keys and student.run.model not in TEACHERS:
         keys = table.loc[table["model"].isin(TEACHERS) & (table["fold"] == student.run.fold), "run"].tolist()[:1]
     return tuple(load_run(student.results, key, data, device) for key in keys)

@@ -337,9 +337,9 @@ class TrainingPanel(widgets.VBox):
         self.steps = widgets.BoundedIntText(20, min=1, max=10000, description="steps each")
         self.button = widgets.Button(description="train", button_style="primary")
         self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        self.log = widgets.Output()
+        self.printed = widgets.Output()
         super().__init__(
-            [self.terms, widgets.HBox([self.epochs, self.steps, self.button]), self.message, self.log, self.image]
+            [self.terms, widgets.HBox([self.epochs, self.steps, self.button]), self.message, self.printed, self.image]
         )  # fmt: skip
         self.button.on_click(lambda _: self.train())
         pick.watch(self._list)
@@ -380,7 +380,7 @@ class TrainingPanel(widgets.VBox):
             self.image.value = picture(explore.draw_history({**before, title: history}))
 
         try:
-            with self.log:
+            with self.printed:
                 explore.train_small(
                     self.pick.run, self.pick.teachers, weights, temperatures, self.epochs.value, self.steps.value, draw
                 )
