@@ -22,6 +22,7 @@ import nbformat
 import pandas as pd
 from markupsafe import Markup
 from nbconvert.filters import markdown2html
+from PIL import Image
 
 from kdlib.config import InputError
 from kdlib.runs import write
@@ -34,6 +35,7 @@ except ImportError:  # no protocol is written then, but one that lies there is s
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RAW = ("_cases", "_history", "_runs")  # tables of thousands of rows, which the others sum up
+ENLARGED = 1.5  # figures are drawn for print, and read on a screen from farther away
 ROWS = 60  # a table with more is linked, not shown
 RUNS = [  # columns of the list of trainings
     "arm", "recipe", "protocol", "fold", "seed", "parameters", "epoch", "val_dice", "training_seconds", "device",
@@ -45,7 +47,7 @@ class Section:
     """What one experiment left.
 
     Args:
-        name: of its notebook, "02_distillation"; "" for figures that belong to none.
+        name: of its notebook, "02_distillation".
         title, text: heading, and what the notebook says first (HTML).
         notebook: path of the executed copy, relative to the page; "" where there is none.
         figures: name, caption and embedded picture; a figure that is shown already names the first one instead.
@@ -111,33 +113,36 @@ def _template() -> jinja2.Template:
 def _sections(folder: Path) -> tuple[list[Section], list[str]]:
     """One section an experiment that left something, and the names of the experiments that left nothing."""
     executed = {path.stem: path for path in folder.glob("notebooks/[0-9][0-9]_*.ipynb") if "." not in path.stem}
-    known = sorted({path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")} | executed.keys())
-    shown: dict[bytes, str] = {}  # picture -> the first figure that it is
-    sections, absent = [], []
     figures = sorted({path.stem for suffix in ("png", "txt") for path in folder.glob(f"figures/*.{suffix}")})
     tables = sorted(folder.glob("tables/*.csv"))
-    for name in [*known, ""]:
-        section = _introduced(executed[name]) if name in executed else Section(name, _spoken(name) or "Other figures")
-        section.missing += [f"stopped: notebooks/{name}.failed.ipynb"] * _failed(folder, name)
-        own = [f for f in figures if (f[:3] == name[:3] if name else not re.match(r"\d\d_", f))]
-        for figure in own:
-            _add_figure(section, folder / "figures" / f"{figure}.png", shown)
+    names = {_experiment(name): _experiment(name) for name in [*figures, *(path.stem for path in tables)]}
+    names |= {path.stem[:2]: path.stem for path in [*NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), *executed.values()]}
+    shown: dict[bytes, str] = {}  # picture -> the first figure that it is
+    sections, absent = [], []
+    for number, name in sorted(names.items()):
+        section = _introduced(executed[name]) if name in executed else Section(name, _spoken(name))
+        if (folder / "notebooks" / f"{name}.failed.ipynb").is_file():
+            section.missing.append(f"what follows the error in notebooks/{name}.failed.ipynb")
+        for figure in figures:
+            if _experiment(figure) == number:
+                _add_figure(section, folder / "figures" / f"{figure}.png", shown)
         for path in tables:
-            if name and path.name[:3] == name[:3]:
+            if _experiment(path.stem) == number:
                 _add_table(section, path)
         if section.figures or section.tables or section.linked or section.notebook or section.missing:
             sections.append(section)
-        elif name:
+        else:
             absent.append(name)
     return sections, absent
 
 
-def _failed(folder: Path, name: str) -> bool:
-    return bool(name) and (folder / "notebooks" / f"{name}.failed.ipynb").is_file()
+def _experiment(name: str) -> str:
+    """The number of the experiment that a figure or table is of; those of no number are drawn by 06_figures."""
+    return name[:2] if re.match(r"\d\d_", name) else "06"
 
 
 def _spoken(name: str) -> str:
-    """ "02_dice_per_method" as a title."""
+    """The title "Dice per method" of "02_dice_per_method"."""
     return re.sub(r"^\d\d_", "", name).replace("_", " ").capitalize()
 
 
@@ -167,10 +172,12 @@ def _add_figure(section: Section, path: Path, shown: dict[bytes, str]) -> None:
     picture = path.read_bytes()
     first = shown.setdefault(picture, name)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}" if first == name else ""
+    with Image.open(path) as image:
+        width = round(image.width / image.info.get("dpi", (300, 300))[0] * 96 * ENLARGED)
     pdf = path.with_suffix(".pdf")
     link = f"figures/{pdf.name}" if pdf.is_file() else ""
     section.figures.append(
-        dict(name=name, title=_spoken(name), caption=caption, source=source, first=first, link=link)
+        dict(name=name, title=_spoken(name), caption=caption, source=source, first=first, link=link, width=width)
     )  # fmt: skip
 
 
