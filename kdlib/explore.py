@@ -681,21 +681,20 @@ def draw_history(histories: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         histories: name -> history of `train_small` (or of a run).
     """
-    figure = _figure(8.5, 2.6)
+    figure = _figure(8.5, 3.0)
     axes = figure.subplots(1, 3)
-    losses = ["loss", "segmentation"]
     for (title, history), style in zip(histories.items(), ("-", "--", ":", "-."), strict=False):
-        panels = (["val_dice"], losses, [n for n in history["name"].unique() if n.startswith("share/")])
-        for ax, names in zip(axes, panels, strict=True):
+        shares = [name for name in history["name"].unique() if name.startswith("share/")]
+        for ax, names in zip(axes, (["val_dice"], ["loss", "segmentation"], shares), strict=True):
             for number, name in enumerate(names):
                 curve = history[history["name"] == name]
-                label = title if name == "val_dice" else f"{name.removeprefix('share/')}"
+                label = title if name == "val_dice" else f"{name.removeprefix('share/')}, {title}"
                 ax.plot(curve["epoch"], curve["value"], style, color=f"C{number}", marker=".", label=label)
+    last = max(history["epoch"].max() for history in histories.values())
     for ax, title in zip(axes, ("validation Dice", "losses", "shares of the gradient"), strict=True):
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        handles, labels = ax.get_legend_handles_labels()
-        if handles:
-            kept = dict(zip(labels, handles, strict=True))
-            ax.legend(kept.values(), kept.keys())
+        ax.set(title=title, xlabel="epoch", xlim=(0.7, last + 0.3))
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.ticklabel_format(axis="y", useOffset=False)
+        if ax.lines:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(histories))
     return figure

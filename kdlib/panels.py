@@ -20,8 +20,6 @@ from kdlib import explore
 from kdlib.config import InputError, TrainingError
 from kdlib.figures import ERRORS
 
-WIDE = widgets.Layout(width="auto")
-
 
 def picture(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as PNG."""
@@ -32,6 +30,11 @@ def picture(figure: Figure, dpi: int = 110) -> bytes:
 
 def _dropdown(name: str, options=()) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=name, layout=widgets.Layout(width="36em"))
+
+
+def _number(value: float, name: str, step: float) -> widgets.FloatText:
+    style = {"description_width": "7em"}
+    return widgets.FloatText(value, description=name, step=step, style=style, layout=widgets.Layout(width="14em"))
 
 
 class Picker(widgets.VBox):
@@ -166,8 +169,9 @@ class Viewer(widgets.VBox):
         self.webgl = WebGL()
         self.mode = widgets.ToggleButtons(options=["slices", "volume"], value="slices")
         self.masks = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        self.volume = NiiVue(height=height, back_color=(0, 0, 0, 1))
+        self.volume = NiiVue(height=height, back_color=(0, 0, 0, 1), crosshair_width=0.3)
         self.volume.set_slice_type(SliceType.MULTIPLANAR)
+        self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
         self.volume.on_location_change(self._clicked)
         self.number = widgets.IntSlider(
             description="slice", continuous_update=False, layout=widgets.Layout(width="90%")
@@ -217,7 +221,10 @@ class Viewer(widgets.VBox):
         layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
         self.volume.load_volumes([image, *layers.values()])
         shown = self.masks.children and {box.description for box in self.masks.children if box.value}
-        boxes = [widgets.Checkbox(False, description=name, indent=False, layout=WIDE) for name in layers]
+        boxes = [
+            widgets.Checkbox(False, description=name, indent=False, layout=widgets.Layout(width="auto"))
+            for name in layers
+        ]
         for box, layer in zip(boxes, layers.values(), strict=True):
             box.observe(lambda change, layer=layer: setattr(layer, "opacity", 0.6 if change["new"] else 0.0), "value")
             box.value = box.description in (shown or {f"{list(seen.masks)[-1]} against truth"})
@@ -354,11 +361,9 @@ class TrainingPanel(widgets.VBox):
             self.message.value = f"<b>{error}</b>"
             terms = ()
         self.button.disabled = not terms
-        self.weights = {t.name: widgets.FloatText(t.weight, description="weight", step=0.05) for t in terms}
+        self.weights = {t.name: _number(t.weight, "weight", 0.05) for t in terms}
         self.temperatures = {
-            t.name: widgets.FloatText(t.temperature, description="temperature", step=0.1)
-            for t in terms
-            if t.temperature is not None
+            t.name: _number(t.temperature, "temperature", 0.1) for t in terms if t.temperature is not None
         }
         rows = []
         for term in terms:
