@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -381,6 +381,7 @@ def train_cohort(
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
     keep: Sequence[Checkpoint] = (),
+    on_epoch: Callable[[list[Arm]], None] | None = None,
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
@@ -397,6 +398,7 @@ def train_cohort(
         epochs: of the training; by default the profile's.
         keep: for each run, where its state is read from and saved: at the end of every epoch, within an epoch every
             `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
+        on_epoch: is called after each epoch with the arms that go on.
 
     Raises:
         InputError: a checkpoint is of something else, or cannot be saved.
@@ -457,6 +459,8 @@ def train_cohort(
                     arm.note(f"epoch {epoch} of {epochs}, {arm.step} steps: {summary([arm])}")
                 if ended:
                     progress.epoch(epoch, ended)
+                    if on_epoch is not None:
+                        on_epoch(ended)
                 if all(arm.failure for arm in arms):
                     break
         except (KeyboardInterrupt, SystemExit):
