@@ -209,13 +209,12 @@ def summarise(table: pd.DataFrame, by: Sequence[str] = ("arm",), metric: str = "
     Raises:
         InputError: see `per_patient`.
     """
-    bounds = METRICS[metric].bounds
     rows = []
     for key, group in rows_of(table, metric, by).groupby(list(by), sort=False, dropna=False):
         values = per_patient(group, metric, by).set_index("patient")["value"].dropna()
         noise = seed_noise(group, metric=metric)
         limits = interval(values, noise=None if noise is None else noise.loc[values.index])
-        low, high = np.clip(limits, *bounds)
+        low, high = np.clip(limits, *METRICS[metric].bounds)
         found = dict(n=len(values), mean=values.mean(), sd=values.std(), low=low, high=high)
         rows.append(dict(zip(by, key, strict=True)) | found)
     return pd.DataFrame(rows)
@@ -608,7 +607,7 @@ def _swapped(dice: np.ndarray, weight: np.ndarray) -> float:
 
     both = np.arange(dice.size).reshape(2, -1)
     found = stats.permutation_test(
-        tuple(both), difference, permutation_type="samples", vectorized=True, axis=-1, rng=np.random.default_rng(0)
+        tuple(both), difference, permutation_type="samples", vectorized=True, axis=-1, random_state=np.random.default_rng(0)
     )
     return float(found.pvalue)
 

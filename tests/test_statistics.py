@@ -170,7 +170,7 @@ def test_interval_of_many_values_is_bca_by_its_definition():
     # near enough to tell BCa from the plain percentile interval
     assert (abs(interval(x) - expected) < 0.3 * abs(percentile - expected)).all()
     assert interval_name(60) == "BCa bootstrap" and interval_name(60, seeds=3) == "studentised bootstrap"
-    ours, theirs = interval(x), stats.bootstrap((x,), np.mean, rng=np.random.default_rng(1)).confidence_interval
+    ours, theirs = interval(x), stats.bootstrap((x,), np.mean, random_state=np.random.default_rng(1)).confidence_interval
     assert ours == pytest.approx((theirs.low, theirs.high), rel=0.02)
 
 
