@@ -146,7 +146,7 @@ def dice_against_parameters(
 ) -> Figure:
     """Dice against the number of parameters; the thesis's own numbers as hollow markers.
 
-    Arms of equal size are set apart sideways, those of the thesis to the left.
+    Arms of equal size stand side by side about their true place.
 
     Args:
         table: tidy.
@@ -212,23 +212,28 @@ def _frontier(
     ax: Axes, means: pd.DataFrame, cost: Mapping[str, float], thesis: pd.DataFrame | None, at: pd.Series | None
 ) -> None:
     """Means against a cost on a log axis, a stair through those that no cheaper arm reaches, the thesis's hollow."""
-    apart = 1.2  # factor between arms of equal cost
     costs = means["arm"].map(cost)
+    known = costs if at is None else pd.concat([costs, at])
+    low, high = known.min(), known.max()
+    apart = (2 * high / low) ** 0.03  # factor between arms of equal cost
     best = means.assign(cost=costs).sort_values(["cost", "mean"], ascending=[True, False])
     best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-np.inf)]
     ax.plot(best["cost"], best["mean"], color="#BBBBBB", drawstyle="steps-post", linewidth=1, zorder=0)
-    for row, step in zip(means.itertuples(), means.groupby(costs).cumcount(), strict=True):
-        style = method_style(row.arm) | BARE
-        ax.errorbar(cost[row.arm] * apart**step, row.mean, yerr=bar_lengths(row), elinewidth=1, **style)
+    for row, x in zip(means.itertuples(), _side_by_side(costs, apart), strict=True):
+        ax.errorbar(x, row.mean, yerr=bar_lengths(row), elinewidth=1, **method_style(row.arm) | BARE)
     if thesis is not None:
-        hollow = BARE | {"markerfacecolor": "none"}
-        for (arm, x), step in zip(at.items(), at.groupby(at).cumcount() + 1, strict=True):
-            ax.plot(x / apart**step, thesis["dice"][arm], **method_style(arm) | hollow)
-    reached = [ax.dataLim.x0, ax.dataLim.x1]
-    log_axis(ax.xaxis, reached[0] / 1.4, reached[1] * 1.4)
+        for arm, x in zip(thesis.index, _side_by_side(at, apart), strict=True):
+            ax.plot(x, thesis["dice"][arm], **method_style(arm) | BARE | {"markerfacecolor": "none"})
+    log_axis(ax.xaxis, low / apart**3, high * apart**3)
     ax.tick_params(labelsize=7)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.5)
     ax.set_axisbelow(True)
+
+
+def _side_by_side(costs: pd.Series, apart: float) -> np.ndarray:
+    """Equal costs set apart by a factor, about their true place."""
+    groups = costs.groupby(costs)
+    return (costs * apart ** (groups.cumcount() - (groups.transform("size") - 1) / 2)).to_numpy()
 
 
 def _frontier_legend(means: pd.DataFrame, thesis: pd.DataFrame | None) -> list[Line2D]:
@@ -238,8 +243,8 @@ def _frontier_legend(means: pd.DataFrame, thesis: pd.DataFrame | None) -> list[L
 
 
 def _frontier_note(means: pd.DataFrame, thesis: pd.DataFrame | None) -> str:
-    note = f"Points and bars: {interval_text(means)}; arms of equal cost stand side by side. Stair: the best mean Dice "
-    note += "at no more than that cost."
+    note = f"Points and bars: {interval_text(means)}; arms of equal cost stand side by side about it. Stair: the best "
+    note += "mean Dice at no more than that cost."
     return note + (" Hollow: the thesis's single runs, pixels of its test set pooled." if thesis is not None else "")
 
 
@@ -275,9 +280,9 @@ def reliability(table: pd.DataFrame) -> Figure:
         drawn = generator.multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=1000)
         with np.errstate(invalid="ignore"):  # a bin that no drawn patient fills
             x, y = sures.sum(0) / shares.sum(0), sums.sum(0) / shares.sum(0)
-            spread = (drawn @ sums) / (drawn @ shares)
+            redrawn = (drawn @ sums) / (drawn @ shares)
         filled = shares.sum(0) > 0
-        band = np.nanquantile(spread[:, filled], [0.025, 0.975], axis=0)
+        band = np.nanquantile(redrawn[:, filled], [0.025, 0.975], axis=0)
         if len(shares) > 1:
             curve.fill_between(x[filled], *band, color=style["color"], alpha=0.15, linewidth=0)
         curve.plot(x[filled], y[filled], **style, markersize=3.5, label=arm)
@@ -416,7 +421,9 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
     left.set(xlabel="true volume (ml)", ylabel="Dice")
     note = _correlations(wide, volume, "volume")
     if several:
-        sharp = thickness if thickness.nunique() <= 5 else pd.qcut(thickness, 3, duplicates="drop").map(lambda i: i.mid)
+        sharp = thickness
+        if thickness.nunique() > 5:  # thirds, each at its median
+            sharp = thickness.groupby(pd.qcut(thickness, 3, labels=False, duplicates="drop")).transform("median")
         levels = {level: number for number, level in enumerate(sorted(sharp.unique()))}
         at = sharp.map(levels).astype(float)
         places = pd.Series(levels.values(), levels.values())
