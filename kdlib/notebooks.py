@@ -12,6 +12,7 @@ import argparse
 import ast
 import difflib
 import json
+import logging
 import os
 import re
 import shlex
@@ -188,6 +189,7 @@ def _forwarding() -> Iterator[list[int]]:
         if not kernels or (asked and number == signal.SIGINT):
             raise Stopped(number)
         asked.append(number)
+        logging.disable()  # that the kernel dies is no news
         for kernel in kernels:
             kernel.terminate()
 
@@ -200,18 +202,21 @@ def _forwarding() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        logging.disable(logging.NOTSET)
 
 
 def _share(notebook: Path, listing: Path) -> None:
     """Puts an executed notebook into the folders of the runs that it trained, which its kernel listed."""
-    folders = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
-    for folder in map(Path, folders):
+    if not listing.exists():
+        return
+    for folder in map(Path, listing.read_text(encoding="utf-8").splitlines()):
         partial = folder / f".{listing.name}.ipynb"
         try:
             os.link(notebook, partial)
         except OSError:  # another disk, or one without links
             shutil.copyfile(notebook, partial)
         os.replace(partial, folder / "notebook.ipynb")
+    listing.unlink()
 
 
 def _literal(path: Path) -> str:
@@ -267,7 +272,6 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
         if partial.exists():  # whatever stopped it, Ctrl-C included
             os.replace(partial, failed)
         _share(failed if failed.exists() else output, listing)
-        listing.unlink(missing_ok=True)
     if asked:
         raise Stopped(asked[0])
 
