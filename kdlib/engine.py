@@ -177,11 +177,16 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log if local else subprocess.STDOUT,
             text=True, errors="replace", env=_environment(), pass_fds=[lock], process_group=0,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
         )  # fmt: skip
         with process, _stopping(process):
             for line in process.stdout:
                 print(line, end="")
     return process.returncode != 0
+
+
+def _has_accounting() -> bool:
+    return shutil.which("sacct") is not None and subprocess.run(["sacct"], capture_output=True).returncode == 0
 
 
 def _environment() -> dict[str, str]:
@@ -196,8 +201,10 @@ def _options(place: Place) -> list[str]:
         return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1", "--quiet", "all"]
     options = ["--executor", place.executor, "--jobs", "100", "--retries", "1"]
     options += ["--quiet", "rules", "progress", "reason", "host"]
-    if place.executor == "slurm":  # else a $ in a path would be the shell's
-        options.append("--slurm-pass-command-as-script")
+    if place.executor == "slurm":
+        options.append("--slurm-pass-command-as-script")  # else a $ in a path would be the shell's
+        if not _has_accounting():
+            options += ["--slurm-status-command", "squeue"]  # else it would wait for ever
     return [*options, "--default-resources", "runtime=1440", "mem_mb=16000"]
 
 
