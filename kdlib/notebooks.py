@@ -12,11 +12,14 @@ import argparse
 import ast
 import difflib
 import json
+import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from kdlib.config import PROFILES, PROTOCOLS, InputError, TrainingError, choose, tailor
@@ -37,6 +41,10 @@ ORDER = (*EXPERIMENTS[:-1], "05_bridge", EXPERIMENTS[-1])  # the bridge trains t
 
 class NotebookError(RuntimeError):
     """A notebook stopped on an error that kdlib did not foresee: the message ends with where its copy lies."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGINT: what is trained is kept. Its argument is the signal's number."""
 
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -170,6 +178,48 @@ def _environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextmanager
+def _forwarding() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT go on to the kernel as SIGTERM: a training there ends its step, saves a checkpoint and stops;
+    anything else stops at once. A second Ctrl-C does not wait for that. Yields the signals that came."""
+    asked: list[int] = []
+    others = psutil.Process().children()
+
+    def forward(number: int, frame: object) -> None:
+        kernels = [child for child in psutil.Process().children() if child not in others]
+        if not kernels or (asked and number == signal.SIGINT):
+            raise Stopped(number)
+        asked.append(number)
+        logging.disable()  # that the kernel dies is no news
+        for kernel in kernels:
+            kernel.terminate()
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield asked
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        logging.disable(logging.NOTSET)
+
+
+def _share(notebook: Path, listing: Path) -> None:
+    """Puts an executed notebook into the folders of the runs that it trained, which its kernel listed."""
+    if not listing.exists():
+        return
+    for folder in map(Path, listing.read_text(encoding="utf-8").splitlines()):
+        partial = folder / f".{listing.name}.ipynb"
+        try:
+            os.link(notebook, partial)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(notebook, partial)
+        os.replace(partial, folder / "notebook.ipynb")
+    listing.unlink()
+
+
 def _literal(path: Path) -> str:
     """A path that papermill leaves as it is: it reads braces as placeholders."""
     return str(path.resolve()).replace("{", "{{").replace("}", "}}")
@@ -188,13 +238,22 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
         InputError: parameters that do not fit the notebook, a folder that cannot be written, or the notebook's own.
         TrainingError: the notebook's own.
         NotebookError: any other error in the notebook, with the last lines of its traceback.
+        Stopped: by SIGTERM or SIGINT.
     """
     values = check_parameters(notebook, parameters)
     partial = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")  # papermill saves after every cell
     failed = output.with_name(f"{output.stem}.failed.ipynb")
+    listing = output.with_name(f".{output.stem}.{os.getpid()}.runs")
+    given = [str(part) for name, value in parameters.items() for part in ("-p", name, _text(value))]
+    again = [sys.executable, "-m", "kdlib.notebooks", "run", str(notebook), "-o", str(output), *given]
+    inherited = {  # by the kernel: lines, not bars, in a log; what stands in the manifests of the runs that it trains
+        "KDLIB_PROGRESS": "plain", "KDLIB_NOTEBOOK": str(output.resolve()), "KDLIB_TRAINED": str(listing.resolve()),
+        "KDLIB_RERUN": shlex.join(again),
+    }  # fmt: skip
+    asked: list[int] = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _environment(KDLIB_PROGRESS="plain"):  # the kernel inherits it: lines, not bars, in a log
+        with _environment(**inherited), _forwarding() as asked:
             papermill.execute_notebook(
                 _literal(notebook), _literal(partial), values, kernel_name=kernel, language="python",
                 cwd=notebook.resolve().parent, progress_bar=False, stdout_file=sys.stdout,
@@ -203,14 +262,24 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
         os.replace(partial, output)
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
-        raise _stopped(notebook, error, failed) from None
+        raise Stopped(asked[0]) if asked else _stopped(notebook, error, failed) from None
     except RuntimeError as error:  # of the kernel, not of the code in it
+        if asked:
+            raise Stopped(asked[0]) from None
         raise NotebookError(f"{notebook.name}: {error} (out of memory?); as far as it came: {failed}") from None
     except OSError as error:
         raise InputError(f"{output} could not be saved: {error}; mend that and run again") from None
     finally:
         if partial.exists():  # whatever stopped it, Ctrl-C included
             os.replace(partial, failed)
+        _share(failed if failed.exists() else output, listing)
+    if asked:
+        raise Stopped(asked[0])
+
+
+def _text(value: object) -> str:
+    """A parameter as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _stopped(notebook: Path, error: PapermillExecutionError, failed: Path) -> Exception:
@@ -430,7 +499,8 @@ def main(command: Sequence[str]) -> int:
     """Runs a command line.
 
     Returns:
-        The exit status: 0, 1 for a notebook that failed, 2 for input that cannot be used, 130 when stopped by Ctrl-C.
+        The exit status: 0, 1 for a notebook that failed, 2 for input that cannot be used, 130 when stopped by Ctrl-C,
+        143 when stopped by SIGTERM.
     """
     options = _parser().parse_args(command)
     try:
@@ -441,12 +511,16 @@ def main(command: Sequence[str]) -> int:
     except (TrainingError, NotebookError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped: finished trainings are kept, the same command goes on from them", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each line when it is printed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop ends the kernel as Ctrl-C does
+    signal.signal(signal.SIGTERM, _stop)  # a cluster's stop ends this as Ctrl-C does
     sys.exit(main(sys.argv[1:]))

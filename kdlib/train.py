@@ -438,6 +438,7 @@ def train_cohort(
             for arm in arms:
                 arm.save()
                 arm.note(f"stopped at step {arm.step} of {epochs * steps}")
+            print(f"{what}: stopped{', its state is kept' if keep else ''}", flush=True)
             raise
     return arms
 
