@@ -95,11 +95,9 @@ def foresee(experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """Holds a study's folder against a second engine; Snakemake inherits the lock, so it outlives a killed parent."""
-    try:
+    with _writing(folder):
         (folder / "jobs").mkdir(parents=True, exist_ok=True)
         file = (folder / "jobs" / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): mend that, or choose other results") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,14 +107,32 @@ def _alone(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): mend that, or choose other results") from None
+
+
+def _save(path: Path, record: Mapping[str, object]) -> None:
+    """Writes JSON whole or not at all."""
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        partial.write_text(json.dumps(record, indent=1))
+        os.replace(partial, path)
+
+
 def _forget(folder: Path, again: Sequence[str]) -> None:
     """Removes what is said of earlier failures, and the ends of jobs that are to run again or whose files are gone."""
-    for record in folder.glob("jobs/*/failed.json"):
-        record.unlink()
-    for record in folder.glob("jobs/*/done.json"):
-        made = json.loads(record.read_text() or "{}").get("made", [])
-        if record.parent.name in again or not all((record.parent / path).exists() for path in made):
+    with _writing(folder):
+        for record in [*folder.glob("jobs/*/failed.json"), *folder.glob("jobs/report.log")]:
             record.unlink()
+        for record in folder.glob("jobs/*/done.json"):
+            made = json.loads(record.read_text())["made"]
+            if record.parent.name in again or not all((record.parent / path).exists() for path in made):
+                record.unlink()
 
 
 def _plan(
@@ -165,7 +181,7 @@ def _state(data: str) -> str:
 
 def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int, *targets: str) -> bool:
     """Runs Snakemake in the study's folder, shows what the jobs print, and returns whether anything failed."""
-    (folder / "jobs" / "study.json").write_text(json.dumps(plan, indent=1))
+    _save(folder / "jobs" / "study.json", plan)
     local = place.executor == "local"
     command = [
         sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE), "--directory", str(folder),
@@ -180,8 +196,7 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
         )  # fmt: skip
         with process, _stopping(process):
-            for line in process.stdout:
-                print(line, end="")
+            _show(process)
     return process.returncode != 0
 
 
@@ -208,6 +223,11 @@ def _options(place: Place) -> list[str]:
     return [*options, "--default-resources", "runtime=1440", "mem_mb=16000"]
 
 
+def _show(process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        print(line, end="")
+
+
 @contextmanager
 def _stopping(process: subprocess.Popen) -> Iterator[None]:
     """Ctrl-C, or a scheduler's SIGTERM (see `kdlib.notebooks`), reaches Snakemake and its jobs once, as SIGINT."""
@@ -215,7 +235,7 @@ def _stopping(process: subprocess.Popen) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait()
+        _show(process)  # else a job could wait for somebody to read what it says
         raise
 
 
@@ -246,23 +266,22 @@ def recorded(done: Path, folder: Path) -> Iterator[None]:
         folder: of the study, or of the narrow job, whose tables and figures it makes.
     """
     name, failed, begin = done.parent.name, done.with_name("failed.json"), time.perf_counter()
-    done.parent.mkdir(parents=True, exist_ok=True)
-    failed.write_text(json.dumps({"cause": KILLED, "status": 1}))
+    _save(failed, {"cause": KILLED, "status": 1})
     before = _made(folder)
     print(f"== {name}")
     try:
         with contextlib.redirect_stdout(_Labelled(sys.stdout, name)):
             yield
     except BaseException as error:
-        cause = (str(error) or "stopped").splitlines()[0]
-        failed.write_text(json.dumps({"cause": cause, "status": 2 if isinstance(error, InputError) else 1}))
+        cause = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).partition("\n")[0]
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause}")
+        _save(failed, {"cause": cause, "status": 2 if isinstance(error, InputError) else 1})
         raise
     seconds = time.perf_counter() - begin
     made = [os.path.relpath(path, done.parent) for path, when in _made(folder).items() if before.get(path) != when]
-    failed.unlink()
-    done.write_text(json.dumps({"seconds": round(seconds, 1), "made": made}, indent=1))
     print(f"== {name} took {seconds:.0f} s")
+    failed.unlink()
+    _save(done, {"seconds": round(seconds, 1), "made": made})
 
 
 def _made(folder: Path) -> dict[Path, int]:

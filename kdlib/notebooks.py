@@ -245,7 +245,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     listing = output.with_name(f".{output.stem}.{os.getpid()}.runs")
     given = [str(part) for name, value in parameters.items() for part in ("-p", name, _text(value))]
-    again = [sys.executable, "-m", "kdlib.notebooks", "run", str(notebook), "-o", str(output), *given]
+    again = [sys.executable, "-m", "kdlib.notebooks", "run", str(notebook), "-o", str(output.resolve()), *given]
     inherited = {  # by the kernel: lines, not bars, in a log; what stands in the manifests of the runs that it trains
         "KDLIB_PROGRESS": "plain", "KDLIB_NOTEBOOK": str(output.resolve()), "KDLIB_TRAINED": str(listing.resolve()),
         "KDLIB_RERUN": shlex.join(again),
