@@ -52,13 +52,14 @@ class Failure:
 
 
 def run_jobs(
-    experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path, place: Place,
-    again: Sequence[str] = (),
+    experiments: Sequence[str], parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object],
+    notebooks: Path, place: Place, again: Sequence[str] = (),
 ) -> list[Failure]:  # fmt: skip
     """Runs experiments, and whatever they wait for, as far as they are not up to date; a failure holds up no other job.
 
     Args:
-        experiments: parameters of each experiment's notebook.
+        experiments: their names.
+        parameters: of each experiment's notebook, and of "01_baseline", which trains the teachers of the others.
         shared: the study's parameters (see `kdlib.notebooks.study_parameters`).
         notebooks: the folder of the notebooks.
         again: experiments to run even where they are up to date.
@@ -67,12 +68,14 @@ def run_jobs(
         The jobs that failed; empty when all went well.
 
     Raises:
-        InputError: the study's folder cannot be written.
+        InputError: the study's folder cannot be written, or cannot be handed to a cluster.
     """
     folder = Path(str(shared["results"])) / str(shared["study"])
+    if place.executor != "local" and "'" in f"{folder}{SNAKEFILE}":
+        raise InputError(f"{folder}: Snakemake quotes paths by ' for a cluster, so none may hold one; rename it")
     with _alone(folder) as lock:
         _forget(folder, again)
-        plan = _plan(experiments, shared, notebooks, place)
+        plan = _plan(experiments, parameters, shared, notebooks, place)
         failed = _snakemake(folder, plan, place, lock, "all")
         if failed and any((folder / "jobs" / name / "done.json").exists() for name in experiments if name > "01"):
             last = [f"jobs/{name}/done.json" for name in ("06_figures",) if name in experiments]
@@ -82,9 +85,9 @@ def run_jobs(
         return _failures(folder, experiments) if failed else []
 
 
-def foresee(experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
+def foresee(parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
     """Prints what experiments would train (see `kdlib.plan`, which needs torch); returns the exit status."""
-    plan = {"experiments": experiments, "shared": shared, "notebooks": str(notebooks.resolve())}
+    plan = {"parameters": parameters, "shared": shared, "notebooks": str(notebooks.resolve())}
     command = [sys.executable, "-P", "-m", "kdlib.plan"]
     done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, env=_environment())
     print(done.stdout, end="")
@@ -136,17 +139,17 @@ def _forget(folder: Path, again: Sequence[str]) -> None:
 
 
 def _plan(
-    experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path, place: Place
-) -> dict[str, object]:
+    experiments: Sequence[str], parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object],
+    notebooks: Path, place: Place,
+) -> dict[str, object]:  # fmt: skip
     """What the Snakefile has to know, as JSON."""
     trained = sum(name not in ("00_data", "06_figures") for name in experiments)
     width = max(1, trained * len(shared["folds"]) * len(shared["seeds"]))
     gpu = int(str(shared["device"]).startswith("cuda") or (shared["device"] == "auto" and _has_gpu()))
     cores = place.cores or (usable_cores() if place.executor == "local" else 2)
     return {
-        "experiments": {
-            name: {key: _text(value) for key, value in values.items()} for name, values in experiments.items()
-        },
+        "experiments": list(experiments),
+        "parameters": {name: {key: _text(value) for key, value in each.items()} for name, each in parameters.items()},
         "folds": list(shared["folds"]), "seeds": list(shared["seeds"]), "notebooks": str(notebooks.resolve()),
         "threads": max(1, cores // (1 if gpu else width)) if place.executor == "local" else cores, "gpu": gpu,
         "state": _state(str(shared["data"])), "report": (ROOT / "kdlib" / "report.py").is_file(), "ended": False,
@@ -213,7 +216,7 @@ def _environment() -> dict[str, str]:
 def _options(place: Place) -> list[str]:
     """Snakemake's options for this machine, or for a cluster: there a job that was killed is tried once more."""
     if place.executor == "local":
-        return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1", "--quiet", "all"]
+        return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1"]
     options = ["--executor", place.executor, "--jobs", "100", "--retries", "1"]
     options += ["--quiet", "rules", "progress", "reason", "host"]
     if place.executor == "slurm":
@@ -239,7 +242,7 @@ def _stopping(process: subprocess.Popen) -> Iterator[None]:
         raise
 
 
-def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
+def _failures(folder: Path, experiments: Sequence[str]) -> list[Failure]:
     found = []
     for path in sorted(folder.glob("jobs/*/failed.json")):
         record = json.loads(path.read_text())
@@ -248,8 +251,8 @@ def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
     if report.exists() and not (folder / "report.html").exists():
         found.append(Failure("report", (report.read_text().strip().splitlines() or [KILLED])[-1], 1))
     if not found:  # Snakemake itself: an option or a plugin that is not there, no allocation
-        log = (folder / "jobs" / "snakemake.log").read_text().strip().splitlines()
-        found.append(Failure("snakemake", log[-1] if log else "see above", 1))
+        log = folder / "jobs" / "snakemake.log"
+        found.append(Failure("snakemake", (log.read_text().strip().splitlines() or ["see above"])[-1] + f" ({log})", 1))
     ended = {failure.job for failure in found} | {path.parent.name for path in folder.glob("jobs/*/done.json")}
     return found + [Failure(name, WAITING, 1) for name in experiments if name not in ended]
 

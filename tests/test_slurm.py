@@ -67,7 +67,7 @@ def job_of(wildcards: str, environment: dict[str, str]) -> str:
 
 @pytest.mark.slow
 def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, tmp_path, capfd):
-    results = tmp_path / "it's $HOME & more"
+    results = tmp_path / 'my "$HOME" & more'
     command = [
         sys.executable, "-m", "kdlib.notebooks", "study", "--results", results, "--study", "tiny", "--device", "cpu",
         "--only", "01_baseline", "--notebooks", training_only(tmp_path / "notebooks"), "--changes", json.dumps(CHANGES),

@@ -76,7 +76,8 @@ def graph(capsys, notebooks: Path, folds: list[int], seeds: list[int], only: lis
     """Pairs of (job, job that waits for it), as Snakemake sees them."""
     results = str(notebooks.parent / "results")
     shared = study_parameters("phantom", "spleen", "quick", "corrected", folds, seeds, "cpu", results, "s")
-    assert run_jobs(plan_study(shared, only, notebooks), shared, notebooks, Place(options=("--dag",))) == []
+    dry = Place(options=("--dag",))
+    assert run_jobs(only, plan_study(shared, [*only, "01_baseline"], notebooks), shared, notebooks, dry) == []
     dot = capsys.readouterr().out
     names = {}
     for number, label in re.findall(r'(\d+)\[label = "([^"]*)"', dot):
@@ -153,7 +154,7 @@ def test_failures_hold_up_nothing_else_and_are_told_with_cause_and_remedy(tmp_pa
     assert [line for line in errors.splitlines() if line.startswith("failed")] == [
         "failed: 01_baseline: loss became nan",
         f"failed: 02_distillation: {KILLED}",
-        "failed: 04_loss_comparison: 04_loss_comparison.ipynb stopped in cell [2]: ZeroDivisionError",
+        "failed: 04_loss_comparison: 04_loss_comparison.ipynb stopped in cell [3]: ZeroDivisionError",
     ]
     assert f"--results '{results}'" in errors, "can be pasted into a shell"
     made = [line.strip() for line in printed.partition("made in ")[2].splitlines()[1:]]
@@ -164,6 +165,11 @@ def test_failures_hold_up_nothing_else_and_are_told_with_cause_and_remedy(tmp_pa
     again = jobs(capsys.readouterr().out)
     assert {"01_baseline", "02_distillation", "04_loss_comparison", "06_figures"} <= set(again)
     assert "03_ablation" not in again or "teacher-T1-fold0" in again
+
+
+def test_a_path_that_snakemake_would_break_on_a_cluster_is_refused(tmp_path, notebooks, capsys):
+    assert main(study(notebooks, tmp_path / "it's", "--executor", "slurm")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/it's/s: Snakemake quotes paths by '")
 
 
 def test_input_that_a_notebook_refuses_is_one_line_and_stops_what_needs_it(tmp_path, notebooks, capsys):
