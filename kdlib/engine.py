@@ -77,12 +77,20 @@ def run_jobs(
         _forget(folder, again)
         plan = _plan(experiments, parameters, shared, notebooks, place)
         failed = _snakemake(folder, plan, place, lock, "all")
-        if failed and any((folder / "jobs" / name / "done.json").exists() for name in experiments if name > "01"):
-            last = [f"jobs/{name}/done.json" for name in ("06_figures",) if name in experiments]
-            last += ["report.html"] if plan["report"] else []
-            rules = ["--allowed-rules", "figures", "report"]
-            _snakemake(folder, plan | {"ended": True}, place, lock, *last, *rules)
+        if failed:
+            _draw_what_there_is(folder, plan, place, lock)
         return _failures(folder, experiments) if failed else []
+
+
+def _draw_what_there_is(folder: Path, plan: Mapping[str, object], place: Place, lock: int) -> None:
+    """Figures and report of those experiments that ended, after others failed."""
+    done = [name for name in plan["experiments"] if (folder / "jobs" / name / "done.json").exists()]
+    last = [f"jobs/{name}/done.json" for name in plan["experiments"] if name == "06_figures" and name not in done]
+    last += ["report.html"] if plan["report"] else []
+    tried = (folder / "jobs" / "06_figures" / "failed.json").exists() or (folder / "jobs" / "report.log").exists()
+    if last and not tried and any(name > "01" for name in done):
+        rules = ["--allowed-rules", "figures", "report"]
+        _snakemake(folder, {**plan, "ended": True}, place, lock, *last, *rules)
 
 
 def foresee(parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
