@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
-EXPERIMENTS = config["experiments"]  # name -> its parameters as text
+EXPERIMENTS, PARAMETERS = config["experiments"], config["parameters"]
 FOLDS, SEEDS = config["folds"], config["seeds"]
 TEACHERS = {  # whose runs an experiment builds on; the bridge trains teachers of its own at every stage
     "01_baseline": ("T1", "T2"),
@@ -38,13 +38,13 @@ wildcard_constraints:
 
 def values(experiment, **changed):
     """The parameters of a notebook, as words of a command line."""
-    parameters = EXPERIMENTS[experiment] | {name: str(value) for name, value in changed.items()}
+    parameters = PARAMETERS[experiment] | {name: str(value) for name, value in changed.items()}
     return [word for name, value in parameters.items() for word in ("-p", name, value)]
 
 
 def narrow(experiment, job, **changed):
     """The same for a job that is cut out of a study: its tables and figures stay with it."""
-    return values(experiment, study=f"{EXPERIMENTS[experiment]['study']}/jobs/{job}", **changed)
+    return values(experiment, study=f"{PARAMETERS[experiment]['study']}/jobs/{job}", **changed)
 
 
 def notebook(experiment):

@@ -52,13 +52,14 @@ class Failure:
 
 
 def run_jobs(
-    experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path, place: Place,
-    again: Sequence[str] = (),
+    experiments: Sequence[str], parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object],
+    notebooks: Path, place: Place, again: Sequence[str] = (),
 ) -> list[Failure]:  # fmt: skip
     """Runs experiments, and whatever they wait for, as far as they are not up to date; a failure holds up no other job.
 
     Args:
-        experiments: parameters of each experiment's notebook.
+        experiments: their names.
+        parameters: of each experiment's notebook, and of "01_baseline", which trains the teachers of the others.
         shared: the study's parameters (see `kdlib.notebooks.study_parameters`).
         notebooks: the folder of the notebooks.
         again: experiments to run even where they are up to date.
@@ -67,24 +68,34 @@ def run_jobs(
         The jobs that failed; empty when all went well.
 
     Raises:
-        InputError: the study's folder cannot be written.
+        InputError: the study's folder cannot be written, or cannot be handed to a cluster.
     """
     folder = Path(str(shared["results"])) / str(shared["study"])
+    if place.executor != "local" and "'" in f"{folder}{SNAKEFILE}":
+        raise InputError(f"{folder}: Snakemake quotes paths by ' for a cluster, so none may hold one; rename it")
     with _alone(folder) as lock:
         _forget(folder, again)
-        plan = _plan(experiments, shared, notebooks, place)
+        plan = _plan(experiments, parameters, shared, notebooks, place)
         failed = _snakemake(folder, plan, place, lock, "all")
-        if failed and any((folder / "jobs" / name / "done.json").exists() for name in experiments if name > "01"):
-            last = [f"jobs/{name}/done.json" for name in ("06_figures",) if name in experiments]
-            last += ["report.html"] if plan["report"] else []
-            rules = ["--allowed-rules", "figures", "report"]
-            _snakemake(folder, plan | {"ended": True}, place, lock, *last, *rules)
+        if failed:
+            _draw_what_there_is(folder, plan, place, lock)
         return _failures(folder, experiments) if failed else []
 
 
-def foresee(experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
+def _draw_what_there_is(folder: Path, plan: Mapping[str, object], place: Place, lock: int) -> None:
+    """Figures and report of those experiments that ended, after others failed."""
+    done = [name for name in plan["experiments"] if (folder / "jobs" / name / "done.json").exists()]
+    last = [f"jobs/{name}/done.json" for name in plan["experiments"] if name == "06_figures" and name not in done]
+    last += ["report.html"] if plan["report"] else []
+    tried = (folder / "jobs" / "06_figures" / "failed.json").exists() or (folder / "jobs" / "report.log").exists()
+    if last and not tried and any(name > "01" for name in done):
+        rules = ["--allowed-rules", "figures", "report"]
+        _snakemake(folder, {**plan, "ended": True}, place, lock, *last, *rules)
+
+
+def foresee(parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path) -> int:
     """Prints what experiments would train (see `kdlib.plan`, which needs torch); returns the exit status."""
-    plan = {"experiments": experiments, "shared": shared, "notebooks": str(notebooks.resolve())}
+    plan = {"parameters": parameters, "shared": shared, "notebooks": str(notebooks.resolve())}
     command = [sys.executable, "-P", "-m", "kdlib.plan"]
     done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, env=_environment())
     print(done.stdout, end="")
@@ -95,11 +106,9 @@ def foresee(experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """Holds a study's folder against a second engine; Snakemake inherits the lock, so it outlives a killed parent."""
-    try:
+    with _writing(folder):
         (folder / "jobs").mkdir(parents=True, exist_ok=True)
         file = (folder / "jobs" / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): mend that, or choose other results") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,28 +118,46 @@ def _alone(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): mend that, or choose other results") from None
+
+
+def _save(path: Path, record: Mapping[str, object]) -> None:
+    """Writes JSON whole or not at all."""
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        partial.write_text(json.dumps(record, indent=1))
+        os.replace(partial, path)
+
+
 def _forget(folder: Path, again: Sequence[str]) -> None:
     """Removes what is said of earlier failures, and the ends of jobs that are to run again or whose files are gone."""
-    for record in folder.glob("jobs/*/failed.json"):
-        record.unlink()
-    for record in folder.glob("jobs/*/done.json"):
-        made = json.loads(record.read_text() or "{}").get("made", [])
-        if record.parent.name in again or not all((record.parent / path).exists() for path in made):
+    with _writing(folder):
+        for record in [*folder.glob("jobs/*/failed.json"), *folder.glob("jobs/report.log")]:
             record.unlink()
+        for record in folder.glob("jobs/*/done.json"):
+            made = json.loads(record.read_text())["made"]
+            if record.parent.name in again or not all((record.parent / path).exists() for path in made):
+                record.unlink()
 
 
 def _plan(
-    experiments: Mapping[str, Mapping[str, object]], shared: Mapping[str, object], notebooks: Path, place: Place
-) -> dict[str, object]:
+    experiments: Sequence[str], parameters: Mapping[str, Mapping[str, object]], shared: Mapping[str, object],
+    notebooks: Path, place: Place,
+) -> dict[str, object]:  # fmt: skip
     """What the Snakefile has to know, as JSON."""
     trained = sum(name not in ("00_data", "06_figures") for name in experiments)
     width = max(1, trained * len(shared["folds"]) * len(shared["seeds"]))
     gpu = int(str(shared["device"]).startswith("cuda") or (shared["device"] == "auto" and _has_gpu()))
     cores = place.cores or (usable_cores() if place.executor == "local" else 2)
     return {
-        "experiments": {
-            name: {key: _text(value) for key, value in values.items()} for name, values in experiments.items()
-        },
+        "experiments": list(experiments),
+        "parameters": {name: {key: _text(value) for key, value in each.items()} for name, each in parameters.items()},
         "folds": list(shared["folds"]), "seeds": list(shared["seeds"]), "notebooks": str(notebooks.resolve()),
         "threads": max(1, cores // (1 if gpu else width)) if place.executor == "local" else cores, "gpu": gpu,
         "state": _state(str(shared["data"])), "report": (ROOT / "kdlib" / "report.py").is_file(), "ended": False,
@@ -165,7 +192,7 @@ def _state(data: str) -> str:
 
 def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int, *targets: str) -> bool:
     """Runs Snakemake in the study's folder, shows what the jobs print, and returns whether anything failed."""
-    (folder / "jobs" / "study.json").write_text(json.dumps(plan, indent=1))
+    _save(folder / "jobs" / "study.json", plan)
     local = place.executor == "local"
     command = [
         sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE), "--directory", str(folder),
@@ -177,11 +204,15 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log if local else subprocess.STDOUT,
             text=True, errors="replace", env=_environment(), pass_fds=[lock], process_group=0,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
         )  # fmt: skip
         with process, _stopping(process):
-            for line in process.stdout:
-                print(line, end="")
+            _show(process)
     return process.returncode != 0
+
+
+def _has_accounting() -> bool:
+    return shutil.which("sacct") is not None and subprocess.run(["sacct"], capture_output=True).returncode == 0
 
 
 def _environment() -> dict[str, str]:
@@ -193,12 +224,19 @@ def _environment() -> dict[str, str]:
 def _options(place: Place) -> list[str]:
     """Snakemake's options for this machine, or for a cluster: there a job that was killed is tried once more."""
     if place.executor == "local":
-        return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1", "--quiet", "all"]
+        return ["--cores", str(place.cores or usable_cores()), "--resources", "gpu=1"]
     options = ["--executor", place.executor, "--jobs", "100", "--retries", "1"]
     options += ["--quiet", "rules", "progress", "reason", "host"]
-    if place.executor == "slurm":  # else a $ in a path would be the shell's
-        options.append("--slurm-pass-command-as-script")
+    if place.executor == "slurm":
+        options.append("--slurm-pass-command-as-script")  # else a $ in a path would be the shell's
+        if not _has_accounting():
+            options += ["--slurm-status-command", "squeue"]  # else it would wait for ever
     return [*options, "--default-resources", "runtime=1440", "mem_mb=16000"]
+
+
+def _show(process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        print(line, end="")
 
 
 @contextmanager
@@ -208,11 +246,11 @@ def _stopping(process: subprocess.Popen) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait()
+        _show(process)  # else a job could wait for somebody to read what it says
         raise
 
 
-def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
+def _failures(folder: Path, experiments: Sequence[str]) -> list[Failure]:
     found = []
     for path in sorted(folder.glob("jobs/*/failed.json")):
         record = json.loads(path.read_text())
@@ -221,8 +259,8 @@ def _failures(folder: Path, experiments: Mapping[str, object]) -> list[Failure]:
     if report.exists() and not (folder / "report.html").exists():
         found.append(Failure("report", (report.read_text().strip().splitlines() or [KILLED])[-1], 1))
     if not found:  # Snakemake itself: an option or a plugin that is not there, no allocation
-        log = (folder / "jobs" / "snakemake.log").read_text().strip().splitlines()
-        found.append(Failure("snakemake", log[-1] if log else "see above", 1))
+        log = folder / "jobs" / "snakemake.log"
+        found.append(Failure("snakemake", (log.read_text().strip().splitlines() or ["see above"])[-1] + f" ({log})", 1))
     ended = {failure.job for failure in found} | {path.parent.name for path in folder.glob("jobs/*/done.json")}
     return found + [Failure(name, WAITING, 1) for name in experiments if name not in ended]
 
@@ -239,23 +277,22 @@ def recorded(done: Path, folder: Path) -> Iterator[None]:
         folder: of the study, or of the narrow job, whose tables and figures it makes.
     """
     name, failed, begin = done.parent.name, done.with_name("failed.json"), time.perf_counter()
-    done.parent.mkdir(parents=True, exist_ok=True)
-    failed.write_text(json.dumps({"cause": KILLED, "status": 1}))
+    _save(failed, {"cause": KILLED, "status": 1})
     before = _made(folder)
     print(f"== {name}")
     try:
         with contextlib.redirect_stdout(_Labelled(sys.stdout, name)):
             yield
     except BaseException as error:
-        cause = (str(error) or "stopped").splitlines()[0]
-        failed.write_text(json.dumps({"cause": cause, "status": 2 if isinstance(error, InputError) else 1}))
+        cause = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).partition("\n")[0]
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause}")
+        _save(failed, {"cause": cause, "status": 2 if isinstance(error, InputError) else 1})
         raise
     seconds = time.perf_counter() - begin
     made = [os.path.relpath(path, done.parent) for path, when in _made(folder).items() if before.get(path) != when]
-    failed.unlink()
-    done.write_text(json.dumps({"seconds": round(seconds, 1), "made": made}, indent=1))
     print(f"== {name} took {seconds:.0f} s")
+    failed.unlink()
+    _save(done, {"seconds": round(seconds, 1), "made": made})
 
 
 def _made(folder: Path) -> dict[Path, int]:

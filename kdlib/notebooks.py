@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +245,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     listing = output.with_name(f".{output.stem}.{os.getpid()}.runs")
     given = [str(part) for name, value in parameters.items() for part in ("-p", name, _text(value))]
-    again = [sys.executable, "-m", "kdlib.notebooks", "run", str(notebook), "-o", str(output), *given]
+    again = [sys.executable, "-m", "kdlib.notebooks", "run", str(notebook), "-o", str(output.resolve()), *given]
     inherited = {  # by the kernel: lines, not bars, in a log; what stands in the manifests of the runs that it trains
         "KDLIB_PROGRESS": "plain", "KDLIB_NOTEBOOK": str(output.resolve()), "KDLIB_TRAINED": str(listing.resolve()),
         "KDLIB_RERUN": shlex.join(again),
@@ -334,7 +334,7 @@ def study_parameters(
 
 
 def plan_study(
-    shared: Mapping[str, object], experiments: Sequence[str], notebooks: Path
+    shared: Mapping[str, object], experiments: Iterable[str], notebooks: Path
 ) -> dict[str, dict[str, object]]:
     """The parameters of each experiment's notebook: of the shared ones those that it declares.
 
@@ -464,12 +464,12 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
         results=options.results, study=options.study, changes=_changes(options.changes), on_defect=options.on_defect,
     )  # fmt: skip
     place = _place(options)
-    plans = plan_study(shared, experiments, options.notebooks)
+    plans = plan_study(shared, dict.fromkeys([*experiments, "01_baseline"]), options.notebooks)
     print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
     print(f"profile {options.profile} against the thesis: {tailor(options.profile, shared['changes']).shrinks}")
     if options.dry_run:
-        return foresee(plans, shared, options.notebooks)
-    failures = run_jobs(plans, shared, options.notebooks, place, again=options.only or ())
+        return foresee({name: plans[name] for name in experiments}, shared, options.notebooks)
+    failures = run_jobs(experiments, plans, shared, options.notebooks, place, again=options.only or ())
     if failures and all(failure.status == 2 for failure in failures if failure.cause != WAITING):
         raise InputError("\n".join(dict.fromkeys(failure.cause for failure in failures if failure.cause != WAITING)))
     folder = Path(str(shared["results"])) / str(shared["study"])

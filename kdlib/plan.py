@@ -104,7 +104,7 @@ def describe(plan: Mapping[str, object]) -> str:
     place = pick_device(shared["device"])
     device = str(place) if place.type == "cpu" else torch.cuda.get_device_name(place)
     past = past_runs(results)
-    for name, parameters in plan["experiments"].items():
+    for name, parameters in plan["parameters"].items():
         runs = {run_key(run, results): run for run in wanted(Path(plan["notebooks"], f"{name}.ipynb"), parameters)}
         missing = {key: run for key, run in runs.items() if not is_done(run, results)}
         lines.append(
