@@ -44,14 +44,15 @@ from kdlib.device import autocast, pick_device
 from kdlib.distill import Taps, scales_of
 from kdlib.evaluate import predict_cases
 from kdlib.figures import ERRORS, STYLE
+from kdlib.metrics import METRICS
 from kdlib.models import MODELS
 from kdlib.recipes import thesis_recipe
 from kdlib.runs import Source, load_weights, run_key, run_source
 from kdlib.train import Arm, new_arm, new_model, order, shuffle, teach, train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
-# of classes, for the colour-blind (Paul Tol's "light")
-COLOURS = ("#EE8866", "#77AADD", "#44BB99", "#EEDD88", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00", "#DDDDDD")
+# of classes, for the colour-blind (after Paul Tol), other than those of errors
+COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
 FITTING = 60  # steps that projectors, which a run does not keep, are fitted for
 DRAWS = 8  # of a contrast's pixels, that a term's gradient is averaged over
@@ -515,7 +516,7 @@ def _weights(student: Finished, arm: Arm) -> dict[str, float]:
 
 
 def compare(a: Finished, b: Finished, metric: str = "dice") -> pd.DataFrame:
-    """Two runs by test case: case, patient, class, a, b and difference (a minus b), the least favourable to `a` first.
+    """Two runs by test case: case, patient, class, a, b and difference (a minus b), from the least favourable to `a`.
 
     Raises:
         InputError: no such metric, or the runs were tested on no case in common.
@@ -528,7 +529,8 @@ def compare(a: Finished, b: Finished, metric: str = "dice") -> pd.DataFrame:
         raise InputError(
             f"{a.run.name} ({a.key}) and {b.run.name} ({b.key}) were tested on no case in common: choose one fold"
         )
-    return both.assign(difference=both["a"] - both["b"]).sort_values("difference", ignore_index=True)
+    upwards = METRICS[metric].higher is not False
+    return both.assign(difference=both["a"] - both["b"]).sort_values("difference", ascending=upwards, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------------ a training in place
@@ -635,7 +637,7 @@ def draw_slice(seen: Look, number: int) -> Figure:
 
 @rc_context(STYLE)
 def draw_gradients(found: Gradients) -> Figure:
-    """The slice with truth and region, and for each term where it pulls; darker pulls harder, each on its own scale."""
+    """The slice with truth and region, and for each term where it pulls; brighter pulls harder, each on its own scale."""
     columns = 1 + len(found.maps)
     figure = _figure(2.2 * min(columns, 5), 2.5 * -(-columns // 5))
     axes = figure.subplots(-(-columns // 5), min(columns, 5), squeeze=False).flatten()
@@ -645,7 +647,7 @@ def draw_gradients(found: Gradients) -> Figure:
     axes[0].set_title("slice, truth and region", fontsize=8)
     for ax, (name, pulls) in zip(axes[1:], found.maps.items(), strict=False):
         picture = ax.imshow(pulls, cmap="magma", vmin=0, vmax=float(pulls.max()) or 1.0)
-        figure.colorbar(picture, ax=ax, shrink=0.8, format="%.0e").ax.tick_params(labelsize=6)
+        figure.colorbar(picture, ax=ax, shrink=0.8, format="%.1e").ax.tick_params(labelsize=6)
         ax.set_title(f"pull of {name}", fontsize=8)
     for ax in axes[:columns]:
         box = Rectangle(
@@ -660,17 +662,19 @@ def draw_gradients(found: Gradients) -> Figure:
 @rc_context(STYLE)
 def draw_comparison(table: pd.DataFrame, a: str, b: str, metric: str = "dice") -> Figure:
     """Two runs by case, from `compare`: a row a case (classes averaged), the least favourable to `a` on top."""
-    rows = table.groupby("case")[["a", "b", "difference"]].mean().sort_values("difference")
-    figure = _figure(6.0, 1.1 + 0.16 * len(rows))
+    rows = table.groupby("case")[["a", "b", "difference"]].mean()
+    rows = rows.sort_values("difference", ascending=METRICS[metric].higher is not False)
+    figure = _figure(6.0, 1.3 + 0.16 * len(rows))
     ax = figure.subplots()
     at = np.arange(len(rows))
     ax.hlines(at, rows["b"], rows["a"], color="#999999", linewidth=1)
     ax.plot(rows["b"], at, "o", color="#56B4E9", label=b, markersize=5)
     ax.plot(rows["a"], at, "D", color="#D55E00", label=a, markersize=4)
-    ax.set(xlabel=metric, ylim=(len(rows) - 0.5, -0.5))
+    name, unit, _ = METRICS[metric]
+    ax.set(xlabel=f"{name} ({unit})" if unit else name, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(at, rows.index)
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-    figure.legend(loc="outside upper center", ncols=2)
+    figure.legend(loc="outside upper center")
     return figure
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kdlib import explore
 from kdlib.config import InputError, TrainingError
 from kdlib.figures import ERRORS
+from kdlib.metrics import METRICS
 
 
 def picture(figure: Figure, dpi: int = 110) -> bytes:
@@ -296,7 +297,7 @@ class ComparisonPanel(widgets.VBox):
     def __init__(self, pick: Picker, other: str = ""):
         self.pick = pick
         self.other = _dropdown("against")
-        self.metric = _dropdown("metric", ["dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error"])
+        self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
         self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         super().__init__([self.other, self.metric, self.message, self.image])
         for chooser in (self.other, self.metric):

@@ -231,6 +231,7 @@ def test_two_runs_are_compared_by_case_with_the_worst_first(find):
     pd.testing.assert_series_equal(table.set_index("case")["a"].sort_index(), a.sort_index(), check_names=False)
     assert table["difference"].is_monotonic_increasing
     assert table["difference"].min() == pytest.approx((a - b).min())
+    assert explore.compare(student, teacher, "hd95")["difference"].is_monotonic_decreasing, "a lower distance is better"
     assert explore.compare(student, student)["difference"].eq(0).all()
     with pytest.raises(InputError, match="metric 'dise' does not exist: choose from assd, dice"):
         explore.compare(student, teacher, "dise")
