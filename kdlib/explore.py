@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ PHANTOM = "Phantom"  # name of the built-in data set, which every results folder
 # of classes, for the colour-blind (after Paul Tol), other than those of errors
 COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
-FITTING = 60  # steps that projectors, which a run does not keep, are fitted for
+FITTING = 40  # steps that projectors, which a run does not keep, are fitted for
 DRAWS = 8  # of a contrast's pixels, that a term's gradient is averaged over
 
 
@@ -637,7 +638,7 @@ def draw_slice(seen: Look, number: int) -> Figure:
 
 @rc_context(STYLE)
 def draw_gradients(found: Gradients) -> Figure:
-    """The slice with truth and region, and for each term where it pulls; brighter pulls harder, each on its own scale."""
+    """The slice with truth and region, and for each term where it pulls, brighter is harder, each on its own scale."""
     columns = 1 + len(found.maps)
     figure = _figure(2.2 * min(columns, 5), 2.5 * -(-columns // 5))
     axes = figure.subplots(-(-columns // 5), min(columns, 5), squeeze=False).flatten()
@@ -685,20 +686,25 @@ def draw_history(histories: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         histories: name -> history of `train_small` (or of a run).
     """
-    figure = _figure(8.5, 3.0)
+    figure = _figure(8.5, 3.2)
     axes = figure.subplots(1, 3)
-    for (title, history), style in zip(histories.items(), ("-", "--", ":", "-."), strict=False):
+    lines = dict(zip(histories, ("-", "--", ":", "-."), strict=False))
+    for title, history in histories.items():
         shares = [name for name in history["name"].unique() if name.startswith("share/")]
         for ax, names in zip(axes, (["val_dice"], ["loss", "segmentation"], shares), strict=True):
             for number, name in enumerate(names):
                 curve = history[history["name"] == name]
-                label = title if name == "val_dice" else f"{name.removeprefix('share/')}, {title}"
-                ax.plot(curve["epoch"], curve["value"], style, color=f"C{number}", marker=".", label=label)
+                how = dict(color=f"C{number}", label=name.removeprefix("share/"))
+                ax.plot(curve["epoch"], curve["value"], lines[title], marker=".", **how)
     last = max(history["epoch"].max() for history in histories.values())
     for ax, title in zip(axes, ("validation Dice", "losses", "shares of the gradient"), strict=True):
         ax.set(title=title, xlabel="epoch", xlim=(0.7, last + 0.3))
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.ticklabel_format(axis="y", useOffset=False)
-        if ax.lines:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(histories))
+        handles, labels = ax.get_legend_handles_labels()
+        colours = {label: Patch(color=line.get_color()) for label, line in zip(labels, handles, strict=True)}
+        if len(colours) > 1:
+            ax.legend(colours.values(), colours, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    trained = [Line2D([], [], color="black", linestyle=line, label=title) for title, line in lines.items()]
+    figure.legend(handles=trained, loc="outside upper left", ncols=4)
     return figure

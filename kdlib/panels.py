@@ -284,7 +284,8 @@ class GradientPanel(widgets.VBox):
             self.message.value = f"<b>{error}</b>"
             return
         self.image.value = picture(explore.draw_gradients(found))
-        self.table.value = found.table.to_html(index=False, float_format="{:.3g}".format, border=0)
+        table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
+        self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
         self.message.value = ""
 
 

@@ -143,7 +143,10 @@ def test_the_notebook_runs_in_jupyterlab_and_the_viewer_shows_the_volume(lab, ch
     assert (pixels(canvas.screenshot()) != before).any(), "the truth is laid over the image"
     centre = canvas.bounding_box()
     canvas.click(position={"x": centre["width"] * 0.25, "y": centre["height"] * 0.7})
+    readout = page.locator(".widget-readout", has_text="24 – 40")  # of a region about the slice's middle
+    playwright.expect(readout).not_to_have_count(2)
     page.get_by_role("button", name="show gradients").click()
+    playwright.expect(page.get_by_text("fitting projectors")).to_have_count(0, timeout=30_000)
     keep(page, "clicked")
     for field in (-2, -1):
         page.locator("input[type=number]").nth(field).fill("2")

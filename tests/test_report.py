@@ -113,7 +113,7 @@ def test_a_small_study_tells_its_data_code_versions_and_trainings(small_study, t
     for part in ("tiny", "runs"):
         shutil.copytree(small_study / part, results / part)
     text = re.sub(r"\s+", " ", Page(write_report(results / "tiny")).text)
-    assert "Phantom, target spleen" in text and "protocol" in text and "trainings 5 " in text
+    assert "Phantom, target spleen" in text and re.search("trainings ?5", text)
     assert re.search(r"versions python 3\.\d+\.\d+; torch 2\.", text) and "cpu, " in text
     assert "All 5 trainings of this study" in text and "KD(T1, S1)" in text and "57,297" in text
     shutil.rmtree(results / "runs")
