@@ -384,7 +384,7 @@ class TrainingPanel(widgets.VBox):
 
         def draw(history) -> None:
             self.histories[title] = history
-            self.image.value = picture(explore.draw_history({**before, title: history}))
+            self.image.value = picture(explore.draw_history({title: history, **before}))
 
         try:
             with self.printed:
