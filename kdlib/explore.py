@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,16 +46,17 @@ from kdlib.distill import Taps, scales_of
 from kdlib.evaluate import predict_cases
 from kdlib.figures.pictures import ERRORS
 from kdlib.figures.style import STYLE
+from kdlib.metrics import METRICS
 from kdlib.models import MODELS
 from kdlib.recipes import thesis_recipe
 from kdlib.runs import Source, load_weights, run_key, run_source
 from kdlib.train import Arm, new_arm, new_model, order, shuffle, teach, train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
-# of classes, for the colour-blind (Paul Tol's "light")
-COLOURS = ("#EE8866", "#77AADD", "#44BB99", "#EEDD88", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00", "#DDDDDD")
+# of classes, for the colour-blind (after Paul Tol), other than those of errors
+COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
-FITTING = 60  # steps that projectors, which a run does not keep, are fitted for
+FITTING = 40  # steps that projectors, which a run does not keep, are fitted for
 DRAWS = 8  # of a contrast's pixels, that a term's gradient is averaged over
 
 
@@ -516,7 +518,7 @@ def _weights(student: Finished, arm: Arm) -> dict[str, float]:
 
 
 def compare(a: Finished, b: Finished, metric: str = "dice") -> pd.DataFrame:
-    """Two runs by test case: case, patient, class, a, b and difference (a minus b), the least favourable to `a` first.
+    """Two runs by test case: case, patient, class, a, b and difference (a minus b), from the least favourable to `a`.
 
     Raises:
         InputError: no such metric, or the runs were tested on no case in common.
@@ -529,7 +531,8 @@ def compare(a: Finished, b: Finished, metric: str = "dice") -> pd.DataFrame:
         raise InputError(
             f"{a.run.name} ({a.key}) and {b.run.name} ({b.key}) were tested on no case in common: choose one fold"
         )
-    return both.assign(difference=both["a"] - both["b"]).sort_values("difference", ignore_index=True)
+    upwards = METRICS[metric].higher is not False
+    return both.assign(difference=both["a"] - both["b"]).sort_values("difference", ascending=upwards, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------------ a training in place
@@ -636,7 +639,7 @@ def draw_slice(seen: Look, number: int) -> Figure:
 
 @rc_context(STYLE)
 def draw_gradients(found: Gradients) -> Figure:
-    """The slice with truth and region, and for each term where it pulls; darker pulls harder, each on its own scale."""
+    """The slice with truth and region, and for each term where it pulls, brighter is harder, each on its own scale."""
     columns = 1 + len(found.maps)
     figure = _figure(2.2 * min(columns, 5), 2.5 * -(-columns // 5))
     axes = figure.subplots(-(-columns // 5), min(columns, 5), squeeze=False).flatten()
@@ -646,7 +649,7 @@ def draw_gradients(found: Gradients) -> Figure:
     axes[0].set_title("slice, truth and region", fontsize=8)
     for ax, (name, pulls) in zip(axes[1:], found.maps.items(), strict=False):
         picture = ax.imshow(pulls, cmap="magma", vmin=0, vmax=float(pulls.max()) or 1.0)
-        figure.colorbar(picture, ax=ax, shrink=0.8, format="%.0e").ax.tick_params(labelsize=6)
+        figure.colorbar(picture, ax=ax, shrink=0.8, format="%.1e").ax.tick_params(labelsize=6)
         ax.set_title(f"pull of {name}", fontsize=8)
     for ax in axes[:columns]:
         box = Rectangle(
@@ -661,17 +664,19 @@ def draw_gradients(found: Gradients) -> Figure:
 @rc_context(STYLE)
 def draw_comparison(table: pd.DataFrame, a: str, b: str, metric: str = "dice") -> Figure:
     """Two runs by case, from `compare`: a row a case (classes averaged), the least favourable to `a` on top."""
-    rows = table.groupby("case")[["a", "b", "difference"]].mean().sort_values("difference")
-    figure = _figure(6.0, 1.1 + 0.16 * len(rows))
+    rows = table.groupby("case")[["a", "b", "difference"]].mean()
+    rows = rows.sort_values("difference", ascending=METRICS[metric].higher is not False)
+    figure = _figure(6.0, 1.3 + 0.16 * len(rows))
     ax = figure.subplots()
     at = np.arange(len(rows))
     ax.hlines(at, rows["b"], rows["a"], color="#999999", linewidth=1)
     ax.plot(rows["b"], at, "o", color="#56B4E9", label=b, markersize=5)
     ax.plot(rows["a"], at, "D", color="#D55E00", label=a, markersize=4)
-    ax.set(xlabel=metric, ylim=(len(rows) - 0.5, -0.5))
+    name, unit, _ = METRICS[metric]
+    ax.set(xlabel=f"{name} ({unit})" if unit else name, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(at, rows.index)
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-    figure.legend(loc="outside upper center", ncols=2)
+    figure.legend(loc="outside upper center")
     return figure
 
 
@@ -682,20 +687,25 @@ def draw_history(histories: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         histories: name -> history of `train_small` (or of a run).
     """
-    figure = _figure(8.5, 3.0)
+    figure = _figure(8.5, 3.2)
     axes = figure.subplots(1, 3)
-    for (title, history), style in zip(histories.items(), ("-", "--", ":", "-."), strict=False):
+    lines = dict(zip(histories, ("-", "--", ":", "-."), strict=False))
+    for title, history in histories.items():
         shares = [name for name in history["name"].unique() if name.startswith("share/")]
         for ax, names in zip(axes, (["val_dice"], ["loss", "segmentation"], shares), strict=True):
             for number, name in enumerate(names):
                 curve = history[history["name"] == name]
-                label = title if name == "val_dice" else f"{name.removeprefix('share/')}, {title}"
-                ax.plot(curve["epoch"], curve["value"], style, color=f"C{number}", marker=".", label=label)
+                how = dict(color=f"C{number}", label=name.removeprefix("share/"))
+                ax.plot(curve["epoch"], curve["value"], lines[title], marker=".", **how)
     last = max(history["epoch"].max() for history in histories.values())
     for ax, title in zip(axes, ("validation Dice", "losses", "shares of the gradient"), strict=True):
         ax.set(title=title, xlabel="epoch", xlim=(0.7, last + 0.3))
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.ticklabel_format(axis="y", useOffset=False)
-        if ax.lines:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(histories))
+        handles, labels = ax.get_legend_handles_labels()
+        colours = {label: Patch(color=line.get_color()) for label, line in zip(labels, handles, strict=True)}
+        if len(colours) > 1:
+            ax.legend(colours.values(), colours, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    trained = [Line2D([], [], color="black", linestyle=line, label=title) for title, line in lines.items()]
+    figure.legend(handles=trained, loc="outside upper left", ncols=4)
     return figure

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kdlib import explore
 from kdlib.config import InputError, TrainingError
 from kdlib.figures import ERRORS
+from kdlib.metrics import METRICS
 
 
 def picture(figure: Figure, dpi: int = 110) -> bytes:
@@ -283,7 +284,8 @@ class GradientPanel(widgets.VBox):
             self.message.value = f"<b>{error}</b>"
             return
         self.image.value = picture(explore.draw_gradients(found))
-        self.table.value = found.table.to_html(index=False, float_format="{:.3g}".format, border=0)
+        table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
+        self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
         self.message.value = ""
 
 
@@ -296,7 +298,7 @@ class ComparisonPanel(widgets.VBox):
     def __init__(self, pick: Picker, other: str = ""):
         self.pick = pick
         self.other = _dropdown("against")
-        self.metric = _dropdown("metric", ["dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error"])
+        self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
         self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         super().__init__([self.other, self.metric, self.message, self.image])
         for chooser in (self.other, self.metric):
@@ -382,7 +384,7 @@ class TrainingPanel(widgets.VBox):
 
         def draw(history) -> None:
             self.histories[title] = history
-            self.image.value = picture(explore.draw_history({**before, title: history}))
+            self.image.value = picture(explore.draw_history({title: history, **before}))
 
         try:
             with self.printed:

@@ -8,14 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from kdlib import figures, statistics
 from kdlib.notebooks import NOTEBOOKS
 from kdlib.report import write_report
 
@@ -103,14 +106,8 @@ def _address(server: subprocess.Popen, log: Path) -> str:
             return f"http://127.0.0.1:{found[1]}/lab/tree/explore.ipynb?token=secret"
         if server.poll() is not None:
             break
-        playwright_sleep()
+        time.sleep(0.1)
     raise AssertionError(log.read_text()[-2000:])
-
-
-def playwright_sleep() -> None:
-    import time
-
-    time.sleep(0.1)
 
 
 def run_all(page, address: str) -> None:
@@ -120,24 +117,80 @@ def run_all(page, address: str) -> None:
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     page.get_by_role("button", name="train", exact=True).wait_for(timeout=120_000)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+
+def shown(page, locator, least: float) -> np.ndarray:
+    """The pixels of an element, once they differ by `least` (standard deviation of 0 to 255): it is not blank."""
+    locator.wait_for(timeout=30_000)
+    locator.scroll_into_view_if_needed()
+    for _ in range(60):
+        seen = pixels(locator.screenshot())
+        if seen.std() > least:
+            return seen
+        page.wait_for_timeout(500)
+    raise AssertionError(f"blank: standard deviation {seen.std():.1f}")
 
 
 def test_the_notebook_runs_in_jupyterlab_and_the_viewer_shows_the_volume(lab, chromium):
     page, outside = open_page(chromium(*SOFTWARE_WEBGL), viewport={"width": 1400, "height": 1000})
     run_all(page, lab)
     canvas = page.locator(".jp-OutputArea canvas").first
-    canvas.wait_for(timeout=30_000)
-    canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(3000)
+    before = shown(page, canvas, 20)
     keep(page, "volume")
-    shown = pixels(canvas.screenshot())
-    keep(page, "volume2")
-    print(shown.std(), outside)
+    page.get_by_label("truth", exact=True).check()
+    page.wait_for_timeout(1000)
+    assert (pixels(canvas.screenshot()) != before).any(), "the truth is laid over the image"
+    centre = canvas.bounding_box()
+    canvas.click(position={"x": centre["width"] * 0.25, "y": centre["height"] * 0.7})
+    readout = page.locator(".widget-readout", has_text="24 – 40")  # of a region about the slice's middle
+    playwright.expect(readout).not_to_have_count(2)
+    page.get_by_role("button", name="show gradients").click()
+    playwright.expect(page.get_by_text("fitting projectors")).to_have_count(0, timeout=30_000)
+    keep(page, "clicked")
+    for field in (-2, -1):
+        page.locator("input[type=number]").nth(field).fill("2")
+        page.locator("input[type=number]").nth(field).press("Tab")
     page.get_by_role("button", name="train", exact=True).click()
-    page.wait_for_timeout(8000)
+    page.get_by_text("not a result: nothing was saved").wait_for(timeout=60_000)
     keep(page, "training")
+    assert outside == []
 
 
-@pytest.fixture(scope="session")
-def small_study():
-    return Path("/tmp/kd/res-lab")
+def test_without_webgl_the_slices_are_shown(lab, chromium):
+    page, _ = open_page(chromium("--disable-gpu", "--disable-3d-apis"), viewport={"width": 1400, "height": 1000})
+    run_all(page, lab)
+    shown(page, page.locator(".jp-OutputArea img").first, 20)
+    keep(page, "slices")
+    assert page.locator(".jp-OutputArea canvas").count() == 0
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme, dark", [("light", False), ("dark", True)])
+def test_the_report_is_readable_in_light_and_dark_wide_and_narrow(report, chromium, scheme, dark, width):
+    page = (
+        chromium("--disable-gpu").new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
+    )
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(report.as_uri())
+    keep(page, f"report-{scheme}-{width}")
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
+    assert said == [], "the page's own policy stops nothing that it needs"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wide tables scroll in their own box"
+    assert page.evaluate("[...document.images].length > 0 && [...document.images].every(i => i.naturalWidth > 100)")
+    corner = pixels(page.screenshot())[-1, -1]
+    assert (corner.mean() < 60) == dark and (corner.mean() > 200) != dark
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, small_study) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "tiny"
+    shutil.copytree(small_study / "tiny", folder)
+    cases = pd.read_csv(folder / "tables" / "02_distillation_cases.csv")
+    figure = figures.dice_per_method(cases[cases["recipe"] != "PMD"])
+    figures.save_figure(figure, folder / "figures", "02_dice_per_method", "Dice of test patients.")
+    table = statistics.pivot_thesis(cases[cases["recipe"] != "PMD"], {})
+    statistics.save_table(table, folder / "tables", "02_distillation", "Distillation.")
+    return write_report(folder)

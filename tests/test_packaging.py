@@ -296,12 +296,30 @@ def test_ci_only_runs_make_test(tmp_path):
     shutil.copy(ROOT / ".ci" / "run", tmp_path / "repo" / ".ci")
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("make", "git", "python3.13", "apt-get"):
+    for name in ("make", "git", "python3.13", "apt-get", "chromium", "slurmctld", "munged"):
         (tools / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$PWD {name} $*" >> "{tmp_path}/log"\n')
         (tools / name).chmod(0o755)
     environment = {"PATH": f"{tools}:/usr/bin:/bin"}
     subprocess.run([tmp_path / "repo" / ".ci" / "run"], env=environment, check=True, capture_output=True)
     assert (tmp_path / "log").read_text() == f"{tmp_path}/repo make test\n"
+
+
+def test_ci_goes_on_where_a_browser_and_slurm_cannot_be_installed(tmp_path):
+    folder, tools = tmp_path / "repo" / ".ci", tmp_path / "tools"
+    folder.mkdir(parents=True)
+    tools.mkdir()
+    script = (ROOT / ".ci" / "run").read_text()
+    (folder / "run").write_text(script.replace(":/usr/sbin:/sbin", ""))
+    for name in ("bash", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    stubs = {"make": "echo made $*", "git": "", "python3.13": "", "id": "echo 0", "apt-get": "exit 100"}
+    for name, does in stubs.items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+    for path in (folder / "run", *(tools / name for name in stubs)):
+        path.chmod(0o755)
+    done = subprocess.run([folder / "run"], env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("+ make test\nmade test\n"), done.stderr
+    assert "warning: chromium slurm-wlm munge could not be installed" in done.stderr
 
 
 @pytest.mark.parametrize("path", ["Makefile", ".ci/run", "requirements.lock", "environment.yml", "pyproject.toml"])
