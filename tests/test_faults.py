@@ -235,11 +235,15 @@ def test_a_disk_that_fills_up_in_a_study_is_one_line_and_goes_on_when_there_is_r
 def test_a_read_only_results_folder_is_one_line_and_a_finished_study_can_be_read_there(phantom, undisturbed, tmp_path):
     disk, trace = tmp_path / "disk", tmp_path / "trace"
     with mounted(disk, "size=60m"):
-        shutil.copytree(undisturbed[0] / "splits", disk / "results" / "splits")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        status, text = finish(start(phantom, disk / "results", trace))
-        assert status == 2 and "Traceback" not in text
-        assert text.startswith("error: ") and "could not be saved" in text and "Read-only file system" in text
+        for part in (None, "splits"):  # with nothing there, and where the first training begins
+            if part:
+                subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+                shutil.copytree(undisturbed[0] / part, disk / "results" / part)
+                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            status, text = finish(start(phantom, disk / "results", trace))
+            assert status == 2 and "Traceback" not in text
+            assert text.startswith("error: ") and "could not be saved" in text and "Read-only file system" in text
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         shutil.copytree(undisturbed[0], disk / "results", dirs_exist_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -286,15 +290,14 @@ def test_sigterm_to_the_wrapper_reaches_the_kernel_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_a_kernel_that_is_killed_costs_its_experiment_alone(phantom, tmp_path):
+def test_a_kernel_that_is_killed_costs_its_experiment_alone(tmp_path):
     folder, results = tmp_path / "notebooks", tmp_path / "results"
     folder.mkdir()
     shared = v4.new_code_cell("data: str = 'phantom'\nresults: str = None\nstudy: str = 's'")
     shared.metadata["tags"] = ["parameters"]
     cells = {
         "00_data": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-        "01_baseline": "raise ZeroDivisionError('odd')",
-        "02_distillation": "print('made', results)",
+        "01_baseline": "print('made', results)",
     }
     for name, source in cells.items():
         nbformat.write(v4.new_notebook(cells=[shared, v4.new_code_cell(source)]), folder / f"{name}.ipynb")
@@ -302,6 +305,5 @@ def test_a_kernel_that_is_killed_costs_its_experiment_alone(phantom, tmp_path):
     done = subprocess.run([*command, "--only", *cells], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
     assert "failed: 00_data: " in done.stderr and "died" in done.stderr
-    assert "failed: 01_baseline: 01_baseline.ipynb stopped in cell [2]: ZeroDivisionError" in done.stderr
     assert "the same command goes on from them:" in done.stderr and f"--results {results}" in done.stderr
-    assert f"made {results}" in done.stdout, "the experiment after them"
+    assert f"made {results}" in done.stdout, "the experiment after it"

@@ -612,7 +612,23 @@ def test_memory_that_does_not_hold_a_cohort_holds_its_halves(phantom, tmp_path, 
     assert "3 arms at once do not fit into memory (CUDA out of memory. Tried" in capsys.readouterr().out
 
 
-def test_a_batch_that_does_not_fit_is_named_and_the_others_go_on(phantom, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_is_split_and_says_so(phantom, tmp_path, monkeypatch, capsys):
+    runs, original = runs_on(phantom), training.losses_of
+
+    def small(arm, batch):
+        if arm.run.teacher and len(batch.images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(arm, batch)
+
+    monkeypatch.setattr(training, "losses_of", small)
+    study(runs, tmp_path, "cpu")
+    parts = [running.manifest(run, tmp_path)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
+    assert parts == [1, 1, 4, 4]
+    printed = capsys.readouterr().out
+    assert "KD(T1, S1) (PMD): batches of 8 slices do not fit into memory (CUDA out of memory.): split into 4" in printed
+
+
+def test_a_batch_that_cannot_be_split_further_is_named_and_the_others_go_on(phantom, tmp_path, monkeypatch):
     runs, original = runs_on(phantom), running.train_cohort
 
     def small(group, *args):
@@ -621,7 +637,7 @@ def test_a_batch_that_does_not_fit_is_named_and_the_others_go_on(phantom, tmp_pa
         return original(group, *args)
 
     monkeypatch.setattr(running, "train_cohort", small)
-    with pytest.raises(TrainingError, match="2 of 3 runs failed.*a batch of 16 slices of 64 x 64 does not fit"):
+    with pytest.raises(TrainingError, match="2 of 3 runs failed.*batches of 2 slices do not fit into memory .CUDA out"):
         study(runs, tmp_path, "cpu")
     assert running.is_done(runs[0], tmp_path)
 
