@@ -312,6 +312,9 @@ def study_parameters(
     for name, numbers in (("folds", folds), ("seeds", seeds)):
         if not numbers:
             raise InputError(f"{name}: give at least one, e.g. 0")
+    for name, text in (("target", target), ("on_defect", on_defect), ("device", device)):
+        if not text.strip() or text.startswith("-"):  # a job could not be given it on its command line
+            raise InputError(f"{name} {text!r}: it must not be empty or begin with '-'")
     if any(fold not in known for fold in folds):
         raise InputError(f"folds {folds}: profile {profile!r} has folds 0 to {known[-1]}")
     if data != "phantom":

@@ -320,6 +320,8 @@ def test_a_study_is_named_after_what_it_is_made_of(tmp_path, monkeypatch, change
         ({"folds": [0, 4]}, "folds 0 to 3"),
         ({"folds": [-1]}, "folds 0 to 3"),
         ({"seeds": []}, "seeds"),
+        ({"target": " "}, "target ' ': it must not be empty"),
+        ({"device": "--help"}, "device '--help'.*begin with '-'"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_before_it_starts(tmp_path, changes, word):
