@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from kdlib import explore
 from kdlib.config import InputError, TrainingError
-from kdlib.figures import ERRORS
+from kdlib.figures.pictures import ERRORS
 from kdlib.metrics import METRICS
 
 
