@@ -74,8 +74,7 @@ def write_cards(folder: Path | str, results: Path | str) -> list[Path]:
     runs = _tables(folder, "runs").drop_duplicates("run", ignore_index=True)
     records = _manifests(runs, results, folder.name)
     cases = _tables(folder, "cases").drop_duplicates(["run", "case", "class", "metric"], ignore_index=True)
-    epochs = _tables(folder, "history").groupby("run")["epoch"].max()
-    arms = pd.DataFrame([_describe(record, epochs[key]) for key, record in records.items()], index=list(records))
+    arms = pd.DataFrame([_describe(record, results / "runs" / key) for key, record in records.items()], list(records))
     written = [_write(folder / "protocol.md", _protocol(folder, results, records, arms, cases))]
     for key, record in records.items():
         weights = results / "runs" / key / "best.safetensors"
@@ -98,7 +97,7 @@ def _tables(folder: Path, part: str) -> pd.DataFrame:
 
 
 def _manifests(runs: pd.DataFrame, results: Path, study: str) -> dict[str, dict]:
-    """Run -> its manifest, in the order of `runs`."""
+    """Run -> its manifest, in the order of `runs`; then those of teachers that the study's tables do not hold."""
     records, faults = {}, []
     for key, arm in zip(runs["run"], runs["arm"], strict=True):
         path = results / "runs" / key / "manifest.json"
@@ -118,16 +117,22 @@ def _manifests(runs: pd.DataFrame, results: Path, study: str) -> dict[str, dict]
             f"study {study}: {len(faults)} of {len(runs)} runs of its tables have no usable manifest: "
             f"{'; '.join(faults[:8])}{more}; bring their folders back, or run the study again"
         )
+    for key in {key: None for record in records.values() for key in record.get("teachers", {}).values()}:
+        path = results / "runs" / key / "manifest.json"
+        if key not in records and path.is_file():
+            teacher = json.loads(path.read_text(encoding="utf-8"))
+            if teacher["run"]["recipe"]["name"] == "teacher":
+                records[key] = teacher
     return records
 
 
-def _describe(record: dict, epochs: int) -> dict[str, object]:
+def _describe(record: dict, folder: Path) -> dict[str, object]:
     """What tables of the protocol say of one run."""
     run, profile = record["run"], record["run"]["profile"]
     teaches = run["recipe"]["name"] == "teacher"
     role = "teacher" if teaches else "distilled" if run["teacher"] else "baseline"
     steps = profile["teacher_steps" if teaches else "student_steps"]
-    how = _optimisation(record, role)
+    how, epochs = _optimisation(record, role), int(pd.read_csv(folder / "history.csv")["epoch"].max())
     return {
         "arm": record["arm"],
         "recipe": run["recipe"]["name"],
@@ -139,9 +144,9 @@ def _describe(record: dict, epochs: int) -> dict[str, object]:
         "optimiser": f"{how['optimiser']}, {how['schedule']}",
         "learning rate": f"{how['lr']:g}",
         "batch": how["batch"],
-        "epochs": int(epochs),
+        "epochs": epochs,
         "steps an epoch": steps or "one pass",
-        "updates": int(epochs) * steps if steps else UNKNOWN,
+        "updates": record.get("steps") or (epochs * steps if steps else UNKNOWN),
         "seconds": record["seconds"]["training"],
     }
 
@@ -373,8 +378,8 @@ def _budgets(every: list[dict], arms: pd.DataFrame) -> list[str]:
         lessons.setdefault((record["run"]["protocol"]["name"], lesson["name"]), _lesson(lesson))
     return [
         "",
-        "Updates are epochs times steps; seconds are those of training, mean of the runs (arms that trained together share "
-        "them); arms of one fold and seed see the same batches. What each recipe is:",
+        "Updates are optimiser steps. Seconds are those of training, mean of the runs; arms that trained together "
+        "share them. Arms of one fold and seed see the same batches. What each recipe is:",
         *_items(f"{name} ({protocol}): {words}" for (protocol, name), words in lessons.items()),
         *_markdown(found),
     ]
@@ -531,6 +536,8 @@ def _limits(every: list[dict], arms: pd.DataFrame, parts: pd.DataFrame, cases: p
         found.append(f"the runs come from {len(commits)} versions of the code: see Code")
     if dirty:
         found.append(f"{dirty} of {len(every)} runs were made with uncommitted changes, or outside a checkout")
+    if split := sum(record.get("micro_batches", 1) > 1 for record in every):
+        found.append(f"the batches of {_count(split, 'run')} were split to fit the memory")
     for name, values in (
         ("devices", {record["device"] for record in every}),
         ("sets of library versions", {json.dumps(record["versions"], sort_keys=True) for record in every}),
@@ -612,7 +619,7 @@ def _card(record: dict, records: dict[str, dict], arms: pd.DataFrame, cases: pd.
         *_items(
             [
                 f"{run['data']}, target {run['target']}: {_count(len(data['train']), 'volume')} to train on "
-                f"({100 * run['fraction']:.0f} % of the training patients' labels), {len(data['val'])} to choose the epoch by",
+                f"({100 * run['fraction']:.0f} % of the training patients' labels), {len(data['val'])} to select by",
                 f"fold {run['fold']}, split `{data['digest']}`; the cases are listed in the protocol",
                 "the data set's terms bind the weights too: look there before passing them on",
             ]
