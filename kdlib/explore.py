@@ -385,7 +385,6 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[Arm, Sli
     arm = new_arm(run, len(student.classes), FITTING, device, networks, bank.patients)
     load_weights(arm.model, student.folder / "best.safetensors")
     arm.model.eval().requires_grad_(False)
-    arm.model.to(device)
     taps = {name: Taps(model, model.scales, scales_of([run.lesson], taught=True)) for name, model in networks.items()}
     learned = [parameter for parameter in arm.distiller.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, 1e-2) if learned else None

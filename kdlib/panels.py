@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ def picture(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def _said(error: Exception) -> str:
+    return f"<b>{html.escape(str(error))}</b>"
 
 
 def _dropdown(name: str, options=()) -> widgets.Dropdown:
@@ -79,7 +84,7 @@ class Picker(widgets.VBox):
                 step()
             self.chosen += 1
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
 
     _filling = False
 
@@ -281,7 +286,7 @@ class GradientPanel(widgets.VBox):
                 self.pick.run, self.pick.teachers, self.pick.case, self.number.value, region
             )  # fmt: skip
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             return
         self.image.value = picture(explore.draw_gradients(found))
         table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
@@ -326,7 +331,7 @@ class ComparisonPanel(widgets.VBox):
             other = explore.load_run(self.pick.results, self.other.value, self.pick.data, self.pick.device)
             table = explore.compare(self.pick.run, other, self.metric.value)
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             return
         labels = self.pick.table.set_index("run")["label"]
         drawn = explore.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
@@ -360,7 +365,7 @@ class TrainingPanel(widgets.VBox):
         try:
             terms = explore.lesson(self.pick.run, self.pick.teachers).recipe.terms
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             terms = ()
         self.button.disabled = not terms
         self.weights = {t.name: _number(t.weight, "weight", 0.05) for t in terms}
@@ -393,6 +398,6 @@ class TrainingPanel(widgets.VBox):
                 )
             self.message.value = "not a result: nothing was saved, and no test case was seen"
         except (InputError, TrainingError) as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
         finally:
             self.button.disabled = False
