@@ -302,13 +302,10 @@ def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> Look:
     role = "teacher" if finished.run.model in TEACHERS else "student"
     masks[f"{role} {finished.run.name}"] = predict_case(finished, case)
     voxels, view = np.asarray(image.dataobj, np.float32), finished.run.view
-    shown = (
-        view.window
-        if finished.source.dataset.modality == "CT"
-        else np.percentile(voxels[voxels != 0], view.percentiles)
-    )
-    low, high = map(float, shown)
-    return Look(case, voxels, image.affine, (low, high), masks, finished.classes, bank.geometry[case])
+    low, high = (0.0, 255.0) if view.published else view.window
+    if finished.source.dataset.modality == "MR" and not view.published:
+        low, high = np.percentile(voxels[voxels != 0], view.percentiles)
+    return Look(case, voxels, image.affine, (float(low), float(high)), masks, finished.classes, bank.geometry[case])
 
 
 def place(geometry: Geometry, voxel: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -59,6 +59,7 @@ class Picker(widgets.VBox):
     """
 
     chosen = traitlets.Int(0)  # counts the choices
+    _filling = False  # while a list is filled by us, not changed by the user
 
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
         self.results, self.data, self.device = Path(results).resolve(), data, device
@@ -86,10 +87,8 @@ class Picker(widgets.VBox):
         except InputError as error:
             self.message.value = _said(error)
 
-    _filling = False
-
     def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
-        self._filling = True  # by us, not by the user
+        self._filling = True
         chooser.options = options
         chooser.value = value
         self._filling = False
@@ -99,9 +98,8 @@ class Picker(widgets.VBox):
         keys = self.table["run"].tolist()
         distilled = self.table.loc[self.table["teacher"].notna(), "run"].tolist()
         students = self.table.loc[~self.table["model"].isin(explore.TEACHERS), "run"].tolist()
-        run = (
-            explore.choose("run", run, dict(zip(keys, keys, strict=True))) if run else (distilled + students + keys)[0]
-        )
+        first = (distilled + students + keys)[0]
+        run = explore.choose("run", run or first, dict(zip(keys, keys, strict=True)))
         self._fill(self.run_list, list(zip(self.table["label"], keys, strict=True)), run)
 
     def _list_cases(self, case: str = "") -> None:
@@ -110,7 +108,7 @@ class Picker(widgets.VBox):
         rows = explore.cases(self.run)
         names = rows["case"].tolist()
         kept = self.case_list.value if self.case_list.value in names else names[0]
-        case = explore.choose("case", case, dict(zip(names, names, strict=True))) if case else kept
+        case = explore.choose("case", case or kept, dict(zip(names, names, strict=True)))
         said = [f"{r.case}, {r.part}" + (f", Dice {r.dice:.3f}" if r.dice == r.dice else "") for r in rows.itertuples()]
         self._fill(self.case_list, list(zip(said, names, strict=True)), case)
 
