@@ -303,13 +303,10 @@ def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> Look:
     role = "teacher" if finished.run.model in TEACHERS else "student"
     masks[f"{role} {finished.run.name}"] = predict_case(finished, case)
     voxels, view = np.asarray(image.dataobj, np.float32), finished.run.view
-    shown = (
-        view.window
-        if finished.source.dataset.modality == "CT"
-        else np.percentile(voxels[voxels != 0], view.percentiles)
-    )
-    low, high = map(float, shown)
-    return Look(case, voxels, image.affine, (low, high), masks, finished.classes, bank.geometry[case])
+    low, high = (0.0, 255.0) if view.published else view.window
+    if finished.source.dataset.modality == "MR" and not view.published:
+        low, high = np.percentile(voxels[voxels != 0], view.percentiles)
+    return Look(case, voxels, image.affine, (float(low), float(high)), masks, finished.classes, bank.geometry[case])
 
 
 def place(geometry: Geometry, voxel: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -386,7 +383,6 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[Arm, Sli
     arm = new_arm(run, len(student.classes), FITTING, device, networks, bank.patients)
     load_weights(arm.model, student.folder / "best.safetensors")
     arm.model.eval().requires_grad_(False)
-    arm.model.to(device)
     taps = {name: Taps(model, model.scales, scales_of([run.lesson], taught=True)) for name, model in networks.items()}
     learned = [parameter for parameter in arm.distiller.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, 1e-2) if learned else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ def picture(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def _said(error: Exception) -> str:
+    return f"<b>{html.escape(str(error))}</b>"
 
 
 def _dropdown(name: str, options=()) -> widgets.Dropdown:
@@ -54,6 +59,7 @@ class Picker(widgets.VBox):
     """
 
     chosen = traitlets.Int(0)  # counts the choices
+    _filling = False  # while a list is filled by us, not changed by the user
 
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
         self.results, self.data, self.device = Path(results).resolve(), data, device
@@ -79,12 +85,10 @@ class Picker(widgets.VBox):
                 step()
             self.chosen += 1
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
-
-    _filling = False
+            self.message.value = _said(error)
 
     def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
-        self._filling = True  # by us, not by the user
+        self._filling = True
         chooser.options = options
         chooser.value = value
         self._filling = False
@@ -94,9 +98,8 @@ class Picker(widgets.VBox):
         keys = self.table["run"].tolist()
         distilled = self.table.loc[self.table["teacher"].notna(), "run"].tolist()
         students = self.table.loc[~self.table["model"].isin(explore.TEACHERS), "run"].tolist()
-        run = (
-            explore.choose("run", run, dict(zip(keys, keys, strict=True))) if run else (distilled + students + keys)[0]
-        )
+        first = (distilled + students + keys)[0]
+        run = explore.choose("run", run or first, dict(zip(keys, keys, strict=True)))
         self._fill(self.run_list, list(zip(self.table["label"], keys, strict=True)), run)
 
     def _list_cases(self, case: str = "") -> None:
@@ -105,7 +108,7 @@ class Picker(widgets.VBox):
         rows = explore.cases(self.run)
         names = rows["case"].tolist()
         kept = self.case_list.value if self.case_list.value in names else names[0]
-        case = explore.choose("case", case, dict(zip(names, names, strict=True))) if case else kept
+        case = explore.choose("case", case or kept, dict(zip(names, names, strict=True)))
         said = [f"{r.case}, {r.part}" + (f", Dice {r.dice:.3f}" if r.dice == r.dice else "") for r in rows.itertuples()]
         self._fill(self.case_list, list(zip(said, names, strict=True)), case)
 
@@ -281,7 +284,7 @@ class GradientPanel(widgets.VBox):
                 self.pick.run, self.pick.teachers, self.pick.case, self.number.value, region
             )  # fmt: skip
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             return
         self.image.value = picture(explore.draw_gradients(found))
         table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
@@ -326,7 +329,7 @@ class ComparisonPanel(widgets.VBox):
             other = explore.load_run(self.pick.results, self.other.value, self.pick.data, self.pick.device)
             table = explore.compare(self.pick.run, other, self.metric.value)
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             return
         labels = self.pick.table.set_index("run")["label"]
         drawn = explore.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
@@ -360,7 +363,7 @@ class TrainingPanel(widgets.VBox):
         try:
             terms = explore.lesson(self.pick.run, self.pick.teachers).recipe.terms
         except InputError as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
             terms = ()
         self.button.disabled = not terms
         self.weights = {t.name: _number(t.weight, "weight", 0.05) for t in terms}
@@ -393,6 +396,6 @@ class TrainingPanel(widgets.VBox):
                 )
             self.message.value = "not a result: nothing was saved, and no test case was seen"
         except (InputError, TrainingError) as error:
-            self.message.value = f"<b>{error}</b>"
+            self.message.value = _said(error)
         finally:
             self.button.disabled = False
