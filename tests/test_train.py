@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -429,10 +430,12 @@ def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
     monkeypatch.setattr(
         training.SegmentationLoss, "forward", lambda self, logits, labels: (logits[:, 0] - labels).square().mean()
     )
+    monkeypatch.setattr(training, "autocast", lambda device: nullcontext())
     whole, split = (new_arm(run_of("S1"), 1, 10, CPU, {}) for _ in range(2))
+    whole.model.double(), split.model.double()
     split.micro_batches = 3
     images, labels = blobs().batch(torch.arange(8))
-    batch = training.Batch(images, labels, torch.zeros(8, dtype=torch.long), {}, 0)
+    batch = training.Batch(images.double(), labels, torch.zeros(8, dtype=torch.long), {}, 0)
     losses = [training.training_step(arm, batch, ["segmentation"]) for arm in (whole, split)]
     for first, second in zip(*losses, strict=True):
         for name in first:
