@@ -76,33 +76,30 @@ def graph(capsys, notebooks: Path, folds: list[int], seeds: list[int], only: lis
     """Pairs of (job, job that waits for it), as Snakemake sees them."""
     results = str(notebooks.parent / "results")
     shared = study_parameters("phantom", "spleen", "quick", "corrected", folds, seeds, "cpu", results, "s")
-    dry = Place(options=("--dag",))
+    dry = Place(options=("--dry-run",))
     assert run_jobs(only, plan_study(shared, [*only, "01_baseline"], notebooks), shared, notebooks, dry) == []
-    dot = capsys.readouterr().out
-    names = {}
-    for number, label in re.findall(r'(\d+)\[label = "([^"]*)"', dot):
-        names[number] = " ".join(part.rpartition(": ")[2] for part in label.split("\\n"))
-    return {(names[one], names[two]) for one, two in re.findall(r"(\d+) -> (\d+)", dot)}
+    told = capsys.readouterr().out + Path(results, "s", "jobs", "snakemake.log").read_text()
+    name = re.compile(r"jobs/(\S+)/done\.json")
+    jobs = re.findall(r"^    input: (.*)\n    output: (.*)$", told, re.MULTILINE)
+    return {(one, name.findall(output)[0]) for inputs, output in jobs for one in name.findall(inputs)}
 
 
 def test_teachers_come_before_students_and_runs_before_reports(capsys, notebooks):
     found = graph(capsys, notebooks, [0, 2], [0, 7], ["00_data", "02_distillation", "03_ablation", "06_figures"])
-    for fold in "02":
-        for seed in "07":
-            assert (f"teacher T1 {fold}", f"place 02_distillation {fold} {seed}") in found
-            assert (f"teacher T2 {fold}", f"place 02_distillation {fold} {seed}") in found
-            assert (f"teacher T1 {fold}", f"place 03_ablation {fold} {seed}") in found
-            assert (f"teacher T2 {fold}", f"place 03_ablation {fold} {seed}") not in found
-            assert (f"place 03_ablation {fold} {seed}", "experiment 03_ablation") in found
-        assert ("data", f"teacher T1 {fold}") in found
-    assert ("teacher T1 0", "place 03_ablation 2 0") not in found
-    assert {("experiment 02_distillation", "figures"), ("experiment 03_ablation", "figures")} <= found
+    for fold in (0, 2):
+        for seed in (0, 7):
+            assert (f"teacher-T1-fold{fold}", f"02_distillation-fold{fold}-seed{seed}") in found
+            assert (f"teacher-T2-fold{fold}", f"02_distillation-fold{fold}-seed{seed}") in found
+            assert (f"teacher-T1-fold{fold}", f"03_ablation-fold{fold}-seed{seed}") in found
+            assert (f"teacher-T2-fold{fold}", f"03_ablation-fold{fold}-seed{seed}") not in found
+            assert (f"03_ablation-fold{fold}-seed{seed}", "03_ablation") in found
+        assert ("00_data", f"teacher-T1-fold{fold}") in found
+    assert ("teacher-T1-fold0", "03_ablation-fold2-seed0") not in found
+    assert {("02_distillation", "06_figures"), ("03_ablation", "06_figures")} <= found
 
 
 def test_with_one_fold_and_seed_the_wide_notebook_is_the_job(capsys, notebooks):
-    found = graph(capsys, notebooks, [1], [3], ["03_ablation"])
-    assert ("teacher T1 1", "experiment 03_ablation") in found
-    assert not any("place" in job for pair in found for job in pair)
+    assert graph(capsys, notebooks, [1], [3], ["03_ablation"]) == {("teacher-T1-fold1", "03_ablation")}
 
 
 # ------------------------------------------------------------------------------------------------ what is run and when
@@ -127,10 +124,12 @@ def test_a_study_does_again_what_has_changed_and_nothing_else(tmp_path, notebook
 
     def done() -> list[str]:
         assert main(command) == 0
-        return jobs(capsys.readouterr().out)
+        printed = capsys.readouterr().out
+        assert printed.count(" took ") == len(jobs(printed)), printed
+        return jobs(printed)
 
     first = done()
-    assert first[0] == "00_data" and first[-1] == "06_figures" and len(first) == 8
+    assert first[0] == "00_data" and first[-1] == "06_figures" and len(first) == 8, first
     assert done() == []
     (tmp_path / "results/s/tables/02_distillation.csv").unlink()
     write(notebooks, "04_loss_comparison", "print('changed')")
