@@ -69,8 +69,9 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     Raises:
         InputError: no such file (lists the notebooks beside it), or not a notebook.
     """
-    if not path.is_file():
-        beside = ", ".join(sorted(file.name for file in path.parent.glob("*.ipynb"))) or "no notebook"
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+        files = path.parent.glob("*.ipynb") if os.path.isdir(path.parent) else ()
+        beside = ", ".join(sorted(file.name for file in files)) or "no notebook"
         raise InputError(f"{path} does not exist: {path.parent} has {beside}")
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -158,6 +159,8 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
             raise InputError(f"{path}: parameter {name!r}: {error}") from None
         except ValueError:
             raise InputError(f"{path}: parameter {name!r} is {declared[name].annotation}, not {value!r}") from None
+    if isinstance(values.get("study"), str):
+        check_study(values["study"])
     missing = [name for name, parameter in declared.items() if parameter.required and name not in values]
     if missing:
         raise InputError(f"{path}: give its required parameters: {', '.join(missing)}")
@@ -294,6 +297,16 @@ def _stopped(notebook: Path, error: PapermillExecutionError, failed: Path) -> Ex
 # -------------------------------------------------------------------------------------------------------------- study
 
 
+def check_study(name: str) -> None:
+    """Raises InputError where a study's name is not that of a folder in results, and of one that is free."""
+    if name in ("data", "runs", "splits"):
+        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+
+
 def study_parameters(
     data: str, target: str, profile: str, protocol: str, folds: list[int], seeds: list[int], device: str, results: str,
     study: str = "", changes: Mapping[str, object] | None = None, on_defect: str = "raise",
@@ -319,16 +332,13 @@ def study_parameters(
         raise InputError(f"folds {folds}: profile {profile!r} has folds 0 to {known[-1]}")
     if data != "phantom":
         folder = Path(data).expanduser().resolve()
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"data folder {folder} does not exist: give a folder in Decathlon layout, or 'phantom'")
         data = str(folder)
     if not study:
         parts = [Path(data).name, target, profile, *([protocol] if protocol != "corrected" else [])]
         study = re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
-    if study in ("data", "runs", "splits"):
-        raise InputError(f"study name {study!r}: results keeps its {study} under that name; choose another")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study):
-        raise InputError(f"study name {study!r}: use letters, digits, '.', '_' and '-', the first a letter or digit")
+    check_study(study)
     return {
         "data": data, "target": target, "profile": profile, "protocol": protocol, "folds": folds, "seeds": seeds,
         "changes": dict(changes or {}), "on_defect": on_defect, "device": device,
@@ -507,6 +517,9 @@ def main(command: Sequence[str]) -> int:
     """
     options = _parser().parse_args(command)
     try:
+        for word in command:
+            if re.search("[\0\ud800-\udfff]", word):
+                raise InputError(f"{ascii(word)}: no text (NUL, or bytes that are no UTF-8); rename the file")
         return _run(options) if options.command == "run" else _study(options, command)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -221,7 +221,7 @@ class Viewer(widgets.VBox):
         )  # fmt: skip
         colours = [explore.COLOURS[i % len(explore.COLOURS)] for i in range(len(seen.classes))]
         layers = {name: _volume(name, mask, seen.affine, colours, seen.classes) for name, mask in seen.masks.items()}
-        wrong = list(zip(*ERRORS, strict=True))
+        wrong = [[colour for colour, _, _ in ERRORS], [kind for _, _, kind in ERRORS]]
         layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
         self.volume.load_volumes([image, *layers.values()])
         shown = self.masks.children and {box.description for box in self.masks.children if box.value}

@@ -18,6 +18,8 @@ import platform
 import subprocess
 import time
 import traceback
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -334,8 +336,11 @@ def save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 def load_arrays(path: Path) -> pd.DataFrame:
     """The arrays of `save_arrays` as columns, one row for each first index; pickles are refused."""
-    with np.load(path, allow_pickle=False) as file:
-        return pd.DataFrame({column: list(file[column]) for column in file.files})
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return pd.DataFrame({column: list(file[column]) for column in file.files})
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} holds no plain arrays ({error}): delete its folder and run again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- study

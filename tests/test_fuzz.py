@@ -153,13 +153,15 @@ def judge(root: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------------- headers
+# ---------------------------------------------------------------------------------------------------------- headers
 
 numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 3.0, 1e-45, 1e-20, 1e20, 3e38, np.nan, np.inf, -np.inf, 1000.0])
 shorts = st.one_of(st.sampled_from([-32768, -1, 0, 1, 2, 3, 4, 5, 32767]), st.integers(-32768, 32767))
 rows = st.one_of(
     st.lists(numbers, min_size=4, max_size=4),
-    st.sampled_from([[-1.5, 0, 0, 3], [0, 1.5, 0, -2], [0, 0, 3, 7], [0, 0, 3.0001, 7], [0, 0, 3, 8], [1.5, 1.5, 3, 0]]),
+    st.sampled_from(
+        [[-1.5, 0, 0, 3], [0, 1.5, 0, -2], [0, 0, 3, 7], [0, 0, 3.0001, 7], [0, 0, 3, 8], [1.5, 1.5, 3, 0]]
+    ),
 )
 whole = st.tuples(*[st.sampled_from([size, 1, 0, -size]) for size in SHAPE]).map(lambda shape: [3, *shape, 1, 1, 1, 1])
 DEFECTS = {
@@ -203,18 +205,24 @@ def test_a_header_is_sound_or_refused(clean, fields, where, order, ascending, ex
 def test_what_is_sound_is_accepted_in_both_byte_orders_with_and_without_an_extension(clean):
     for order in "<>":
         for code, dtype in ((2, "u1"), (4, "i2"), (8, "i4"), (16, "f4"), (64, "f8"), (256, "i1"), (512, "u2")):
-            put(clean, packed(header(code=code), ramp(dtype), order), packed(header(code=code), annotation(dtype), order))
+            put(
+                clean,
+                packed(header(code=code), ramp(dtype), order),
+                packed(header(code=code), annotation(dtype), order),
+            )
             assert judge(clean), (order, dtype)
         extended = header(vox_offset=368)
         put(clean, packed(extended, ramp(), order, b"\1\0\0\0", struct.pack(f"{order}2i", 16, 6) + b"note    "))
         assert judge(clean)
 
 
-# -------------------------------------------------------------------------------------------------------------- voxels
+# ----------------------------------------------------------------------------------------------------------- voxels
 
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 ODD_TYPES = {32: "c8", 1792: "c16", 128: "(3,)u1", 2304: "(4,)u1", 1536: "g"}
-extremes = st.sampled_from([0, 1, 3, 2, -1, 0.5, 1e300, -1e300, 3e38, 4e38, 2**31, 2**53, 2**63, np.nan, np.inf, 1e-310])
+extremes = st.sampled_from(
+    [0, 1, 3, 2, -1, 0.5, 1e300, -1e300, 3e38, 4e38, 2**31, 2**53, 2**63, np.nan, np.inf, 1e-310]
+)
 
 
 @cases(350)
@@ -240,7 +248,7 @@ def test_voxels_are_numbers_and_labels_are_declared_or_refused(
     assert not (judge(clean) and code in ODD_TYPES)
 
 
-# --------------------------------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------------------------------ bytes
 
 
 def spoil(blob: bytes, how: str, at: int, garbage: bytes) -> bytes:
@@ -291,7 +299,7 @@ def test_zeros_behind_the_volume_are_not_unpacked(clean):
     assert peak < 20_000_000
 
 
-# --------------------------------------------------------------------------------------------------------- descriptions
+# ------------------------------------------------------------------------------------------------------ descriptions
 
 words = st.one_of(
     st.text(max_size=8), st.sampled_from(["..", "../../x", "/etc/x", "a\0b", "a\nb", "\u202egnp", "x" * 300, "", " "])
@@ -303,8 +311,8 @@ anything = st.recursive(
 )
 paths = st.one_of(
     words, st.sampled_from([
-        "imagesTr/odd.nii.gz", "./imagesTr/odd.nii.gz", "labelsTr/a0.nii.gz", "imagesTr/../../x.nii.gz", "imagesTr", ".",
-        "/imagesTr/a0.nii.gz", "imagesTr/\0.nii.gz", "imagesTr/new.nii.gz", "imagesTr/a0.mha", "imagesTr/.nii.gz",
+        "imagesTr/odd.nii.gz", "./imagesTr/odd.nii.gz", "labelsTr/a0.nii.gz", "imagesTr/../../x.nii.gz", "imagesTr",
+        ".", "/imagesTr/a0.nii.gz", "imagesTr/\0.nii.gz", "imagesTr/new.nii.gz", "imagesTr/a0.mha", "imagesTr/.nii.gz",
         "imagesTr/" + "y" * 250 + ".nii.gz", "imagesTr\\a0.nii.gz", "~/x.nii.gz", "imagesTr/$(id).nii.gz",
     ]), st.none(), st.integers(),
 )  # fmt: skip
@@ -316,7 +324,18 @@ changes = st.one_of(
     st.fixed_dictionaries({"training": st.lists(st.fixed_dictionaries({"image": paths, "label": paths}), max_size=3)}),
     st.fixed_dictionaries({"name": words, "modality": st.dictionaries(words, words, max_size=2)}),
 )  # fmt: skip
+sound = st.sampled_from(["Milz", "spleen", "left kidney", "Ä/b", "../up", "-rf", "$(id)", "a" * 90, "con", "x,y"])
+nearly = st.fixed_dictionaries({
+    "name": sound, "modality": st.sampled_from([{"0": "CT"}, {"0": "mri"}, {"0": "T1", "1": "T2"}, {"0": " ct "}]),
+    "labels": st.lists(sound, min_size=1, max_size=4, unique=True).flatmap(
+        lambda names: st.permutations([1, 3, 65535, 65536, 200]).map(
+            lambda order: {"0": "background", "1": "organ", "3": "other"} | dict(zip(map(str, order), names)))),
+    "training": st.lists(st.sampled_from(describe()["training"]), max_size=4),
+    "numTraining": anything,
+})  # fmt: skip
 texts = st.one_of(
+    nearly.map(lambda changed: json.dumps(describe(**changed), ensure_ascii=False).encode()),
+    nearly.map(lambda changed: json.dumps(describe(**changed)).encode()),
     changes.map(lambda changed: json.dumps(describe(**changed)).encode()),
     st.lists(st.sampled_from(["name", "modality", "labels", "training"]), min_size=1).map(
         lambda gone: json.dumps({key: value for key, value in describe().items() if key not in gone}).encode()
@@ -366,11 +385,13 @@ def test_a_description_is_sound_or_refused(clean, tmp_path_factory, text):
         assert path.parent == results and path.resolve().parent == results.resolve()
         shutil.rmtree(results, ignore_errors=True)
         parts = splits(dataset, dataset.labels, 2, path)
-        assert sorted(parts[0].test + parts[1].test) == list(NAMES) and parts == splits(dataset, dataset.labels, 2, path)
+        assert sorted(parts[0].test + parts[1].test) == list(NAMES) and parts == splits(
+            dataset, dataset.labels, 2, path
+        )
         build_bank(dataset, dataset.labels, VIEW)
 
 
-# -------------------------------------------------------------------------------------------------------- split records
+# ----------------------------------------------------------------------------------------------------- split records
 
 
 @st.composite
@@ -412,7 +433,10 @@ def test_a_split_record_is_a_partition_or_refused(clean, tmp_path_factory, edit)
         assert fold.subset(1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- other files
+# ------------------------------------------------------------------------------------------------------- other files
+
+
+LINKS = {"broken link": "nowhere", "link to zeros": "/dev/zero", "link to memory": "/proc/self/mem"}
 
 
 def make(kind: str, path: Path) -> None:
@@ -433,9 +457,7 @@ def make(kind: str, path: Path) -> None:
             file.write(IMAGE)
             file.truncate(2**42)
     else:
-        path.symlink_to(
-            {"link to itself": path, "broken link": "nowhere", "link to zeros": "/dev/zero", "link to memory": "/proc/self/mem"}[kind]
-        )  # fmt: skip
+        path.symlink_to(LINKS.get(kind, path))
 
 
 KINDS = ("folder", "pipe", "socket", "unreadable", "link to itself", "broken link", "link to zeros", "link to memory",
@@ -463,7 +485,9 @@ def test_what_is_no_plain_file_is_refused_at_once(clean, monkeypatch, kind, plac
             index(clean)
 
 
-@pytest.mark.parametrize("name", ["a\nb", "\u202egz", "\x1b[2J", b"\xff\xfe".decode("utf-8", "surrogateescape"), "n" * 210])
+@pytest.mark.parametrize(
+    "name", ["a\nb", "\u202egz", "\x1b[2J", b"\xff\xfe".decode("utf-8", "surrogateescape"), "n" * 210]
+)
 def test_a_file_name_that_cannot_be_printed_is_refused(clean, name):
     for part in ("imagesTr", "labelsTr"):
         shutil.copy(clean / part / "a0.nii.gz", clean / part / f"{name}.nii.gz")

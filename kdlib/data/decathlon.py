@@ -453,13 +453,22 @@ def _extract(archive: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
+            names, unpacked, most = set(), 0, 100 * archive.stat().st_size
             for member in tar:  # the "data" filter below would only strip the root of an absolute path
                 path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                unpacked += member.size + tarfile.BLOCKSIZE
+                faults = {
+                    "leaves the folder or is no plain file": path.is_absolute() or ".." in path.parts
+                    or not (member.isfile() or member.isdir()) or "\0" in member.name,
+                    "stands in it twice": member.isfile() and path in names,
+                    "makes it unpack to more than a hundred times its size": unpacked > most,
+                }  # fmt: skip
+                for fault in (fault for fault, found in faults.items() if found):
                     raise InputError(
-                        f"{archive}: {member.name!r} leaves the folder or is no plain file, so nothing was unpacked; "
+                        f"{archive}: {member.name!r} {fault}, so nothing was unpacked; "
                         "delete the archive and get it from a source you trust"
                     )
+                names.add(path)
             tar.extractall(partial, filter="data")
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f"{archive}: not a whole tar archive ({error}); delete it and run again") from None
