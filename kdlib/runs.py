@@ -21,7 +21,7 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -593,7 +593,13 @@ def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tup
         failures, and the runs that another process is training.
     """
     # runs of several protocols may be one and the same, and done by now
-    missing = {run_key(run, results): run for run in group if not is_done(run, results)}
+    missing = {}
+    for run in group:
+        if not is_done(run, results):
+            missing[run_key(run, results)] = run
+            continue
+        with suppress(OSError):  # there is one where the process was killed between its last two steps
+            (run_folder(run, results) / "checkpoint.safetensors").unlink()
     if not missing:
         return [], []
     if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
