@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
 from typing import TextIO
 
 from kdlib.config import InputError
@@ -289,7 +290,9 @@ def recorded(done: Path, folder: Path) -> Iterator[None]:
         _save(failed, {"cause": cause, "status": 2 if isinstance(error, InputError) else 1})
         raise
     seconds = time.perf_counter() - begin
-    made = [os.path.relpath(path, done.parent) for path, when in _made(folder).items() if before.get(path) != when]
+    changed = [path for path, when in _made(folder).items() if before.get(path) != when]
+    # experiments side by side write into one folder: theirs begin with their numbers, the last one's with none
+    made = [os.path.relpath(path, done.parent) for path in changed if path.name.startswith((name[:3], *ascii_letters))]
     print(f"== {name} took {seconds:.0f} s")
     failed.unlink()
     _save(done, {"seconds": round(seconds, 1), "made": made})
