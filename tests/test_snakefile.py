@@ -114,7 +114,7 @@ def test_jobs_share_the_cores_and_queue_for_the_gpu(capsys, notebooks, device, t
     training = re.findall(r"^rule (?:teacher|place):\n(?:    .*\n)+", text, re.MULTILINE)
     assert len(training) == 4
     assert all(f"    threads: {threads}\n" in block and f"gpu={gpu}" in block for block in training)
-    assert "Provided resources: gpu=1" in text, "of all jobs together"
+    assert "--resources gpu=1" in text, "all of them together have one"
 
 
 # ------------------------------------------------------------------------------------------------ what is run and when
