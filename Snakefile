@@ -186,7 +186,7 @@ rule report:
     log:
         "jobs/report.log",
     shell:
-        "{sys.executable:q} -P -m kdlib.report . > {log:q} 2>&1"
+        "{sys.executable:q} -P -m kdlib.report \"$PWD\" > {log:q} 2>&1"
 
 
 ruleorder: data > figures > experiment
