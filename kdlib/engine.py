@@ -172,7 +172,7 @@ def usable_cores() -> int:
 
 def _has_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
-    return tool is not None and "GPU" in subprocess.run([tool, "-L"], capture_output=True, text=True).stdout
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).stdout.startswith(b"GPU")
 
 
 def _text(value: object) -> str:
