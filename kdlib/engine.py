@@ -282,8 +282,9 @@ def recorded(done: Path, folder: Path) -> Iterator[None]:
     before = _made(folder)
     print(f"== {name}")
     try:
-        with contextlib.redirect_stdout(_Labelled(sys.stdout, name)):
+        with contextlib.redirect_stdout(_Labelled(sys.stdout, name)) as lines:
             yield
+            lines.write("\n" * bool(lines.rest))
     except BaseException as error:
         cause = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).partition("\n")[0]
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause}")
