@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
 from typing import TextIO
 
 from kdlib.config import InputError
@@ -171,7 +172,7 @@ def usable_cores() -> int:
 
 def _has_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
-    return tool is not None and "GPU" in subprocess.run([tool, "-L"], capture_output=True, text=True).stdout
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).stdout.startswith(b"GPU")
 
 
 def _text(value: object) -> str:
@@ -281,15 +282,18 @@ def recorded(done: Path, folder: Path) -> Iterator[None]:
     before = _made(folder)
     print(f"== {name}")
     try:
-        with contextlib.redirect_stdout(_Labelled(sys.stdout, name)):
+        with contextlib.redirect_stdout(_Labelled(sys.stdout, name)) as lines:
             yield
+            lines.write("\n" * bool(lines.rest))
     except BaseException as error:
         cause = "stopped" if isinstance(error, KeyboardInterrupt) else str(error).partition("\n")[0]
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause}")
         _save(failed, {"cause": cause, "status": 2 if isinstance(error, InputError) else 1})
         raise
     seconds = time.perf_counter() - begin
-    made = [os.path.relpath(path, done.parent) for path, when in _made(folder).items() if before.get(path) != when]
+    changed = [path for path, when in _made(folder).items() if before.get(path) != when]
+    # experiments side by side write into one folder: theirs begin with their numbers, the last one's with none
+    made = [os.path.relpath(path, done.parent) for path in changed if path.name.startswith((name[:3], *ascii_letters))]
     print(f"== {name} took {seconds:.0f} s")
     failed.unlink()
     _save(done, {"seconds": round(seconds, 1), "made": made})
