@@ -159,8 +159,8 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
             raise InputError(f"{path}: parameter {name!r}: {error}") from None
         except ValueError:
             raise InputError(f"{path}: parameter {name!r} is {declared[name].annotation}, not {value!r}") from None
-    if isinstance(values.get("study"), str):
-        check_study(values["study"])
+    for part in str(values.get("study", "x")).split("/"):  # a job of a study has a folder in it
+        check_study(part)
     missing = [name for name, parameter in declared.items() if parameter.required and name not in values]
     if missing:
         raise InputError(f"{path}: give its required parameters: {', '.join(missing)}")
