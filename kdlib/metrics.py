@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -11,6 +12,11 @@ class Metric(NamedTuple):
     label: str
     unit: str
     higher: bool | None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value; no bounds where neither direction is better."""
+        return (-math.inf, math.inf) if self.higher is None else (0.0, math.inf if self.unit else 1.0)
 
 
 METRICS = {

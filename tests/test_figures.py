@@ -72,7 +72,7 @@ def tidy(arms, cases=6, seeds=2, metric="dice", recipes=None) -> pd.DataFrame:
     for number, arm in enumerate(arms):
         for recipe in recipes or [FULL + " (labelled)" if arm.startswith("KD") else "baseline"]:
             for seed, case in itertools.product(range(seeds), range(cases)):
-                value = 0.5 + 0.03 * number + 0.02 * case + generator.normal(0, 0.01)
+                value = 0.3 + 0.02 * number + 0.02 * case + generator.normal(0, 0.01)
                 row = dict(run=f"{arm}{seed}", arm=arm, recipe=recipe, fold=0, seed=seed, case=f"case_{case:02}")
                 rows.append(row | {"class": "spleen", "metric": metric, "value": value})
     return pd.DataFrame(rows)
@@ -817,6 +817,12 @@ def test_empty_tables_are_refused(draw):
         dice_against_parameters(tidy(["S1"]).iloc[:0], PARAMS)
 
 
+def test_captions_name_the_interval_that_was_made():
+    notes = {n: dice_per_method(tidy(["S1", "S2"], n)).get_label() for n in (1, 3, 6, 60)}
+    assert "n = 1) and no interval" in notes[1] and "n = 3) and 95 % Student's t interval" in notes[3]
+    assert "n = 6) and 95 % studentised bootstrap interval" in notes[6] and "95 % bootstrap interval" in notes[60]
+
+
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -832,7 +838,11 @@ def test_saved_figures(tmp_path):
     image = plt.imread(first[1])
     assert image.shape[1] == pytest.approx(84 / 25.4 * 300, abs=1)
     caption = first[2].read_text(encoding="utf-8")
-    assert caption.startswith("Dice of each method. ") and "n = 6" in caption and "95 % BCa" in caption
+    assert (
+        caption.startswith("Dice of each method. ")
+        and "n = 6" in caption
+        and "95 % studentised bootstrap interval" in caption
+    )
 
 
 @pytest.mark.skipif(not shutil.which("pdffonts"), reason="poppler's pdffonts is not installed")

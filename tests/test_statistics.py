@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,21 @@ from kdlib.statistics import (
     PRINTED,
     THESIS_TABLE,
     compare,
+    detectable,
     gains,
     holm,
     interval,
+    interval_name,
     liveness,
+    non_inferiority,
     overlap_weights,
     paired,
     per_patient,
     pivot_thesis,
+    rank_biserial,
     ranks,
     save_table,
+    seed_noise,
     summarise,
     thesis_row,
     walk,
@@ -43,6 +49,12 @@ def tidy(arms: dict[str, object], metric="dice", **columns) -> pd.DataFrame:
                 row = dict(run=f"{arm}-{seed}", arm=arm, model="S1", fold=0, seed=seed, case=f"case_{number}")
                 rows.append(row | {"class": "spleen", "metric": metric, "value": value} | columns)
     return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def coverage() -> dict:
+    """The functions of the benchmark that simulates studies."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "coverage.py"))
 
 
 # -------------------------------------------------------------------------------------------------- the unit of a mean
@@ -115,14 +127,39 @@ def test_unusable_tables_are_refused(table, metric, message):
 def test_degenerate_intervals():
     assert np.isnan(interval([])).all() and np.isnan(interval([0.7])).all()
     assert interval([0.1 + 0.2, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
-    low, high = interval([0.2, 0.4])
-    assert 0.2 <= low < high <= 0.4
 
 
-def test_interval_is_bca_by_its_definition():
+def test_interval_of_few_values_is_that_of_t():
+    # Student 1908 by the table: t of 2 degrees of freedom is 4.303
+    values = np.array([0.6, 0.7, 0.9])
+    half = 4.3027 * values.std(ddof=1) / np.sqrt(3)
+    assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=1e-4)
+    assert interval_name(3) == "Student's t"
+
+
+def test_interval_falls_back_to_t_where_ties_leave_no_spread():
+    values = np.array([0, 0, 0, 0, 0, 0, 0.1, 0.2])  # a tenth of the resamples are zeros only
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert interval(values) == pytest.approx((expected.low, expected.high))
+
+
+def test_interval_is_studentised_by_its_definition():
+    # Efron & Tibshirani 1993, eq. 12.22, on resamples of our own
+    x = np.random.default_rng(5).lognormal(0, 0.8, size=20)
+    drawn = np.random.default_rng(6).choice(x, (100_000, len(x)))
+    t = (drawn.mean(1) - x.mean()) / (drawn.std(1, ddof=1) / np.sqrt(len(x)))
+    error = x.std(ddof=1) / np.sqrt(len(x))
+    expected = x.mean() - np.quantile(t, [0.975, 0.025]) * error
+    normal = x.mean() + stats.t.ppf([0.025, 0.975], len(x) - 1) * error
+    # near enough to tell it from Student's t
+    assert (abs(interval(x) - expected) < 0.15 * abs(normal - expected)).all()
+    assert interval_name(20) == "studentised bootstrap"
+
+
+def test_interval_of_many_values_is_bca_by_its_definition():
     # Efron & Tibshirani 1993, eq. 14.9 to 14.15, on resamples of our own
-    x = np.random.default_rng(5).lognormal(0, 1.2, size=25)
-    means = np.sort(np.random.default_rng(6).choice(x, (200_000, len(x))).mean(1))
+    x = np.random.default_rng(5).lognormal(0, 1.2, size=60)
+    means = np.sort(np.random.default_rng(6).choice(x, (100_000, len(x))).mean(1))
     bias = stats.norm.ppf((means < x.mean()).mean())
     left_out = (x.sum() - x) / (len(x) - 1)
     away = left_out.mean() - left_out
@@ -132,22 +169,100 @@ def test_interval_is_bca_by_its_definition():
     percentile = np.quantile(means, [0.025, 0.975])
     # near enough to tell BCa from the plain percentile interval
     assert (abs(interval(x) - expected) < 0.3 * abs(percentile - expected)).all()
+    assert interval_name(60) == "BCa bootstrap" and interval_name(60, seeds=3) == "studentised bootstrap"
+    ours, theirs = interval(x), stats.bootstrap((x,), np.mean, rng=np.random.default_rng(1)).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), rel=0.02)
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    inside = [low <= 0 <= high for low, high in (interval(generator.normal(size=24)) for _ in range(300))]
-    assert 0.90 <= np.mean(inside) <= 0.98
+@pytest.mark.parametrize("n", [24, 41])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_of_skewed_dice_cover_as_often_as_they_say(coverage, n, seeds):
+    found = coverage["coverage"]("skewed", n, seeds, 800, ["studentised"], resamples=999)
+    assert 0.93 <= found["studentised"] <= 0.97
+
+
+def test_of_few_patients_the_studentised_interval_covers_best(coverage):
+    found = coverage["coverage"]("skewed", 8, 1, 800, resamples=999)
+    assert found["studentised"] > 0.91 and found["BCa"] < 0.9 and found["percentile"] < 0.9
+
+
+def test_seeds_widen_the_interval_where_trainings_differ_as_a_whole(coverage):
+    own = [coverage["coverage"]("own trainings", 24, 3, 400, ["studentised"], resamples=499)["studentised"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(coverage["coverage"].__globals__, "noise_of", lambda study: None)
+        own.append(coverage["coverage"]("own trainings", 24, 3, 400, ["studentised"], resamples=499)["studentised"])
+    assert own[0] > own[1] + 0.02
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.randoms())
-def test_interval_properties(values, random):
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
+def test_interval_properties(values):
     low, high = interval(values)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
     assert (low, high) == interval(values)  # the seed is fixed
-    mean = np.mean(values)
-    assert low - 1e-9 <= mean <= high + 1e-9
+    assert low - 1e-9 <= np.mean(values) <= high + 1e-9
+    flipped = interval(-np.array(values))  # b against a mirrors a against b
+    assert (-flipped[1], -flipped[0]) == pytest.approx((low, high), abs=1e-9)
+    wider = interval(values, 0.98)
+    assert wider[0] <= low + 1e-9 and high - 1e-9 <= wider[1]
+
+
+def test_an_interval_ends_where_its_metric_does():
+    found = summarise(tidy({"S1": [0.2, 0.99]})).iloc[0]
+    assert (found["low"], found["high"]) == (0, 1)
+    found = summarise(tidy({"S1": [1.0, 90.0]}, "hd95"), metric="hd95").iloc[0]
+    assert found["low"] == 0 and found["high"] > 400
+    found = summarise(tidy({"S1": [-5.0, 1.0]}, "volume_error"), metric="volume_error").iloc[0]
+    assert found["low"] < -5
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_noise_of_seeds_by_hand():
+    table = tidy({"a": [[0.5, 0.7], [0.4, 0.8]], "b": [[0.1, 0.1], [0.2, 0.4]]})
+    a, b = (table[table["arm"] == name] for name in "ab")
+    assert seed_noise(a).to_numpy() == pytest.approx(np.array([[-0.1, 0.1], [-0.2, 0.2]]))
+    # differences of one seed belong together: 0.4, 0.6 and 0.2, 0.4
+    assert seed_noise(a, b).to_numpy() == pytest.approx(np.array([[-0.1, 0.1], [-0.1, 0.1]]))
+    assert seed_noise(a[a["seed"] == 0]) is None and seed_noise(a.drop(columns="seed")) is None
+
+
+def test_noise_of_different_seeds_stands_apart():
+    table = tidy({"a": [[0.5, 0.7], [0.4, 0.8]], "b": [0.1, 0.2]})
+    a, b = (table[table["arm"] == name] for name in "ab")
+    found = seed_noise(a, b)
+    assert found.to_numpy() == pytest.approx(np.array([[-0.1, 0.1, 0], [-0.2, 0.2, 0]]))
+    assert found.columns.droplevel(-1).nunique() == 2
+
+
+def test_trainings_of_a_fold_are_drawn_for_all_its_patients_at_once():
+    # no patient differs from another, so that all spread is that of the trainings: three a fold, by hand
+    values = np.full(4, 0.5) + [0, 1e-6, 2e-6, 3e-6]
+    columns = pd.MultiIndex.from_tuples([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)])
+    noise = pd.DataFrame(np.nan, index=range(4), columns=columns)
+    noise.loc[[0, 1], 0], noise.loc[[2, 3], 1] = [[-0.3, 0, 0.3]] * 2, [[-0.6, 0, 0.6]] * 2
+    drawn = kdlib.statistics._draw(values, noise, 20_000)
+    of_first = np.isclose(drawn % 0.1, 0, atol=1e-5) | np.isclose(drawn % 0.1, 0.1, atol=1e-5)
+    assert of_first.all()  # means of three draws of -0.3, 0, 0.3 or their doubles
+    generator = np.random.default_rng(7)
+    first, second = (generator.choice([-1, 0, 1], (20_000, 3)).mean(1) * size for size in (0.3, 0.6))
+    share = generator.binomial(4, 0.5, 20_000) / 4
+    assert drawn.mean(axis=1).std() == pytest.approx((share * first + (1 - share) * second).std(), rel=0.03)
+
+
+def test_seeds_widen_the_interval_of_a_difference():
+    generator = np.random.default_rng(3)
+    base = generator.uniform(0.4, 0.8, 12)
+    trained = generator.normal(0, 0.05, 3)  # one training is better with all patients
+    runs = [[x + 0.1 + shift for shift in trained] for x in base + generator.normal(0, 0.02, 12)]
+    table = tidy({"KD": runs, "S1": base})
+    averaged = table.groupby(["arm", "case", "class", "metric"], as_index=False, sort=False)["value"].mean()
+    with_seeds, without = paired(table, "KD", "S1"), paired(averaged, "KD", "S1")
+    assert with_seeds["difference"] == pytest.approx(without["difference"])
+    assert with_seeds["p"] == without["p"]  # the test sees means over seeds
+    assert with_seeds["high"] - with_seeds["low"] > 1.5 * (without["high"] - without["low"])
+    narrow, wide = summarise(averaged).set_index("arm"), summarise(table).set_index("arm")
+    assert wide.loc["KD", "high"] > narrow.loc["KD", "high"] and wide.loc["S1", "high"] == narrow.loc["S1", "high"]
 
 
 # -------------------------------------------------------------------------------------------------------- paired tests
@@ -164,8 +279,10 @@ def test_paired_difference_and_exact_p():
     centre = ranks.sum() / 2
     assert found["p"] == pytest.approx((abs(sums - centre) >= abs(plus - centre) - 1e-9).mean())
     assert found["p"] == pytest.approx(4 / 128)  # one negative difference, of rank 1
-    assert (found["low"], found["high"]) == pytest.approx(interval(a - b))
+    assert (found["low"], found["high"]) == pytest.approx(interval((a - b).round(12)))
     assert found["verdict"] == "better"
+    assert found["superiority"] == pytest.approx(6 / 7)
+    assert found["effect"] == pytest.approx((2 + 3 + 4 + 5 + 6 + 7 - 1) / 28)
 
 
 def test_exact_p_with_ties():
@@ -209,6 +326,85 @@ def test_undefined_pairs_are_dropped():
     assert none["n"] == 0 and np.isnan(none["difference"]) and none["verdict"] == "inconclusive"
 
 
+# Hollander & Wolfe 1973, depression scale of nine patients before and after a tranquilliser: in R,
+# wilcox.test(first, second, paired = TRUE, alternative = "greater") gives V = 40, p = 0.01953, and
+# effectsize::rank_biserial(first, second, paired = TRUE) gives 0.78
+DEPRESSION = (
+    [1.83, 0.50, 1.62, 2.48, 1.68, 1.88, 1.55, 3.06, 1.30],
+    [0.878, 0.647, 0.598, 2.05, 1.06, 1.29, 1.06, 3.14, 1.29],
+)
+# Darwin's maize, crossed less self-fertilised, in eighths of an inch: their mean is
+# 20.93, and in R wilcox.test gives V = 96 and p = 0.04126
+MAIZE = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+# Student's sleep, ten patients under two drugs: one difference is zero, two are tied; all others go one way
+SLEEP = ([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+
+
+def test_published_examples_of_the_signed_rank_test():
+    first, second = DEPRESSION
+    found = paired(tidy({"first": first, "second": second}, "hd95"), "first", "second", "hd95")
+    assert found["p"] == pytest.approx(2 * 0.01953125)
+    assert found["effect"] == pytest.approx((40 - 5) / 45) and round(found["effect"], 2) == 0.78
+    assert found["superiority"] == pytest.approx(2 / 9)  # a distance is better where it is less
+    assert found["verdict"] == "worse"
+    found = paired(tidy({"crossed": MAIZE, "selfed": [0] * 15}, "assd"), "crossed", "selfed", "assd")
+    assert found["difference"] == pytest.approx(20.9333, abs=1e-4) and found["p"] == pytest.approx(0.04126, abs=5e-6)
+    assert found["effect"] == pytest.approx((96 - 24) / 120)
+
+
+def test_zeros_are_left_out_and_ties_are_exact():
+    found = paired(tidy({"a": SLEEP[0], "b": SLEEP[1]}, "assd"), "a", "b", "assd")
+    assert found["n"] == 10 and found["p"] == pytest.approx(2 / 2**9)  # nine differences of one sign
+    assert found["effect"] == -1 and found["superiority"] == pytest.approx(9.5 / 10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=20))
+def test_rank_biserial_properties(values):
+    values = np.array(values, float)
+    found = rank_biserial(values)
+    if not values.any():
+        assert np.isnan(found)
+    else:
+        assert -1 <= found <= 1 and rank_biserial(-values) == pytest.approx(-found)
+        kept = values[values != 0]
+        if len(kept) > 1:
+            plus = stats.wilcoxon(kept, alternative="greater").statistic
+            assert found == pytest.approx(2 * plus / (len(kept) * (len(kept) + 1) / 2) - 1)
+
+
+def test_smallest_detectable_difference():
+    # pwr.t.test(d = 0.5, power = 0.8, type = "paired") in R asks for 33.37 pairs; the signed-rank test for pi / 3 of it
+    pairs = np.random.default_rng(0).normal(size=35)
+    assert detectable(pairs) / pairs.std(ddof=1) == pytest.approx(0.5, abs=0.001)
+    assert detectable(pairs, tests=19) > detectable(pairs)
+    assert detectable(np.concatenate([pairs, pairs])) < detectable(pairs)
+
+
+def test_too_few_patients_could_have_shown_nothing():
+    # the least p of 5 patients is 1 / 16; of 8 patients 1 / 128, above 0.05 / 19
+    assert detectable(np.arange(5.0)) == np.inf and np.isfinite(detectable(np.arange(6.0)))
+    assert detectable(np.arange(8.0), tests=19) == np.inf and np.isfinite(detectable(np.arange(8.0), tests=6))
+    table = tidy({"a": np.linspace(0.3, 0.5, 8), "b": np.linspace(0.1, 0.4, 8), "c": np.linspace(0.2, 0.6, 8)})
+    assert compare(table, [("a", "b"), ("c", "b")] * 4)["detectable"].tolist() == [np.inf] * 8
+    assert (compare(table, [("a", "b"), ("c", "b")])["detectable"] < 0.5).all()
+
+
+@pytest.mark.parametrize("n, tests", [(14, 1), (24, 19)])
+def test_the_detectable_difference_is_found_in_four_studies_of_five(coverage, n, tests):
+    assert coverage["power"](n, tests, 2000) == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("n", [14, 24])
+def test_a_family_of_equal_arms_is_rarely_told_apart(coverage, n):
+    assert coverage["false_families"](n, 300) <= 0.05
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_bridge_that_changes_nothing_is_rarely_told_to(coverage, pooled):
+    assert coverage["false_walks"](8, 150, pooled=pooled) <= 0.05
+
+
 def test_paired_by_patient():
     table = tidy({"a": [0.5, 0.7, 0.9], "b": [0.4, 0.4, 0.8]}).assign(patient=["p", "p", "q"] * 2)
     found = paired(table, "a", "b")
@@ -249,6 +445,7 @@ def test_holm_by_hand(p, expected):
     assert holm(p) == pytest.approx(expected, nan_ok=True)
 
 
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_properties(p):
     p = np.array(p)
@@ -276,6 +473,53 @@ def test_compare_takes_its_verdict_from_the_adjusted_p():
     assert found["verdict"].tolist() == ["inconclusive", "better", "inconclusive"]
     with pytest.raises(InputError, match="no pairs"):
         compare(table, [])
+
+
+# ------------------------------------------------------------------------------------------------------ non-inferiority
+
+
+def test_non_inferior_inferior_and_neither():
+    teacher = np.linspace(0.6, 0.9, 10)
+    spread = np.linspace(-0.02, 0.02, 10)
+    arms = {
+        "T1": teacher,
+        "near": teacher - 0.01 + spread,
+        "far": teacher - 0.2 + spread,
+        "even": teacher - 0.05 + spread,
+    }
+    found = non_inferiority(tidy(arms), [(arm, "T1") for arm in ("near", "far", "even")], 0.05)
+    assert found["verdict"].tolist() == ["non-inferior", "inferior", "inconclusive"]
+    assert found["difference"].tolist() == pytest.approx([-0.01, -0.2, -0.05]) and (found["margin"] == 0.05).all()
+    assert found["p"].tolist() == pytest.approx([2 / 2**10, 2 / 2**10, 1.0], abs=0.01)
+    assert found["p_holm"].tolist()[:2] == pytest.approx([6 / 2**10] * 2)
+    # a worse student can be non-inferior: "near" loses for sure
+    assert compare(tidy(arms), [("near", "T1")])["high"].iloc[0] > -0.05
+
+
+def test_non_inferiority_of_a_distance_looks_the_other_way():
+    teacher = np.linspace(2, 5, 10)
+    table = tidy({"T1": teacher, "near": teacher + np.linspace(0.1, 0.3, 10), "far": teacher + 3}, "hd95")
+    found = non_inferiority(table, [("near", "T1"), ("far", "T1")], 1.0, "hd95")
+    assert found["verdict"].tolist() == ["non-inferior", "inferior"]
+
+
+def test_few_patients_are_never_non_inferior():
+    table = tidy({"T1": [0.5, 0.6, 0.7, 0.8, 0.9], "S1": [0.5, 0.6, 0.7, 0.8, 0.9]})
+    assert non_inferiority(table, [("S1", "T1")], 0.3)["verdict"].tolist() == ["inconclusive"]
+
+
+def test_non_inferiority_needs_a_margin_and_a_direction():
+    table = tidy({"T1": [0.5, 0.6], "S1": [0.5, 0.6]})
+    for pairs, margin in (([], 0.1), ([("S1", "T1")], 0), ([("S1", "T1")], float("nan"))):
+        with pytest.raises(InputError, match="at least one .* a margin above 0"):
+            non_inferiority(table, pairs, margin)
+    with pytest.raises(InputError, match="no better direction"):
+        non_inferiority(table, [("S1", "T1")], 0.1, "volume_error")
+
+
+def test_holm_as_in_r():
+    # p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm")
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -394,8 +638,9 @@ def test_pivot_in_the_form_of_the_thesis(study):
     assert list(found.index) == ["S1 (50 %)", "KD(T1, S1)", "T1"]
     assert set(PRINTED) <= set(found)
     row = found.loc["KD(T1, S1)"]
-    assert row["Dice"].startswith("0.800 [0.7") and row["n"] == 3
-    assert row["dice_mean"] == pytest.approx(0.8) and 0.699 < row["dice_low"] < 0.8 < row["dice_high"] < 0.901
+    assert row["Dice"] == "0.800 [0.55, 1.00]" and row["n"] == 3
+    # t of 2 degrees of freedom; cut at 1
+    assert (row["dice_low"], row["dice_mean"], row["dice_high"]) == pytest.approx((0.8 - 0.24841, 0.8, 1.0), abs=1e-5)
     assert row["params (M)"] == pytest.approx(0.057297)
     assert row["thesis Dice"] == 0.772 and row["thesis params (M)"] == 0.057
     assert found.loc["T1", "Recall"] == "0.900 [0.90, 0.90] (n = 2)"
@@ -419,6 +664,39 @@ def test_saved_tables(study, tmp_path):
     assert text.count(r"\\") == 4  # headings and three arms
     plain = save_table(compare(study, [("KD(T1, S1)", "T1")]), tmp_path, "pairs", "All pairs")[1].read_text()
     assert r"KD(T1, S1) & T1 & 3 &" in plain and r"p\_holm" in plain and "\n0 &" not in plain
+
+
+def test_bold_follows_the_verdict_and_never_the_largest(tmp_path):
+    table = pd.DataFrame(
+        {
+            "a": ["KD_1", "KD_2", "KD_3"],
+            "n": [8, 8, 8],
+            "difference": [0.05, 0.2, -0.1],
+            "p_holm": [0.0001, 0.3, np.nan],
+            "detectable": [0.04, np.inf, 0.04],
+            "verdict": ["better", "inconclusive", "worse"],
+        }
+    )
+    text = save_table(table, tmp_path, "judged", "Judged")[1].read_text()
+    lines = [line.strip() for line in text.splitlines() if "KD" in line]
+    assert lines == [
+        r"\textbf{KD\_1} & 8 & \textbf{0.050} & $<$0.001 & 0.040 & better \\",
+        r"KD\_2 & 8 & 0.200 & 0.300 & $\infty$ & inconclusive \\",
+        r"KD\_3 & 8 & $-$0.100 & -- & 0.040 & worse \\",
+    ]
+    assert text.count(r"\textbf") == 2 and r"\toprule" in text
+    margin = save_table(table.assign(verdict="non-inferior"), tmp_path, "margin", "Margin")[1].read_text()
+    assert margin.count(r"\textbf") == 6
+
+
+def test_names_can_be_set_in_bold_in_a_table_without_verdicts(study, tmp_path):
+    text = save_table(pivot_thesis(study, {}), tmp_path, "pivot", "Pivot", PRINTED, bold=["KD(T1, S1)"])[1].read_text()
+    assert r"\textbf{KD(T1, S1)} &" in text and text.count(r"\textbf") == 1
+
+
+def test_whole_numbers_are_printed_whole(tmp_path):
+    table = pd.DataFrame({"arm": ["a", "b"], "rank": [1.0, 2.0], "shared": [1.5, 2.0]})
+    assert r"a & 1 & 1.500 \\" in save_table(table, tmp_path, "ranks", "Ranks")[1].read_text()
 
 
 @pytest.mark.parametrize("module", [kdlib.statistics, kdlib.metrics])
@@ -448,7 +726,7 @@ def stages(values: dict[str, list[float]], volumes: list[float] | None = None) -
 
 
 def test_walk_adds_up_from_stage_to_stage():
-    dice = {"thesis": [0.5] * 8, "a": [0.6] * 8, "b": [0.6, 0.5] * 4}
+    dice = {"thesis": [0.5] * 8, "a": [0.6] * 8, "b": [0.57, 0.53] * 4}
     found = walk(stages(dice), list(dice), [])
     assert list(found["step"]) == ["thesis", "a", "b", "corrected"] and set(found["n"]) == {8}
     assert found["dice"].tolist() == pytest.approx([0.5, 0.6, 0.55, 0.55])

@@ -7,7 +7,7 @@ differ too, so that figures can be read in grey.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
+from kdlib.statistics import interval_name
 
 MM = 1 / 25.4
 SINGLE, DOUBLE = 84 * MM, 174 * MM  # widths of a column and of a page, in inches
@@ -45,7 +46,6 @@ FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, mark
 FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
 LINES = {"T": "-", "S": "--", "K": "-."}
 BARE = {"linestyle": ""}
-INTERVAL = "95 % BCa bootstrap interval"
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 CONTROLS = (  # arms that a distiller must beat
     "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
@@ -103,7 +103,14 @@ def n_text(counts: pd.Series) -> str:
 
 
 def interval_text(means: pd.DataFrame) -> str:
-    return f"mean over patients ({n_text(means['n'])}) and {INTERVAL}"
+    return f"mean over patients ({n_text(means['n'])}) and {interval_kind(means['n'])}"
+
+
+def interval_kind(counts: Iterable[int]) -> str:
+    """Which 95 % intervals `kdlib.statistics.interval` makes of so many patients; below two there is none."""
+    kinds = [{interval_name(n, seeds) for seeds in (1, 2)} for n in sorted(set(counts)) if n > 1]
+    names = dict.fromkeys(found.pop() if len(found) == 1 else "bootstrap" for found in kinds)
+    return f"95 % {' or '.join(names)} interval" if names else "no interval, which takes two"
 
 
 def p_text(p: float) -> str:
