@@ -128,7 +128,7 @@ def check(figure, width) -> None:
 
 def test_every_method_has_its_own_colour_and_marker():
     assert len(set(METHOD_COLOURS.values())) == len(set(METHOD_MARKERS.values())) == len(METHOD_COLOURS)
-    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)")}) == 3
+    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)", "KD(T2, S1)")}) == 4
     other = method_style("S1 (25 %)")
     assert other == method_style("S1 (25 %)") and other["color"] not in METHOD_COLOURS.values()
 

@@ -44,7 +44,7 @@ FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, mark
     "contrast": (("infonce", "labelled", "prototype", "crd"), "#CC79A7", "P"),
 }  # fmt: skip
 FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
-LINES = {"T": "-", "S": "--", "K": "-."}
+LINES = {"T": "-", "S": "--", "KD(T1": "-.", "KD(T2": ":"}  # by the first letters of an arm
 BARE = {"linestyle": ""}
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 CONTROLS = (  # arms that a distiller must beat
@@ -66,7 +66,8 @@ def method_style(arm: str) -> dict[str, str]:
         return dict(zip(("color", "marker"), FAMILY_STYLES[family], strict=True)) | {"linestyle": ":"}
     other = OTHER_COLOURS[zlib.crc32(arm.encode()) % len(OTHER_COLOURS)]
     colour, marker = METHOD_COLOURS.get(arm, other), METHOD_MARKERS.get(arm, "h")
-    return dict(color=colour, marker=marker, linestyle=LINES.get(arm[:1], ":"))
+    lines = [line for start, line in LINES.items() if arm.startswith(start)]
+    return dict(color=colour, marker=marker, linestyle=lines[0] if lines else ":")
 
 
 def family_of(arm: str) -> str:
@@ -144,8 +145,8 @@ def bar_lengths(row: tuple) -> np.ndarray:
 
 
 def draw_mean(ax: Axes, y: float, row: tuple, style: Mapping[str, str]) -> None:
-    look = dict(style) | BARE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.4}
-    ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=6.5, zorder=3, **look)
+    look = dict(style) | BARE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
+    ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=5.5, zorder=3, **look)
 
 
 def spread(count: int) -> np.ndarray:
