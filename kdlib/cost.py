@@ -42,8 +42,13 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
             spared = count_parameters(model.reconstruction) if model.reconstructs else 0
             rows.append(
                 dict(
-                    model=name, size=scope, parameters=whole, inference_parameters=whole - spared,
-                    gflops=gflops(model, side, reconstruct=False), latency_ms=latency(model, side), threads=1,
+                    model=name,
+                    size=scope,
+                    parameters=whole,
+                    inference_parameters=whole - spared,
+                    gflops=gflops(model, side, reconstruct=False),
+                    latency_ms=latency(model, side),
+                    threads=1,
                 )  # fmt: skip
             )
     return pd.DataFrame(rows)
@@ -53,8 +58,6 @@ def latency(model: nn.Module, size: int) -> float:
     """Median milliseconds of one thread of the CPU for one image of `size` x `size`, without the reconstruction."""
     model = model.to("cpu", memory_format=torch.channels_last)
     image = torch.ones(1, 3, size, size).contiguous(memory_format=torch.channels_last)
-    timer = benchmark.Timer(
-        "model(image, reconstruct=False)", globals=dict(model=model, image=image), num_threads=1
-    )
+    timer = benchmark.Timer("model(image, reconstruct=False)", globals=dict(model=model, image=image), num_threads=1)
     with torch.inference_mode():
         return 1000 * float(np.median(timer.blocked_autorange(min_run_time=SECONDS).times))

@@ -49,10 +49,10 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         run: a distilled student; nothing of it needs to be trained.
 
     Returns:
-        arrays with a row a panel (anchor by anchor): anchor (its class), case, image and labels [H,W] uint8, role
-        [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left out), row and column of the
-        anchor on that grid (-1 where it lies on another slice), positives and negatives (of the anchor in the whole
-        batch), images (of the batch), step (of the batch, from 0) and term.
+        arrays with a row a panel (anchor by anchor): anchor (its class), shown (which slice it is), case, image and
+        labels [H,W] uint8, role [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left out),
+        row and column of the anchor on that grid (-1 where it lies on another slice), positives and negatives (of the
+        anchor in the whole batch), images (of the batch), step (of the batch, from 0) and term.
 
     Raises:
         InputError: the run has no labelled contrast, or its training slices show no target.
@@ -89,15 +89,22 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         role = role.view(coarse.shape)
         value = int(coarse.flatten()[anchor])
         place = [int(i) for i in np.unravel_index(int(anchor), coarse.shape)]
-        for image in shown:
+        for image, title in shown.items():
             panels.append(
                 dict(
                     anchor=bank.classes[value - 1] if value else "background",
+                    shown=title,
                     case=bank.cases[bank.case_index[index[image]]],
-                    image=images[image].numpy(), labels=labels[image].numpy(), role=role[image].numpy(),
-                    row=place[1] if image == first else -1, column=place[2] if image == first else -1,
-                    positives=int((relation > 0).sum()), negatives=int((relation < 0).sum()),
-                    images=len(index), step=step, term=term.name,
+                    image=images[image].numpy(),
+                    labels=labels[image].numpy(),
+                    role=role[image].numpy(),
+                    row=place[1] if image == first else -1,
+                    column=place[2] if image == first else -1,
+                    positives=int((relation > 0).sum()),
+                    negatives=int((relation < 0).sum()),
+                    images=len(index),
+                    step=step,
+                    term=term.name,
                 )  # fmt: skip
             )
     return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}
@@ -108,11 +115,12 @@ def _grid(shapes: dict[str, torch.Size], place: str) -> list[int]:
     return [side // factor for side in shapes[name][1:]]
 
 
-def _slices(area: torch.Tensor, patients: torch.Tensor, first: int) -> list[int]:
-    """The anchor's slice, that of another patient with most target, and the one with least; fewer in a small batch."""
+def _slices(area: torch.Tensor, patients: torch.Tensor, first: int) -> dict[int, str]:
+    """Images to show and what they are: the anchor's, another patient's with most target, the one with least."""
     ranked = area.argsort(descending=True, stable=True).tolist()
     others = [image for image in ranked if patients[image] != patients[first]]
-    return list(dict.fromkeys([first, *others[:1], ranked[-1]]))
+    chosen = {ranked[-1]: "the slice with least target"} | {image: "another patient's slice" for image in others[:1]}
+    return {first: "the anchor's slice"} | {i: title for i, title in reversed(chosen.items()) if i != first}
 
 
 def _anchors(labels: torch.Tensor, drawn: torch.Tensor, image: int) -> list[torch.Tensor]:
@@ -132,7 +140,7 @@ def _anchors(labels: torch.Tensor, drawn: torch.Tensor, image: int) -> list[torc
 
 
 def plan(run: Run, classes: int = 1) -> pd.DataFrame:
-    """A distilled run's method as a table, read off its networks, its recipe and its distiller: nothing is written down.
+    """A distilled run's method as a table, read off its networks, its recipe and its distiller.
 
     Args:
         run: a distilled student with one teacher.
@@ -174,9 +182,15 @@ def plan(run: Run, classes: int = 1) -> pd.DataFrame:
         for at, taught_at in zip(term.at, term.taught_at, strict=True):
             rows.append(
                 dict(
-                    kind="term", name=term.name, loss=LOSS_NAMES[term.loss], weight=term.weight,
-                    temperature=getattr(made.loss, "temperature", None), student_at=at, taught_at=taught_at,
-                    channels=projectors[0].conv.out_channels if projectors else None, balance=run.lesson.balance,
+                    kind="term",
+                    name=term.name,
+                    loss=LOSS_NAMES[term.loss],
+                    weight=term.weight,
+                    temperature=getattr(made.loss, "temperature", None),
+                    student_at=at,
+                    taught_at=taught_at,
+                    channels=projectors[0].conv.out_channels if projectors else None,
+                    balance=run.lesson.balance,
                     compared=made.describe(),
                 )  # fmt: skip
             )
@@ -195,9 +209,7 @@ def _network(network: nn.Module, shapes: dict[str, torch.Size], size: int) -> li
     for name, shape in shapes.items():
         paths = {network.scales[name], network.scales[name].replace(".decoder.", ".up.")}  # of a decoder: both
         parameters = sum(count_parameters(network.get_submodule(path)) for path in paths)
-        stages.append(
-            dict(kind="stage", name=name, channels=shape[0], stride=size // shape[1], parameters=parameters)
-        )
+        stages.append(dict(kind="stage", name=name, channels=shape[0], stride=size // shape[1], parameters=parameters))
     return [dict(kind="network", parameters=whole, inference_parameters=whole - spared), *stages, *rows]
 
 

@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 from kdlib.config import InputError
 from kdlib.figures.style import DOUBLE, MM, OTHER_COLOURS, STYLE, TERM_COLOURS, method_style, need_columns
 
-BOX = 14.6, 9.4  # mm of a stage
+BOX = 15.4, 9.6  # mm of a stage
 LEVEL, GAP = 11.5, 27.0  # mm from one resolution to the next, and between the two bottlenecks
 MARGIN = 14.0  # mm above and below, for titles and losses
 NEEDED = ["kind", "model", "role", "name", "channels", "stride", "parameters", "weight", "student_at", "taught_at"]
@@ -45,20 +45,25 @@ def diagram(plan: pd.DataFrame) -> Figure:
     top, bottom = height - MARGIN - BOX[1] / 2, MARGIN + BOX[1] / 2
     places, strides = {}, {}
     for role, table in stages.items():
-        rise = -LEVEL if role == "teacher" else LEVEL  # the student stands on its head: the bottlenecks face each other
+        # the student stands on its head, so that the bottlenecks face each other
+        rise = -LEVEL if role == "teacher" else LEVEL
         for row in table.itertuples():
-            x = pitch * (0.5 + {"down": row.level, "middle": depth, "up": 2 * depth - row.level}.get(row.side, 2 * depth + 1))
+            column = {"down": row.level, "middle": depth, "up": 2 * depth - row.level, "end": 2 * depth + 1}[row.side]
+            x = pitch * (0.5 + column)
             places[role, row.name] = x, (top if role == "teacher" else bottom) + rise * row.level
         strides |= {(role, row.name): row.stride for row in table.itertuples()}
         _network(ax, plan, table, {name: place for (who, name), place in places.items() if who == role}, role)
     _terms(ax, plan[plan["kind"] == "term"], places, strides)
-    balance = plan["balance"].dropna().unique() if "balance" in plan else []
-    figure.set_label(
+    note = (
         "Drawn from the networks and the recipe themselves. A box: a stage's channels, resolution as a part of the "
-        "input's, and parameters (up-sampling included); the darker, the more channels. Grey arrows: skip connections. "
-        "Coloured lines: what teaches what, by which loss (τ: temperature; channels and resolution that both are brought to) and weight."
-        + (f" The terms' gradients together are kept at {balance[0]:g} times the segmentation loss's." if len(balance) else "")
+        "input's, and parameters (up-sampling included); the darker, the more channels. Grey arrows: skip connections, "
+        "which the reconstruction decoder gets too. Coloured lines: what teaches what, with its weight, loss (τ: "
+        "temperature), and the channels and resolution that both are brought to."
     )
+    balance = plan["balance"].dropna().unique() if "balance" in plan else []
+    if len(balance):
+        note += f" The terms' gradients together are kept at {balance[0]:g} times the segmentation loss's."
+    figure.set_label(note)
     return figure
 
 
@@ -103,12 +108,14 @@ def _network(ax: Axes, plan: pd.DataFrame, stages: pd.DataFrame, places: dict, r
     if len(spare):
         title += f" ({_short(total['inference_parameters'])} without the reconstruction decoder)"
         _reconstruction(ax, spare.iloc[0], boxes["bottleneck"], places[names[0]][1] - LEVEL / 2, colour)
-    ax.text(places["bottleneck"][0], edge + outward * 3.2, title, ha="center", va=far, fontsize=7.5, color=colour, weight="bold")
-    ax.text(places[names[0]][0], edge, "input slice", ha="center", va=far, fontsize=6)
+    look = dict(ha="center", va=far)
+    middle = places["bottleneck"][0]
+    ax.text(middle, edge + outward * 3.2, title, fontsize=7.5, color=colour, weight="bold", **look)
+    ax.text(places[names[0]][0], edge, "input slice", fontsize=6.5, **look)
     losses = rows[rows["kind"] == "loss"]
-    text = "\n".join(f"{row.name} × {row.weight:g}" for row in losses[["name", "weight"]].itertuples(index=False, name="L"))
+    text = "\n".join(f"{name} × {weight:g}" for name, weight in zip(losses["name"], losses["weight"], strict=True))
     right = places["logits"][0] + BOX[0] / 2
-    ax.text(right, edge, f"own losses:\n{text}", ha="right", va=far, fontsize=6, linespacing=1.1)
+    ax.text(right, edge, f"own losses:\n{text}", ha="right", va=far, fontsize=6.5, linespacing=1.1)
 
 
 def _reconstruction(ax: Axes, row: pd.Series, bottleneck: FancyBboxPatch, y: float, colour: str) -> None:
@@ -129,11 +136,9 @@ def _terms(ax: Axes, terms: pd.DataFrame, places: dict, strides: dict) -> None:
         used.append(ends)
         (x0, y0), (x1, y1) = ends
         y0, y1 = y0 - BOX[1] / 2, y1 + BOX[1] / 2
-        colour = colours[row.name] if hasattr(row, "name") else "black"
-        ax.annotate(
-            "", (x1 + shift, y1), (x0 + shift, y0), zorder=3,
-            arrowprops=dict(arrowstyle="-|>", color=colour, linestyle=strokes[row.name], linewidth=1.5, shrinkA=0, shrinkB=0),
-        )  # fmt: skip
+        colour = colours[row.name]
+        look = dict(arrowstyle="-|>", color=colour, linestyle=strokes[row.name], linewidth=1.5, shrinkA=0, shrinkB=0)
+        ax.annotate("", (x1 + shift, y1), (x0 + shift, y0), arrowprops=look, zorder=3)
         labelled.setdefault(row.name, (row, (x0 + x1) / 2 + shift, y0, y1))
     for number, (name, (row, x, y0, y1)) in enumerate(sorted(labelled.items(), key=lambda item: item[1][1])):
         part = 0.5 if abs(y0 - y1) < 2 * BOX[1] else (0.5, 0.25)[number % 2]
@@ -142,7 +147,7 @@ def _terms(ax: Axes, terms: pd.DataFrame, places: dict, strides: dict) -> None:
         where = " to ".join(dict.fromkeys(resolutions))
         where = f"{row.channels:.0f} ch., {where}" if pd.notna(row.channels) else where
         lines = [f"{name}: weight {row.weight:g}", f"{row.loss}{temperature}", where]
-        width = 3 + 1.1 * max(map(len, lines))
+        width = 3 + 1.15 * max(map(len, lines))
         x = min(max(x, width / 2 + 1), ax.get_xlim()[1] - width / 2 - 1)
         _box(ax, (x, y1 + part * (y0 - y1)), (width, BOX[1]), lines, colours[name], 0)
 
@@ -168,10 +173,9 @@ def _box(ax: Axes, centre, size, lines: list[str], colour: str, depth: float, da
         facecolor=ground, edgecolor=colour, linewidth=0.8, linestyle="--" if dashed else "-", zorder=4,
     )  # fmt: skip
     ax.add_patch(box)
-    step = 2.75
+    look = dict(ha="center", va="center_baseline", fontsize=6.5, zorder=5)
     for i, line in enumerate(lines):
-        weight, size = ("bold", 6.5) if i == 0 else ("normal", 6)
-        ax.text(x, y + step * ((len(lines) - 1) / 2 - i), line, ha="center", va="center_baseline", fontsize=size, weight=weight, zorder=5)
+        ax.text(x, y + 2.85 * ((len(lines) - 1) / 2 - i), line, weight="normal" if i else "bold", **look)
     return box
 
 

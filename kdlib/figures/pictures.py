@@ -132,7 +132,8 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str,
     need_columns(similarity, needed, "features", "the similarity table of kdlib.imitation")
     teacher, before, after = arms.values()
     figure, axes = plt.subplots(3, 3, figsize=(DOUBLE, 158 * MM))
-    names = sorted(samples["class"].unique(), key="background".__eq__)  # last, and above the others: it fills little room
+    # background last, above the others: it fills little room
+    names = sorted(samples["class"].unique(), key="background".__eq__)
     looks = dict(zip(names, CLASSES * len(names), strict=False)) | {"background": BACKGROUND}
     looks = {name: looks[name] for name in names}
     for column, (role, arm) in enumerate(arms.items()):
@@ -168,9 +169,9 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str,
         f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ("
         + ", ".join(f"{counts[name]} {name}" for name in names)
         + f"). PCA with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the "
-        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: linear CKA of the scales (E: encoder, "
-        f"B: bottleneck, D: decoder, L: logits) of the student (down) and of {teacher} (across), in hundredths, mean "
-        "over folds and seeds; left: what distillation added."
+        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: linear CKA of the scales (E: "
+        f"encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of {teacher} (across), in "
+        "hundredths, mean over folds and seeds; left: what distillation added."
     )
     return figure
 
@@ -201,13 +202,13 @@ def _matrix(ax: Axes, grid: pd.DataFrame, title: str, teacher: str, difference: 
         if np.isfinite(values[row, column]):
             text = f"{100 * values[row, column]:{'+' if difference else ''}.0f}".replace("+0", "0").replace("-0", "0")
             dark = abs(values[row, column]) > (0.35 if difference else 0.8)
-            ax.text(column, row, text, ha="center", va="center", fontsize=5.5, color="white" if dark else "black")
+            ax.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
     short = {"encoder": "E", "decoder": "D", "bottleneck": "B", "logits": "L"}
     for axis, names in ((ax.xaxis, grid.columns), (ax.yaxis, grid.index)):
         stems = [name.rstrip("0123456789") for name in names]
         labels = [short.get(stem, stem) + name[len(stem) :] for stem, name in zip(stems, names, strict=True)]
         axis.set_ticks(range(len(names)), labels)
-    ax.tick_params(length=0, labelsize=6.5)
+    ax.tick_params(length=0, labelsize=7)
     ax.set_title(title, fontsize=7)
     ax.set_xlabel(f"scales of {teacher}", fontsize=7)
     ax.set_ylabel("scales of the student", fontsize=7)
@@ -227,8 +228,8 @@ def pairs(panels: pd.DataFrame) -> Figure:
     Raises:
         InputError: a missing column.
     """
-    needed = ["anchor", "case", "image", "labels", "role", "row", "column", "positives", "negatives", "images", "step", "term"]
-    need_columns(panels, needed, "pairs", "the arrays of kdlib.illustrate.pairs")
+    needed = ["anchor", "shown", "case", "image", "labels", "role", "row", "column", "positives", "negatives"]
+    need_columns(panels, [*needed, "images", "step", "term"], "pairs", "the arrays of kdlib.illustrate.pairs")
     anchors = list(panels["anchor"].unique())
     columns = len(panels) // len(anchors)
     width = DOUBLE * (columns + 0.3) / 3.3
@@ -253,7 +254,7 @@ def pairs(panels: pd.DataFrame) -> Figure:
             ax.spines[:].set_visible(False)
         first = rows.iloc[0]
         line[0].set_ylabel(f"anchor: {anchor}\n{first['positives']} positive, {first['negatives']} negative")
-    for ax, title in zip(axes[0], ["the anchor's slice", "another patient's slice", "a slice with least target"], strict=False):
+    for ax, title in zip(axes[0], rows["shown"], strict=True):
         ax.set_title(title)
     handles = [Line2D([], [], linestyle="", label="anchor (student), its own key a positive", **STAR)]
     handles += [
@@ -265,8 +266,9 @@ def pairs(panels: pd.DataFrame) -> Figure:
     first = panels.iloc[0]
     figure.set_label(
         f"{first['term']}: positions drawn from the {first['images']} slices of the batch of step {first['step'] + 1}, "
-        "before augmentation, in equal number from each class as far as it has them. The student's vector at a star is compared with the "
-        "teacher's at every mark, on these slices and on the others of the batch; left: their numbers in the batch."
+        "before augmentation, in equal number from each class as far as it has them. The student's vector at a star is "
+        "compared with the teacher's at every mark, on these slices and on the others of the batch; left: their numbers "
+        "in the batch."
     )
     return figure
 

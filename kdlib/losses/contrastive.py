@@ -187,7 +187,6 @@ class LabelledContrast(nn.Module):
             drawn.append(_spread(found, count, generator))
         return torch.cat(drawn)
 
-
     def relation(self, anchors: Tensor, keys: Tensor, labels: Tensor, patients: Tensor | None = None) -> Tensor:
         """What the teacher's keys at drawn positions are to the student's anchors: the pairs of `forward`, spelt out.
 
