@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -850,3 +851,11 @@ def test_saved_figures_embed_their_fonts(tmp_path):
     path = save_figure(dice_per_method(tidy(ARMS[:2])), tmp_path, "dice", "")[0]
     listed = subprocess.run(["pdffonts", path], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
     assert listed and all(re.search(r"TrueType.*\byes yes (yes|no)", line) for line in listed), listed
+
+
+def test_the_notebook_of_figures_names_what_it_can_draw():
+    path = Path(__file__).parents[1] / "notebooks" / "06_figures.ipynb"
+    source = "\n".join(cell["source"] for cell in nbformat.read(path, as_version=4).cells)
+    listed = re.search(r"a name below: (.*)", source)[1].split(", ")
+    keys = re.findall(r'^    "(\w+)": \("\d\d_', source, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(keys) and len(keys) == len(set(keys)) == 17
