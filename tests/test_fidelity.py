@@ -319,7 +319,7 @@ def test_sampled_features_are_those_of_the_pixel(dataset):
     model.scales = {"decoder1": "fine"}
     ramp = (places % 251).to(torch.uint8).expand_as(bank.images)
     found = sample_features({"ramp": model}, dataclasses.replace(bank, images=ramp), positions=40, slices=100)
-    value = (found["ramp"][:, 0] - float(model.fine.bias)) * 255 / 3
+    value = (found["ramp"][:, 0] - model.fine.bias.item()) * 255 / 3
     near = 2 if computes_bf16(torch.device("cpu")) else 0.01
     for case, name, seen in zip(found["case"], found["class"], value, strict=True):
         slices = bank.labels[bank.case_index == bank.cases.index(case)]

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -128,7 +129,7 @@ def check(figure, width) -> None:
 
 def test_every_method_has_its_own_colour_and_marker():
     assert len(set(METHOD_COLOURS.values())) == len(set(METHOD_MARKERS.values())) == len(METHOD_COLOURS)
-    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)")}) == 3
+    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)", "KD(T2, S1)")}) == 4
     other = method_style("S1 (25 %)")
     assert other == method_style("S1 (25 %)") and other["color"] not in METHOD_COLOURS.values()
 
@@ -817,6 +818,12 @@ def test_empty_tables_are_refused(draw):
         dice_against_parameters(tidy(["S1"]).iloc[:0], PARAMS)
 
 
+def test_captions_name_the_interval_that_was_made():
+    notes = {n: dice_per_method(tidy(["S1", "S2"], n)).get_label() for n in (1, 3, 6, 60)}
+    assert "n = 1) and no interval" in notes[1] and "n = 3) and 95 % Student's t interval" in notes[3]
+    assert "n = 6) and 95 % studentised bootstrap interval" in notes[6] and "95 % bootstrap interval" in notes[60]
+
+
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -832,7 +839,11 @@ def test_saved_figures(tmp_path):
     image = plt.imread(first[1])
     assert image.shape[1] == pytest.approx(84 / 25.4 * 300, abs=1)
     caption = first[2].read_text(encoding="utf-8")
-    assert caption.startswith("Dice of each method. ") and "n = 6" in caption and "95 % BCa" in caption
+    assert (
+        caption.startswith("Dice of each method. ")
+        and "n = 6" in caption
+        and "95 % studentised bootstrap interval" in caption
+    )
 
 
 @pytest.mark.skipif(not shutil.which("pdffonts"), reason="poppler's pdffonts is not installed")
@@ -840,3 +851,11 @@ def test_saved_figures_embed_their_fonts(tmp_path):
     path = save_figure(dice_per_method(tidy(ARMS[:2])), tmp_path, "dice", "")[0]
     listed = subprocess.run(["pdffonts", path], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
     assert listed and all(re.search(r"TrueType.*\byes yes (yes|no)", line) for line in listed), listed
+
+
+def test_the_notebook_of_figures_names_what_it_can_draw():
+    path = Path(__file__).parents[1] / "notebooks" / "06_figures.ipynb"
+    source = "\n".join(cell["source"] for cell in nbformat.read(path, as_version=4).cells)
+    listed = re.search(r"a name below: (.*)", source)[1].split(", ")
+    keys = re.findall(r'^    "(\w+)": \("\d\d_', source, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(keys) and len(keys) == len(set(keys)) == 17

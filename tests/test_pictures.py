@@ -25,7 +25,7 @@ from kdlib.illustrate import pairs as pairs_of
 from kdlib.losses import Context, LabelledContrast
 from kdlib.recipes import thesis_recipe
 from kdlib.runs import load_arrays, run_bank, run_source, save_arrays
-from kdlib.train import new_arm, new_model, order, teach
+from kdlib.train import new_arm, new_model, order
 
 ROLES = {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}
 
@@ -118,11 +118,11 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
 
     monkeypatch.setattr(LabelledContrast, "draw", recorded)
     _, own = arm.taps(images)
-    features = {name: teach_features(teacher, images, [name])[name] for name in own}
+    _, taught = Taps(teacher, teacher.scales, list(own))(images)
     seed = derive_seed(run.seed, "terms", step)
     terms = {name: term for name, term in arm.distiller.terms.items() if name == "D-D"}
     arm.distiller.terms = torch.nn.ModuleDict(terms)
-    arm.distiller(own, {"T1": features}, labels, seed)
+    arm.distiller(own, {"T1": taught}, labels, seed)
     ((shape, drawn),) = seen
     role = torch.zeros(shape, dtype=torch.bool).flatten()
     role[drawn] = True
@@ -132,13 +132,6 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
         same = [i for i in range(len(index)) if torch.equal(bank.images[index[i]], picture)]
         assert same and any(np.array_equal(panels["role"][number] != 0, role[i]) for i in same)
     assert panels["positives"][0] + panels["negatives"][0] == len(drawn)
-
-
-def teach_features(model, images, names):
-    taps = Taps(model, model.scales, names)
-    found = teach(taps, images)
-    taps.close()
-    return found
 
 
 def test_the_panels_show_an_organ_s_and_a_background_anchor_on_slices_of_the_batch(place):
@@ -260,11 +253,6 @@ def test_the_same_features_give_the_same_picture():
             assert np.array_equal(left.get_offsets(), right.get_offsets())
 
 
-def test_a_network_whose_features_do_not_vary_is_drawn_all_the_same():
-    figure = features(sampled(constant=True), similar(), ROLES)
-    check(figure, DOUBLE)
-
-
 def test_features_refuse():
     with pytest.raises(InputError, match=r"no KD\(T1, S1\) in the table"):
         features(sampled().drop(columns="KD(T1, S1)"), similar(), ROLES)
@@ -272,6 +260,8 @@ def test_features_refuse():
         features(sampled(), similar()[lambda t: t["arm"] == "S1 (50 %)"], ROLES)
     with pytest.raises(InputError, match="2 arms"):
         features(sampled(), similar(), {"teacher": "T1", "student": "S1 (50 %)"})
+    with pytest.raises(InputError, match="those of T1 are the same in every pixel"):
+        features(sampled(constant=True), similar(), ROLES)
 
 
 # ---------------------------------------------------------------------------------------------------------- qualitative
@@ -285,12 +275,13 @@ def test_the_outline_of_the_truth_is_seen_on_white_tissue():
     truth = np.zeros((48, 48), np.uint8)
     truth[16:32, 16:32] = 1
     figure = qualitative(example(np.full((48, 48), 255, np.uint8), truth, truth), {"student": "S1"}, {"only": "a"})
+    figure.set_dpi(300)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
     box = figure.axes[1].get_window_extent()
     top, bottom, left, right = (int(edge) for edge in (len(pixels) - box.y1, len(pixels) - box.y0, box.x0, box.x1))
     seen = pixels[top + 2 : bottom - 2, left + 2 : right - 2]
-    assert (seen < 100).sum() > 4 * 16, "a dark rim about the white line"
+    assert (seen < 128).sum() > 4 * 16, "a dark rim about the white line"
 
 
 def test_the_kinds_of_error_are_hatched_each_its_own_way():

@@ -19,7 +19,6 @@ from kdlib.figures.style import (
     DOUBLE,
     FAMILY_STYLES,
     HATCHES,
-    INTERVAL,
     MM,
     SINGLE,
     STYLE,
@@ -27,6 +26,7 @@ from kdlib.figures.style import (
     VERDICTS,
     draw_mean,
     family_of,
+    interval_kind,
     interval_text,
     legend_below,
     method_style,
@@ -123,7 +123,8 @@ def _difference_axis(ax: Axes, reference: str, metric: str) -> None:
 
 def _difference_note(differences: pd.DataFrame, metric: str) -> str:
     return (
-        f"mean paired difference ({n_text(differences['n'])}) and {INTERVAL}, "
+        f"mean paired difference ({n_text(differences['n'])}) and "
+        f"{interval_kind(differences['n'])}, "
         f"{'higher' if METRICS[metric].higher else 'lower'} is better; hollow: inconclusive by Wilcoxon's signed-rank "
         f"test after Holm's correction for {len(differences)} comparisons."
     )
@@ -291,10 +292,9 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
         handles = [Patch(label=verdict, edgecolor="white", linewidth=0, **looks[verdict]) for verdict in used]
         legend_below(figure, handles, columns=3)
     note = f"Dice of {n_text(table['n'])} patients at both ends and its change by each step, with the 95 % bootstrap "
-    note += (
-        "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of their "
-    )
-    note += f"pooled voxels. The axis begins at {edge:.2f}."
+    note += "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of "
+    note += f"their pooled voxels. Verdicts: patients' values swapped at random, p after Holm's correction for {last} "
+    note += f"changes. The axis begins at {edge:.2f}."
     whole = rows[last]
     if pd.notna(whole.low):
         note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -101,7 +102,8 @@ def _network(ax: Axes, plan: pd.DataFrame, stages: pd.DataFrame, places: dict, r
             _arrow(ax, boxes[name], boxes[partner], "#999999", 0.6)
     outward = 1 if role == "teacher" else -1
     far = {1: "bottom", -1: "top"}[outward]
-    edge = places[names[0]][1] + outward * (BOX[1] / 2 + 1)
+    clear = outward * (BOX[1] / 2 + 1)
+    edge = max(outward * y for _, y in places.values()) * outward + clear
     total = rows[rows["kind"] == "network"].iloc[0]
     spare = rows[rows["kind"] == "reconstruction"]
     title = f"{role} {model}{', frozen' if role == 'teacher' else ''}: {_short(total['parameters'])} parameters"
@@ -111,7 +113,7 @@ def _network(ax: Axes, plan: pd.DataFrame, stages: pd.DataFrame, places: dict, r
     look = dict(ha="center", va=far)
     middle = places["bottleneck"][0]
     ax.text(middle, edge + outward * 3.2, title, fontsize=7.5, color=colour, weight="bold", **look)
-    ax.text(places[names[0]][0], edge, "input slice", fontsize=6.5, **look)
+    ax.text(places[names[0]][0], places[names[0]][1] + clear, "input slice", fontsize=6.5, **look)
     losses = rows[rows["kind"] == "loss"]
     text = "\n".join(f"{name} × {weight:g}" for name, weight in zip(losses["name"], losses["weight"], strict=True))
     right = places["logits"][0] + BOX[0] / 2
@@ -126,7 +128,7 @@ def _reconstruction(ax: Axes, row: pd.Series, bottleneck: FancyBboxPatch, y: flo
 
 
 def _terms(ax: Axes, terms: pd.DataFrame, places: dict, strides: dict) -> None:
-    """A line and a label a term; labels of neighbouring lines stand at different heights."""
+    """A line and a label a term, on the line where there is room."""
     colours = dict(zip(terms["name"].unique(), OTHER_COLOURS * 4, strict=False)) | TERM_COLOURS
     strokes = {name: STROKES[i % len(STROKES)] for i, name in enumerate(terms["name"].unique())}
     labelled, used = {}, []
@@ -139,17 +141,34 @@ def _terms(ax: Axes, terms: pd.DataFrame, places: dict, strides: dict) -> None:
         colour = colours[row.name]
         look = dict(arrowstyle="-|>", color=colour, linestyle=strokes[row.name], linewidth=1.5, shrinkA=0, shrinkB=0)
         ax.annotate("", (x1 + shift, y1), (x0 + shift, y0), arrowprops=look, zorder=3)
-        labelled.setdefault(row.name, (row, (x0 + x1) / 2 + shift, y0, y1))
-    for number, (name, (row, x, y0, y1)) in enumerate(sorted(labelled.items(), key=lambda item: item[1][1])):
-        part = 0.5 if abs(y0 - y1) < 2 * BOX[1] else (0.5, 0.25)[number % 2]
+        labelled.setdefault(row.name, (row, (x0 + shift, y0), (x1 + shift, y1)))
+    taken = [(centre, BOX) for centre in places.values()]
+    for name, (row, start, end) in labelled.items():
         temperature = f", τ = {row.temperature:g}" if pd.notna(row.temperature) else ""
         resolutions = [_resolution(strides, "teacher", row.taught_at), _resolution(strides, "student", row.student_at)]
         where = " to ".join(dict.fromkeys(resolutions))
         where = f"{row.channels:.0f} ch., {where}" if pd.notna(row.channels) else where
         lines = [f"{name}: weight {row.weight:g}", f"{row.loss}{temperature}", where]
         width = 3 + 1.15 * max(map(len, lines))
-        x = min(max(x, width / 2 + 1), ax.get_xlim()[1] - width / 2 - 1)
-        _box(ax, (x, y1 + part * (y0 - y1)), (width, BOX[1]), lines, colours[name], 0)
+        size = width, BOX[1]
+        centre = _free(start, end, size, ax.get_xlim()[1], taken)
+        taken.append((centre, size))
+        _box(ax, centre, size, lines, colours[name], 0)
+
+
+def _free(start, end, size, page: float, taken: list) -> tuple[float, float]:
+    """Where a label of this size, on a line or as near to it as may be, covers no box, else its middle."""
+    fits = []
+    for part in np.linspace(0.1, 0.9, 17):
+        for aside in np.linspace(-25, 25, 21):
+            x = start[0] + part * (end[0] - start[0]) + aside
+            x = min(max(x, size[0] / 2 + 1), page - size[0] / 2 - 1)
+            y = start[1] + part * (end[1] - start[1])
+            apart = [
+                abs(x - a) > (size[0] + w) / 2 + 1 or abs(y - b) > (size[1] + h) / 2 + 1 for (a, b), (w, h) in taken
+            ]
+            fits.append((not all(apart), abs(aside), abs(part - 0.5), x, y))
+    return min(fits)[3:]
 
 
 def _resolution(strides: dict, role: str, place: str) -> str:

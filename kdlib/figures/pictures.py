@@ -123,7 +123,7 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str,
         seed: of t-SNE.
 
     Raises:
-        InputError: a missing column, an arm without features or similarity, or not three arms.
+        InputError: a missing column, an arm without similarity or with features that do not vary, or not three arms.
     """
     if len(arms) != 3:
         raise InputError(f"features: {len(arms)} arms; give a teacher, a student and the distilled student")
@@ -139,7 +139,9 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str,
     for column, (role, arm) in enumerate(arms.items()):
         values = np.stack(samples[arm].to_list()).astype(float)
         values -= values.mean(0)
-        values /= values.std() or 1.0  # one factor for all channels: their scale is no matter, their ratios are
+        if not values.any():
+            raise InputError(f"features: those of {arm} are the same in every pixel: its network does nothing")
+        values /= values.std()  # one factor for all channels: their scale is no matter, their ratios are
         pca = PCA(2, random_state=seed).fit(values)
         flat = TSNE(perplexity=min(30, len(values) / 4), init="pca", random_state=seed).fit_transform(values)
         for ax, points in zip(axes[:2, column], (pca.transform(values), flat), strict=True):
@@ -267,7 +269,7 @@ def pairs(panels: pd.DataFrame) -> Figure:
     figure.set_label(
         f"{first['term']}: positions drawn from the {first['images']} slices of the batch of step {first['step'] + 1}, "
         "before augmentation, in equal number from each class as far as it has them. The student's vector at a star is "
-        "compared with the teacher's at every mark, on these slices and on the others of the batch; left: their numbers "
+        "compared with the teacher's at every mark, on these slices and on the others of the batch; left: numbers "
         "in the batch."
     )
     return figure

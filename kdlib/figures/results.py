@@ -16,13 +16,13 @@ from kdlib.config import InputError
 from kdlib.figures.style import (
     BARE,
     DOUBLE,
-    INTERVAL,
     MM,
     SINGLE,
     STYLE,
     bar_lengths,
     draw_strip,
     entries_beside,
+    interval_kind,
     interval_text,
     legend_below,
     log_axis,
@@ -119,7 +119,7 @@ def slopes(table: pd.DataFrame, verdicts: pd.DataFrame, metric: str = "dice") ->
     legend_below(figure, [*handles, Line2D([], [], color="black", linewidth=2, label="mean")], columns=3)
     figure.set_label(
         f"Lines: patients ({n_text(verdicts['n'])}), seeds averaged. Above: mean paired difference with its "
-        f"{INTERVAL}, and p of Wilcoxon's signed-rank test after Holm's correction "
+        f"{interval_kind(verdicts['n'])}, and p of Wilcoxon's signed-rank test after Holm's correction "
         f"for {len(verdicts)} comparisons."
     )
     return figure
@@ -419,7 +419,7 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
         left.annotate(f"n = {(thirds == group).sum()}", (place, 1.0), **where)
     log_axis(left.xaxis, low, high)
     left.set(xlabel="true volume (ml)", ylabel="Dice")
-    note = _correlations(wide, volume, "volume")
+    note, sizes = _correlations(wide, volume, "volume"), list(thirds.value_counts())
     if several:
         sharp = thickness
         if thickness.nunique() > 5:  # thirds, each at its median
@@ -429,6 +429,7 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
         places = pd.Series(levels.values(), levels.values())
         _groups(axes[0, 1], wide, at + 0.3 * spread(len(at)), at, places, lambda x, move: x + 0.13 * move)
         counts = sharp.value_counts()
+        sizes += list(counts)
         axes[0, 1].set(xlabel="slice thickness (mm)", xlim=(-0.5, len(levels) - 0.5), xticks=range(len(levels)))
         axes[0, 1].set_xticklabels([f"{level:g}\nn = {counts[level]}" for level in levels])
         note += " " + _correlations(wide, thickness, "thickness")
@@ -438,7 +439,7 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, arms: Sequence[str] | None
     legend_below(figure, handles, columns=entries_beside(arms, figure.get_figwidth()), handlelength=3)
     figure.set_label(
         f"Small points: patients (n = {len(wide)}), seeds and classes averaged; large ones: means of groups of them "
-        f"and {INTERVAL}. {note}"
+        f"and {interval_kind(sizes)}. {note}"
     )
     return figure
 

@@ -7,7 +7,7 @@ differ too, so that figures can be read in grey.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
+from kdlib.statistics import interval_name
 
 MM = 1 / 25.4
 SINGLE, DOUBLE = 84 * MM, 174 * MM  # widths of a column and of a page, in inches
@@ -43,9 +44,8 @@ FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, mark
     "contrast": (("infonce", "labelled", "prototype", "crd"), "#CC79A7", "P"),
 }  # fmt: skip
 FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
-LINES = {"T": "-", "S": "--", "K": "-."}
+LINES = {"T": "-", "S": "--", "KD(T1": "-.", "KD(T2": ":"}  # by the first letters of an arm
 BARE = {"linestyle": ""}
-INTERVAL = "95 % BCa bootstrap interval"
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 CONTROLS = (  # arms that a distiller must beat
     "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
@@ -66,7 +66,8 @@ def method_style(arm: str) -> dict[str, str]:
         return dict(zip(("color", "marker"), FAMILY_STYLES[family], strict=True)) | {"linestyle": ":"}
     other = OTHER_COLOURS[zlib.crc32(arm.encode()) % len(OTHER_COLOURS)]
     colour, marker = METHOD_COLOURS.get(arm, other), METHOD_MARKERS.get(arm, "h")
-    return dict(color=colour, marker=marker, linestyle=LINES.get(arm[:1], ":"))
+    lines = [line for start, line in LINES.items() if arm.startswith(start)]
+    return dict(color=colour, marker=marker, linestyle=lines[0] if lines else ":")
 
 
 def family_of(arm: str) -> str:
@@ -103,7 +104,14 @@ def n_text(counts: pd.Series) -> str:
 
 
 def interval_text(means: pd.DataFrame) -> str:
-    return f"mean over patients ({n_text(means['n'])}) and {INTERVAL}"
+    return f"mean over patients ({n_text(means['n'])}) and {interval_kind(means['n'])}"
+
+
+def interval_kind(counts: Iterable[int]) -> str:
+    """Which 95 % intervals `kdlib.statistics.interval` makes of so many patients; below two there is none."""
+    kinds = [{interval_name(n, seeds) for seeds in (1, 2)} for n in sorted(set(counts)) if n > 1]
+    names = dict.fromkeys(found.pop() if len(found) == 1 else "bootstrap" for found in kinds)
+    return f"95 % {' or '.join(names)} interval" if names else "no interval, which takes two"
 
 
 def p_text(p: float) -> str:
@@ -137,8 +145,8 @@ def bar_lengths(row: tuple) -> np.ndarray:
 
 
 def draw_mean(ax: Axes, y: float, row: tuple, style: Mapping[str, str]) -> None:
-    look = dict(style) | BARE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.4}
-    ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=6.5, zorder=3, **look)
+    look = dict(style) | BARE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
+    ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=5.5, zorder=3, **look)
 
 
 def spread(count: int) -> np.ndarray:
