@@ -453,22 +453,23 @@ def _statistics(folder: Path, cases: pd.DataFrame, arms: pd.DataFrame) -> list[s
         "the unit is the patient: seeds, then classes, then the volumes of a patient are averaged before any test",
         f"intervals: {LEVEL}, {interval_name(n, seeds)} for {n} patients (`kdlib.statistics.interval`, which "
         "states its coverage)",
-        f"tests: Wilcoxon's signed-rank, paired by patient, two-sided at {ALPHA:g}, Holm over each family; a verdict "
+        f"tests: Wilcoxon's signed-rank, paired by patient, two-sided at {ALPHA:g}, Holm over each family (the bridge: "
+        "patients' values swapped at random, the largest difference of all steps, Westfall & Young 1993); a verdict "
         "(better, worse) needs the test and the interval, everything else is inconclusive",
     ]
     rows = []
     for path in sorted((folder / "tables").glob("*.csv")):
         table = pd.read_csv(path, nrows=1000)
-        if {"p_holm", "verdict", "n"} <= set(table):
+        if {"verdict", "n"} <= set(table) and {"p_holm", "p_adjusted"} & set(table):
             family = table.dropna(subset=["verdict"])
-            least = 2.0 ** (1 - int(family["n"].min())) * len(family)
+            least = 2.0 ** (1 - int(family["n"].min())) * (len(family) if "p_holm" in table else 1)
             verdicts = family["verdict"].value_counts(sort=False)
             rows.append(
                 {
                     "family": path.stem,
                     "comparisons": len(family),
                     "patients": _listed(family["n"].astype(int)),
-                    "least possible p after Holm": f"{min(least, 1):.2g}",
+                    "least possible adjusted p": f"{min(least, 1):.2g}",
                     "can decide": "yes" if least < ALPHA else "no, whatever the data: too few patients",
                     "verdicts": ", ".join(f"{count} {word}" for word, count in verdicts.items()),
                 }
