@@ -224,14 +224,16 @@ class Viewer(widgets.VBox):
         wrong = [[colour for colour, _, _ in ERRORS], [kind for _, _, kind in ERRORS]]
         layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
         self.volume.load_volumes([image, *layers.values()])
-        shown = self.masks.children and {box.description for box in self.masks.children if box.value}
+        shown = [box.value for box in self.masks.children]  # the same ones as before, whatever the run is called
+        if len(shown) != len(layers):
+            shown = [name == f"{list(seen.masks)[-1]} against truth" for name in layers]
         boxes = [
             widgets.Checkbox(False, description=name, indent=False, layout=widgets.Layout(width="auto"))
             for name in layers
         ]
-        for box, layer in zip(boxes, layers.values(), strict=True):
+        for box, layer, checked in zip(boxes, layers.values(), shown, strict=True):
             box.observe(lambda change, layer=layer: setattr(layer, "opacity", 0.6 if change["new"] else 0.0), "value")
-            box.value = box.description in (shown or {f"{list(seen.masks)[-1]} against truth"})
+            box.value = checked
         self.masks.children = boxes
         self.loaded = True
 
@@ -266,6 +268,11 @@ class GradientPanel(widgets.VBox):
         self.button.on_click(lambda _: self.show())
         viewer.observe(lambda _: self._follow(), "place")
         self._follow()
+        pick.watch(self._clear)
+
+    def _clear(self) -> None:
+        """What is shown is of another run or case."""
+        self.message.value, self.table.value, self.image.value = "", "", b""
 
     def _follow(self) -> None:
         """The region: a quarter of the slice's side about the place that was clicked."""

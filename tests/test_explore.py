@@ -335,6 +335,9 @@ def test_the_viewer_takes_the_volume_where_there_is_webgl_and_a_click_moves_the_
     assert gradients.columns.value[0] < column < gradients.columns.value[1]
     gradients.show()
     assert is_picture(gradients.image) and "cosine" in gradients.table.value
+    pick.case_list.value = pick.run.fold.val[0]
+    assert not gradients.image.value and not gradients.table.value, "they were of another case"
+    assert [box.value for box in viewer.masks.children] == [True, False, False, False, True, False]
 
 
 def test_the_training_panel_trains_and_says_that_it_is_no_result(small_study):

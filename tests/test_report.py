@@ -103,9 +103,12 @@ def test_what_is_missing_is_left_out_with_a_word(folder):
 
 
 def test_the_protocol_is_shown_below_the_headings_of_the_page(folder):
+    (folder / "cards").mkdir()
+    (folder / "cards" / "s1-0.md").write_text("# Card\n")
     (folder / "protocol.md").write_text("# Protocol of mine\n\n| part | n |\n|---|---|\n| test | 14 |\n")
     page = Page(write_report(folder))
     assert "Protocol of mine" in page.text and page.tags.count("h1") == 1
+    assert "Model cards: 1" in page.text and "cards/s1-0.md" in page.links
     assert '<div class="scroll" tabindex="0"><table' in (folder / "report.html").read_text()
 
 
