@@ -19,7 +19,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,12 +60,15 @@ class Source:
 @functools.cache
 def source(data: str, target: str, folds: int, on_defect: str, results: Path) -> Source:
     """Indexes a folder (or makes the phantom), and reads or writes its splits under `results/splits/`."""
-    folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
-    dataset = index(folder, on_defect)
-    classes = dataset.classes(target)
-    name = "-".join([dataset.name, *classes, str(folds)]).lower().replace(" ", "_").replace("/", "_")
-    path = results / "splits" / f"{name}.json"
-    parts = splits(dataset, classes, folds, path)
+    try:
+        folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
+        dataset = index(folder, on_defect)
+        classes = dataset.classes(target)
+        name = "-".join([dataset.name, *classes, str(folds)]).lower().replace(" ", "_").replace("/", "_")
+        path = results / "splits" / f"{name}.json"
+        parts = splits(dataset, classes, folds, path)
+    except OSError as error:
+        raise unsaved(results, error) from None
     return Source(dataset, classes, parts, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -312,6 +315,7 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, record: dict, folder: Pat
         "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
         "steps": arm.step,
         "sessions": arm.sessions,
+        "micro_batches": max(session.get("micro_batches", 1) for session in arm.sessions),
         "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
         "finished": _now(),
         "status": "done",
@@ -368,30 +372,35 @@ def checkpoint_of(run: Run, results: Path) -> Checkpoint:
     return Checkpoint(run_folder(run, results), identity, git_state()["commit"])
 
 
-def train_missing(group: list[Run], results: Path, device: torch.device) -> list[TrainingError]:
+def train_missing(group: list[Run], results: Path, device: torch.device, parts: int = 1) -> list[TrainingError]:
     """Trains one cohort, whose locks are held, and saves each of its runs; returns the failures of single arms.
 
-    Where the GPU's memory does not hold all arms, its halves are trained one after the other.
+    Where the GPU's memory does not hold all arms, its halves are trained one after the other; where it does not hold
+    one, its batch is split into `parts`, twice as many each time.
     """
     try:
-        return _train(group, results, device)
+        return _train(group, results, device, parts)
     except torch.OutOfMemoryError as error:
         if ranks.size() > 1:  # the others are still at it
             raise
         cause = str(error).splitlines()[0]
     gc.collect()  # the arms of the failed try: its traceback held their tensors until here
     torch.cuda.empty_cache()
-    half = len(group) // 2
-    if not half:
-        run = group[0]
-        text = f"a batch of {run.optimisation.batch} slices of {run.view.size} x {run.view.size} does not fit: {cause}"
-        record = introduce(run, run_source(run, results), results, device)
-        return [fail(run.name, run_folder(run, results), record, TrainingError(f"{run.name}: {text}"))]
-    print(f"{len(group)} arms at once do not fit into memory ({cause}): trained in two halves", flush=True)
-    return [failure for part in (group[:half], group[half:]) for failure in train_missing(part, results, device)]
+    if len(group) > 1:
+        print(f"{len(group)} arms at once do not fit into memory ({cause}): trained in two halves", flush=True)
+        half = len(group) // 2
+        return [failure for some in (group[:half], group[half:]) for failure in train_missing(some, results, device)]
+    run = group[0]
+    batch, parts = run.optimisation.batch, 2 * parts
+    text = f"{run.name} ({run.recipe.name}): batches of {2 * batch // parts} slices do not fit into memory ({cause})"
+    if batch // parts >= 2:  # a contrast needs two images
+        print(f"{text}: split into {parts} parts, whose losses are not those of the whole", flush=True)
+        return train_missing(group, results, device, parts)
+    record = introduce(run, run_source(run, results), results, device)
+    return [fail(run.name, run_folder(run, results), record, TrainingError(text))]
 
 
-def _train(group: list[Run], results: Path, device: torch.device) -> list[TrainingError]:
+def _train(group: list[Run], results: Path, device: torch.device, parts: int) -> list[TrainingError]:
     run = group[0]
     found = run_source(run, results)
     fold = found.folds[run.fold]
@@ -415,7 +424,7 @@ def _train(group: list[Run], results: Path, device: torch.device) -> list[Traini
         _save_json(checkpoint.folder / "manifest.json", record | {"status": "training"})
         checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
     try:
-        arms = train_cohort(group, train.to(device), val.to(device), steps, device, teachers, epochs, keep)
+        arms = train_cohort(group, train.to(device), val.to(device), steps, device, teachers, epochs, keep, parts)
         return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
     except torch.OutOfMemoryError:
         raise
@@ -580,7 +589,13 @@ def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tup
         failures, and the runs that another process is training.
     """
     # runs of several protocols may be one and the same, and done by now
-    missing = {run_key(run, results): run for run in group if not is_done(run, results)}
+    missing = {}
+    for run in group:
+        if not is_done(run, results):
+            missing[run_key(run, results)] = run
+            continue
+        with suppress(OSError):  # there is one where the process was killed between its last two steps
+            (run_folder(run, results) / "checkpoint.safetensors").unlink()
     if not missing:
         return [], []
     if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):

@@ -95,6 +95,7 @@ class Arm:
     balanced: bool = False  # whether the weights of this epoch are set, where the recipe balances them
     step: int = 0  # optimiser steps done
     log: EpochLog | None = None  # of the epoch that it is in; None between two
+    micro_batches: int = 1  # parts of a batch that go forward and backward one after the other
     checkpoint: Checkpoint | None = None
     sessions: list[dict] = field(default_factory=list)  # where it was trained, from which step on
 
@@ -212,6 +213,23 @@ class Batch:
     taught: Mapping[str, Mapping[str, Tensor]]
     step: int
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in parts of about equal size."""
+
+        def part(i: int, tensor: Tensor) -> Tensor:
+            return tensor.tensor_split(parts)[i]
+
+        return [
+            Batch(
+                part(i, self.images),
+                part(i, self.labels),
+                part(i, self.patients),
+                {who: {name: part(i, maps) for name, maps in seen.items()} for who, seen in self.taught.items()},
+                self.step,
+            )
+            for i in range(parts)
+        ]
+
 
 def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     """Sets the terms' weights so that their gradients are `recipe.balance` times that of the segmentation loss.
@@ -228,6 +246,7 @@ def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     arm.balanced = True
 
 
+<<<<<<< HEAD
 class Losses(nn.Module):
     """A network and its distiller as one module, from a batch to every unweighted loss by name.
 
@@ -254,17 +273,42 @@ class Losses(nn.Module):
             own = {name: ranks.gather(feature) for name, feature in features.items()} | {"logits": logits}
             losses |= self.distiller(own, taught, labels, seed, batch.patients, batch.step)
         return losses
+=======
+def losses_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
+    """The forward pass: every unweighted loss by name."""
+    recipe, images, labels = arm.run.lesson, batch.images, batch.labels
+    with autocast(images.device):
+        output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
+        losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
+        if output.reconstruction is not None:
+            losses["reconstruction"] = F.mse_loss(output.reconstruction.float(), images)
+        if arm.distiller is not None:
+            seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
+            if recipe.teacher == "shuffled":
+                mix = derive_seed(seed, "shuffle")
+                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
+            own = features | {"logits": output.segmentation}
+            losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
+    return losses
+>>>>>>> survive
 
 
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
 
+<<<<<<< HEAD
+=======
+    Where memory does not hold the graph of the whole batch, its parts (`Arm.micro_batches`) go forward and backward one
+    after the other; losses that look at several images then see those of a part alone.
+
+>>>>>>> survive
     Args:
         measure: losses whose gradient on the model is wanted.
 
     Returns:
         unweighted losses by name, and the gradient of each loss in `measure` on the model's parameters, as a vector.
     """
+<<<<<<< HEAD
     with autocast(batch.images.device):
         losses = arm.losses(batch)
     gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
@@ -272,11 +316,25 @@ def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[
     if arm.run.lesson.balance is not None and not arm.balanced and (batch.labels > 0).any():
         balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
     loss = sum(arm.weights[name] * value for name, value in losses.items())
+=======
+>>>>>>> survive
     arm.optimiser.zero_grad()
-    loss.backward()
+    totals: list[dict[str, Tensor]] = [defaultdict(float), defaultdict(float)]
+    for part in batch.split(arm.micro_batches):
+        share = len(part.images) / len(batch.images)
+        losses = losses_of(arm, part)
+        gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
+        # without foreground the Dice loss has almost no gradient to measure others by
+        if arm.run.lesson.balance is not None and not arm.balanced and (part.labels > 0).any():
+            balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
+        loss = sum(arm.weights[name] * value for name, value in losses.items())
+        (share * loss).backward()
+        for total, values in zip(totals, ({"loss": loss} | losses, gradients), strict=True):
+            for name, value in values.items():
+                total[name] += share * value.detach()
     arm.optimiser.step()
     arm.schedule.step()
-    return {"loss": loss} | losses, gradients
+    return dict(totals[0]), dict(totals[1])
 
 
 KNOWN_DEAD = ("softmax_kl",)  # published terms that a protocol keeps although they are zero
@@ -368,7 +426,7 @@ class EpochLog:
         if fault and term.loss not in KNOWN_DEAD:
             raise TrainingError(f"{self.arm.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
         if term.loss == "infonce" and not term.arguments.get("same_patient"):
-            found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch)
+            found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch / self.arm.micro_batches)
         return found
 
 
@@ -381,6 +439,7 @@ def train_cohort(
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
     keep: Sequence[Checkpoint] = (),
+    micro_batches: int = 1,
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
@@ -397,6 +456,7 @@ def train_cohort(
         epochs: of the training; by default the profile's.
         keep: for each run, where its state is read from and saved: at the end of every epoch, within an epoch every
             `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
+        micro_batches: parts that every batch is split into, where memory does not hold it (see `training_step`).
 
     Raises:
         InputError: a checkpoint is of something else, or cannot be saved.
@@ -406,6 +466,8 @@ def train_cohort(
     ranks.check_batch(batch, ranks.size())
     epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
     arms = [new_arm(run, len(train.classes), epochs * steps, device, teachers, train.patients) for run in runs]
+    for arm in arms:
+        arm.micro_batches = micro_batches
     for arm, checkpoint in zip(arms, keep, strict=bool(keep)):
         arm.checkpoint = checkpoint
         try:
@@ -415,8 +477,13 @@ def train_cohort(
             continue
         if resumed:
             arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
+<<<<<<< HEAD
         session = {"from_step": arm.step, "device": str(device), "processes": ranks.size()}
         arm.sessions.append(session | {"torch": torch.__version__})
+=======
+        session = {"from_step": arm.step, "device": str(device), "torch": torch.__version__}
+        arm.sessions.append(session | ({"micro_batches": micro_batches} if micro_batches > 1 else {}))
+>>>>>>> survive
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
     batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)

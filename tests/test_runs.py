@@ -344,21 +344,6 @@ def test_cohorts_share_what_can_be_shared(phantom):
     assert [len(group) for group in cohorts(teachers)] == [1, 1], "a teacher trains alone"
 
 
-def test_one_failed_arm_leaves_the_others_and_is_named(phantom, tmp_path, monkeypatch):
-    runs, original = runs_on(phantom), running.train_cohort
-
-    def fail_first(group, *args):
-        arms = original(group, *args)
-        if group[0].teacher:
-            arms[0].failure = TrainingError(f"{arms[0].label}: loss became nan in epoch 1")
-        return arms
-
-    monkeypatch.setattr(running, "train_cohort", fail_first)
-    with pytest.raises(TrainingError, match="1 of 3 runs failed.*nan in epoch 1"):
-        study(runs, tmp_path, "cpu")
-    assert [running.is_done(run, tmp_path) for run in runs] == [True, False, True]
-
-
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path):
     target = tmp_path / "history.csv"
     write(target, lambda path: path.write_text("old"))
@@ -523,8 +508,18 @@ def test_a_manifest_that_cannot_be_judged_is_refused(finished, tmp_path, text, m
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
-def test_a_failed_arm_leaves_its_cause_and_is_trained_again(phantom, tmp_path, monkeypatch):
-    runs, original = runs_on(phantom), training.training_step
+@pytest.fixture
+def half_done(finished, tmp_path) -> tuple[Path, list[Run]]:
+    """A copy of a finished study in which the two students of the teacher are still to be trained."""
+    results, runs, _ = finished
+    shutil.copytree(results, tmp_path / "results")
+    for run in runs[1:]:
+        shutil.rmtree(run_folder(run, tmp_path / "results"))
+    return tmp_path / "results", runs
+
+
+def test_a_failed_arm_leaves_its_cause_and_is_trained_again(half_done, monkeypatch):
+    (results, runs), original = half_done, training.training_step
 
     def nan(arm, batch, measure=()):
         losses, gradients = original(arm, batch, measure)
@@ -536,44 +531,40 @@ def test_a_failed_arm_leaves_its_cause_and_is_trained_again(phantom, tmp_path, m
         patch.setattr(training, "training_step", nan)
         patch.setenv("KDLIB_RERUN", "make study")
         with pytest.raises(TrainingError, match="1 of 3 runs failed, the others are kept.*loss became nan in epoch 1"):
-            study(runs, tmp_path, "cpu")
-    folder = run_folder(runs[1], tmp_path)
+            study(runs, results, "cpu")
+    folder = run_folder(runs[1], results)
     record = json.loads((folder / "manifest.json").read_text())
     assert record["status"] == "failed" and "loss became nan in epoch 1" in record["error"]
     assert record["rerun"] == "make study" and "Traceback" in (folder / "log.txt").read_text()
     assert not (folder / "checkpoint.safetensors").exists()
     with pytest.raises(InputError, match="has no result"):
-        running.manifest(runs[1], tmp_path)
-    assert study(runs, tmp_path, "cpu").runs["run"].nunique() == 3
-    assert "error" not in running.manifest(runs[1], tmp_path)
+        running.manifest(runs[1], results)
+    assert study(runs, results, "cpu").runs["run"].nunique() == 3
+    assert "error" not in running.manifest(runs[1], results)
 
 
-def test_a_bad_case_costs_its_run_alone_and_the_training_is_kept(phantom, tmp_path, monkeypatch):
-    runs, original, steps = runs_on(phantom), running.evaluate, []
-    bad = []
+def test_a_bad_case_costs_its_run_alone_and_the_training_is_kept(half_done, monkeypatch):
+    (results, runs), original, steps, bad = half_done, running.evaluate, [], []
 
     def spoilt(model, bank, dataset, cases, threshold):
         bad.append(cases[0])
-        if len(bad) == 5:  # the second case of the second run
+        if len(bad) == 2:  # the second case of the second run
             raise EOFError("Compressed file ended")
         return original(model, bank, dataset, cases, threshold)
 
-    study(runs[:1], tmp_path, "cpu")
-    bad.clear()
     with monkeypatch.context() as patch:
         patch.setattr(running, "evaluate", spoilt)
         with pytest.raises(TrainingError, match="1 of 3 runs failed.*case phantom_.* cannot be evaluated .EOFError"):
-            study(runs, tmp_path, "cpu")
-    assert [running.is_done(run, tmp_path) for run in runs] == [True, False, True]
+            study(runs, results, "cpu")
+    assert [running.is_done(run, results) for run in runs] == [True, False, True]
     step = training.training_step
     monkeypatch.setattr(training, "training_step", lambda *args: steps.append(args) or step(*args))
-    study(runs, tmp_path, "cpu")
+    study(runs, results, "cpu")
     assert not steps, "only evaluated again"
 
 
-def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(phantom, tmp_path, monkeypatch):
-    runs, step = runs_on(phantom), training.training_step
-    study(runs[:1], tmp_path, "cpu")
+def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(half_done, monkeypatch):
+    (results, runs), step = half_done, training.training_step
 
     def stop(arm, *args):
         if arm.run == runs[2]:
@@ -583,21 +574,20 @@ def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(phantom, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", stop)
         with pytest.raises(SystemExit):
-            study(runs, tmp_path, "cpu")
-    path = run_folder(runs[1], tmp_path) / "checkpoint.safetensors"
+            study(runs, results, "cpu")
+    path = run_folder(runs[1], results) / "checkpoint.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "CODE", keeping.CODE | {"kdlib/train.py": "0" * 12})
         with pytest.raises(TrainingError, match="1 of 3 runs.*another version of kdlib/train.py: delete that file"):
-            study(runs, tmp_path, "cpu")
-    assert path.is_file() and [running.is_done(run, tmp_path) for run in runs] == [True, False, True]
-    study(runs, tmp_path, "cpu")
+            study(runs, results, "cpu")
+    assert path.is_file() and [running.is_done(run, results) for run in runs] == [True, False, True]
+    study(runs, results, "cpu")
     assert not path.exists()
 
 
-def test_memory_that_does_not_hold_a_cohort_holds_its_halves(phantom, tmp_path, monkeypatch, capsys):
-    runs = [
-        dataclasses.replace(runs_on(phantom)[1], recipe=thesis_recipe("S1", only=(n,))) for n in ("E-E", "B-B", "D-D")
-    ]
+def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypatch, capsys):
+    recipes, (results, runs) = [thesis_recipe("S1", only=(name,)) for name in ("E-E", "B-B", "D-D")], half_done
+    runs = [dataclasses.replace(runs[1], recipe=recipe) for recipe in recipes]
     calls, original = [], running.train_cohort
 
     def small(group, *args):
@@ -607,13 +597,29 @@ def test_memory_that_does_not_hold_a_cohort_holds_its_halves(phantom, tmp_path, 
         return original(group, *args)
 
     monkeypatch.setattr(running, "train_cohort", small)
-    assert study(runs, tmp_path, "cpu").runs["run"].nunique() == 3
-    assert calls == [1, 3, 1, 2, 1, 1], "the teacher, then the cohort, its first arm, the other two, each alone"
+    assert study(runs, results, "cpu").runs["run"].nunique() == 3
+    assert calls == [3, 1, 2, 1, 1], "the cohort, its first arm, the other two, each alone"
     assert "3 arms at once do not fit into memory (CUDA out of memory. Tried" in capsys.readouterr().out
 
 
-def test_a_batch_that_does_not_fit_is_named_and_the_others_go_on(phantom, tmp_path, monkeypatch):
-    runs, original = runs_on(phantom), running.train_cohort
+def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, capsys):
+    (results, runs), original = half_done, training.losses_of
+
+    def small(arm, batch):
+        if arm.run.teacher and len(batch.images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(arm, batch)
+
+    monkeypatch.setattr(training, "losses_of", small)
+    study(runs, results, "cpu")
+    parts = [running.manifest(run, results)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
+    assert parts == [1, 1, 4, 4]
+    printed = capsys.readouterr().out
+    assert "KD(T1, S1) (PMD): batches of 8 slices do not fit into memory (CUDA out of memory.): split into 4" in printed
+
+
+def test_a_batch_that_cannot_be_split_further_is_named_and_the_others_go_on(half_done, monkeypatch):
+    (results, runs), original = half_done, running.train_cohort
 
     def small(group, *args):
         if group[0].teacher:
@@ -621,9 +627,9 @@ def test_a_batch_that_does_not_fit_is_named_and_the_others_go_on(phantom, tmp_pa
         return original(group, *args)
 
     monkeypatch.setattr(running, "train_cohort", small)
-    with pytest.raises(TrainingError, match="2 of 3 runs failed.*a batch of 16 slices of 64 x 64 does not fit"):
-        study(runs, tmp_path, "cpu")
-    assert running.is_done(runs[0], tmp_path)
+    with pytest.raises(TrainingError, match="2 of 3 runs failed.*batches of 2 slices do not fit into memory .CUDA out"):
+        study(runs, results, "cpu")
+    assert running.is_done(runs[0], results)
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
