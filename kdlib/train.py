@@ -246,7 +246,6 @@ def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     arm.balanced = True
 
 
-<<<<<<< HEAD
 class Losses(nn.Module):
     """A network and its distiller as one module, from a batch to every unweighted loss by name.
 
@@ -273,56 +272,26 @@ class Losses(nn.Module):
             own = {name: ranks.gather(feature) for name, feature in features.items()} | {"logits": logits}
             losses |= self.distiller(own, taught, labels, seed, batch.patients, batch.step)
         return losses
-=======
-def losses_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
-    """The forward pass: every unweighted loss by name."""
-    recipe, images, labels = arm.run.lesson, batch.images, batch.labels
-    with autocast(images.device):
-        output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
-        losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
-        if output.reconstruction is not None:
-            losses["reconstruction"] = F.mse_loss(output.reconstruction.float(), images)
-        if arm.distiller is not None:
-            seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
-            if recipe.teacher == "shuffled":
-                mix = derive_seed(seed, "shuffle")
-                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
-            own = features | {"logits": output.segmentation}
-            losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
-    return losses
->>>>>>> survive
 
 
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
 
-<<<<<<< HEAD
-=======
     Where memory does not hold the graph of the whole batch, its parts (`Arm.micro_batches`) go forward and backward one
     after the other; losses that look at several images then see those of a part alone.
 
->>>>>>> survive
     Args:
         measure: losses whose gradient on the model is wanted.
 
     Returns:
         unweighted losses by name, and the gradient of each loss in `measure` on the model's parameters, as a vector.
     """
-<<<<<<< HEAD
-    with autocast(batch.images.device):
-        losses = arm.losses(batch)
-    gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
-    # without foreground the Dice loss has almost no gradient to measure others by
-    if arm.run.lesson.balance is not None and not arm.balanced and (batch.labels > 0).any():
-        balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
-    loss = sum(arm.weights[name] * value for name, value in losses.items())
-=======
->>>>>>> survive
     arm.optimiser.zero_grad()
     totals: list[dict[str, Tensor]] = [defaultdict(float), defaultdict(float)]
     for part in batch.split(arm.micro_batches):
         share = len(part.images) / len(batch.images)
-        losses = losses_of(arm, part)
+        with autocast(part.images.device):
+            losses = arm.losses(part)
         gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
         # without foreground the Dice loss has almost no gradient to measure others by
         if arm.run.lesson.balance is not None and not arm.balanced and (part.labels > 0).any():
@@ -477,13 +446,8 @@ def train_cohort(
             continue
         if resumed:
             arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
-<<<<<<< HEAD
-        session = {"from_step": arm.step, "device": str(device), "processes": ranks.size()}
-        arm.sessions.append(session | {"torch": torch.__version__})
-=======
-        session = {"from_step": arm.step, "device": str(device), "torch": torch.__version__}
+        session = {"from_step": arm.step, "device": str(device), "processes": ranks.size(), "torch": torch.__version__}
         arm.sessions.append(session | ({"micro_batches": micro_batches} if micro_batches > 1 else {}))
->>>>>>> survive
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
     batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)
