@@ -587,7 +587,7 @@ def train_small(
     train, val = (_slices(student, cases) for cases in (student.fold.subset(run.fraction), student.fold.val))
     heard = None if on_epoch is None else lambda arms: on_epoch(pd.DataFrame(arms[0].history))
     networks = _networks(run, teachers) if run.teacher else {}
-    (arm,) = train_cohort([run], train, val, steps, student.device, networks, epochs, heard)
+    (arm,) = train_cohort([run], train, val, steps, student.device, networks, epochs, on_epoch=heard)
     if arm.failure is not None:
         raise arm.failure
     return pd.DataFrame(arm.history)

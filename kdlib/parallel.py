@@ -63,28 +63,27 @@ def read(record: Mapping) -> Run:
         InputError: a field that does not exist, is missing, or has a value that cannot be.
     """
     fields = dict(record)
-    for name, kind, known in (("profile", Profile, PROFILES), ("protocol", Protocol, PROTOCOLS)):
-        given = fields.get(name)
-        if isinstance(given, str):
-            fields[name] = choose(name, given, known)
-        elif given is not None:
-            parts = {"view": _make(View, given["view"])} if isinstance(given.get("view"), Mapping) else {}
-            fields[name] = _make(kind, {**given, **parts})
-    if fields.get("recipe") is not None:
-        terms = [_make(Term, term) for term in fields["recipe"].get("terms", ())]
-        fields["recipe"] = _make(Recipe, {**fields["recipe"], "terms": terms})
-    return _make(Run, fields)
+    try:
+        for name, kind, known in (("profile", Profile, PROFILES), ("protocol", Protocol, PROTOCOLS)):
+            given = fields.get(name)
+            if isinstance(given, str):
+                fields[name] = choose(name, given, known)
+            elif given is not None:
+                parts = {"view": _make(View, given["view"])} if "view" in given else {}
+                fields[name] = _make(kind, {**given, **parts})
+        if (recipe := fields.get("recipe")) is not None:
+            terms = tuple(_make(Term, term) for term in recipe.get("terms", ()))
+            fields["recipe"] = _make(Recipe, {**recipe, "terms": terms})
+        return _make(Run, fields)
+    except (TypeError, AttributeError) as error:  # a field is missing, or a text where a number belongs
+        raise InputError(f"{json.dumps(record)} is no run: {error}") from None
 
 
 def _make(kind: type, record: Mapping) -> object:
     for name in record:
         choose(f"field of a {kind.__name__}", name, {field.name: None for field in dataclasses.fields(kind)})
     # JSON knows lists, not tuples, and only tuples can be part of a frozen key
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field is missing, or a text where a number belongs
-        raise InputError(f"{kind.__name__} {values}: {error}") from None
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def _load(path: Path) -> list[Run]:

@@ -428,7 +428,8 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
         _save_json(checkpoint.folder / "manifest.json", record | {"status": "training"})
         checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
     try:
-        arms = train_cohort(group, train.to(device), val.to(device), steps, device, teachers, epochs, keep, micro_batches=parts)
+        banks = train.to(device), val.to(device)
+        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, micro_batches=parts)
         return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
     except torch.OutOfMemoryError:
         raise

@@ -274,6 +274,12 @@ class Losses(nn.Module):
         return losses
 
 
+def losses_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
+    """The forward pass: every unweighted loss by name."""
+    with autocast(batch.images.device):
+        return arm.losses(batch)
+
+
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
 
@@ -290,8 +296,7 @@ def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[
     totals: list[dict[str, Tensor]] = [defaultdict(float), defaultdict(float)]
     for part in batch.split(arm.micro_batches):
         share = len(part.images) / len(batch.images)
-        with autocast(part.images.device):
-            losses = arm.losses(part)
+        losses = losses_of(arm, part)
         gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
         # without foreground the Dice loss has almost no gradient to measure others by
         if arm.run.lesson.balance is not None and not arm.balanced and (part.labels > 0).any():
