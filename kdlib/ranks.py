@@ -3,7 +3,8 @@
 Each rank passes its part of a batch through the networks. What they give is gathered, and every loss is taken of the
 whole batch on every rank: no loss of this study is a sum over images (Dice of the batch, keys of a contrast,
 similarities of images, class means, memories), and so one code serves any number of ranks. All random numbers depend on
-seed and step alone, so that each rank draws the same ones.
+seed and step alone, so that each rank draws the same ones (a layer with dropout would draw alike for each part, which
+no network of this study has).
 
 Gradients: DDP takes the mean over ranks. A projector sees the whole batch on every rank, so the mean is its gradient. A
 network sees its part alone, so `gather` passes gradients back times the number of ranks, and the mean is their sum.

@@ -453,8 +453,9 @@ def train_cohort(
             continue
         if resumed:
             arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
-        session = {"from_step": arm.step, "device": str(device), "processes": ranks.size(), "torch": torch.__version__}
-        arm.sessions.append(session | ({"micro_batches": micro_batches} if micro_batches > 1 else {}))
+        session = {"from_step": arm.step, "device": str(device), "torch": torch.__version__}
+        session |= {"micro_batches": micro_batches} if micro_batches > 1 else {}
+        arm.sessions.append(session | ({"processes": ranks.size()} if ranks.size() > 1 else {}))
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
     batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)
