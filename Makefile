@@ -100,7 +100,7 @@ study: $(STAMP)
 	    $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"} $${ONLY:+--only $$ONLY}
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=15 -n auto --dist loadfile
 
 lab: $(STAMP)
 	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks
