@@ -429,7 +429,7 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
         checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
     try:
         banks = train.to(device), val.to(device)
-        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, micro_batches=parts)
+        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, parts)
         return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
     except torch.OutOfMemoryError:
         raise

@@ -413,8 +413,8 @@ def train_cohort(
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
     keep: Sequence[Checkpoint] = (),
-    on_epoch: Callable[[list[Arm]], None] | None = None,
     micro_batches: int = 1,
+    on_epoch: Callable[[list[Arm]], None] | None = None,
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
@@ -431,8 +431,8 @@ def train_cohort(
         epochs: of the training; by default the profile's.
         keep: for each run, where its state is read from and saved: at the end of every epoch, within an epoch every
             `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
-        on_epoch: is called after each epoch with the arms that go on.
         micro_batches: parts that every batch is split into, where memory does not hold it (see `training_step`).
+        on_epoch: is called after each epoch with the arms that go on.
 
     Raises:
         InputError: a checkpoint is of something else, or cannot be saved.
