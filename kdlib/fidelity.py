@@ -6,7 +6,7 @@ arXiv 2106.05945), so tables of distilled students should stand beside the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ from kdlib.data.decathlon import Dataset
 from kdlib.data.slices import SliceBank, restore
 from kdlib.distill import Taps
 from kdlib.evaluate import TOLERANCE, _box, _inference, _labels, predict_cases
+from kdlib.losses import LabelledContrast
 
 
 def fidelity(
@@ -159,11 +160,16 @@ def scale_similarity(
 
 
 def _features_at(
-    model: nn.Module, bank: SliceBank, index: Tensor, points: Tensor, batch: int = 32
+    model: nn.Module,
+    bank: SliceBank,
+    index: Tensor,
+    points: Tensor,
+    batch: int = 32,
+    scales: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Scale -> [points, channels] on the CPU, at `points` ([N,K,2], x and y in -1..1 over a slice) of the slices."""
-    taps = Taps(model, model.scales, model.scales)
-    parts: dict[str, list[Tensor]] = {name: [] for name in model.scales}
+    taps = Taps(model, model.scales, scales or model.scales)
+    parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
     try:
         with _inference(model) as device:
             for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
@@ -176,6 +182,56 @@ def _features_at(
     finally:
         taps.close()
     return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def sample_features(
+    models: Mapping[str, nn.Module],
+    bank: SliceBank,
+    scale: str = "decoder1",
+    positions: int = 600,
+    slices: int = 32,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
+
+    The pixels are drawn as a labelled contrast draws its own (see `LabelledContrast`), from `slices` random slices that
+    show a class; a map coarser than the slice is read between the centres of its pixels.
+
+    Args:
+        models: name -> network whose `scales` name `scale`.
+        bank: slices, of the test cases.
+        positions: most pixels to draw.
+        seed: of slices and pixels.
+
+    Returns:
+        case and class of each pixel ([n] text, "background" for none), and under each model's name its [n, channels].
+
+    Raises:
+        InputError: no slice shows a class, or a model without that scale.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shown = (bank.labels > 0).flatten(1).any(1).nonzero()[:, 0].cpu()
+    if not len(shown):
+        raise InputError(f"no slice of {', '.join(bank.cases)} shows {', '.join(bank.classes)}: give other cases")
+    index = shown[torch.randperm(len(shown), generator=generator)[:slices]].sort().values
+    labels = bank.labels.cpu()[index].long()
+    drawn = LabelledContrast(samples=positions).draw(labels, generator).sort().values  # slice by slice
+    image, pixel = drawn // labels[0].numel(), drawn % labels[0].numel()
+    sides = torch.tensor([labels.shape[2], labels.shape[1]])
+    points = (2 * torch.stack([pixel % sides[0], pixel // sides[0]], 1) + 1) / sides - 1
+    each = image.bincount(minlength=len(index))
+    taken = torch.arange(int(each.max())) < each[:, None]  # slices with fewer points than the fullest are padded
+    grid = torch.zeros(*taken.shape, 2)
+    grid[taken] = points
+    names = np.array(["background", *bank.classes])
+    found = {
+        "case": np.array(bank.cases)[bank.case_index.cpu()[index][image]],
+        "class": names[labels.flatten()[drawn]],
+    }
+    for name, model in models.items():
+        features = _features_at(model, bank, index, grid, scales=[scale])[scale]
+        found[name] = features[taken.flatten()].numpy()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- calibration

@@ -24,6 +24,7 @@ from kdlib.fidelity import (
     cka,
     expected_calibration_error,
     fidelity,
+    sample_features,
     scale_similarity,
     surface_band,
 )
@@ -293,6 +294,43 @@ def test_slices_may_come_in_any_batches(noise):
 def test_too_few_positions(noise):
     with pytest.raises(InputError, match="1 positions"):
         scale_similarity(*models("S1", "S1"), noise, 1)
+
+
+@pytest.mark.parametrize("positions", [30, 10**6])
+def test_the_same_pixels_of_every_class_are_sampled_in_every_model(dataset, positions):
+    bank = painted(dataset, "all")
+    student, teacher = models("S1", "T1")
+    found = sample_features({"student": student, "teacher": teacher}, bank, positions=positions)
+    assert list(found) == ["case", "class", "student", "teacher"] and set(found["case"]) == set(bank.cases)
+    names, counts = np.unique(found["class"], return_counts=True)
+    shown = bank.labels[(bank.labels > 0).flatten(1).any(1)]
+    whole = {"background": (shown == 0).sum(), "near": (shown == 1).sum(), "far": (shown == 2).sum()}
+    assert dict(zip(names, counts, strict=True)) == {name: min(positions // 3, n) for name, n in whole.items()}
+    assert len(found["case"]) == len(found["student"]) == len(found["teacher"]) == counts.sum()
+    again = sample_features({"student": student}, bank, positions=positions)
+    np.testing.assert_array_equal(again["student"], found["student"])
+
+
+def test_sampled_features_are_those_of_the_pixel(dataset):
+    """With the ramp's features the pixel each was read at can be told from its value."""
+    bank = painted(dataset, "near")
+    places = torch.arange(32 * 32).reshape(32, 32)
+    model = Ramp()
+    model.scales = {"decoder1": "fine"}
+    ramp = (places % 251).to(torch.uint8).expand_as(bank.images)
+    found = sample_features({"ramp": model}, dataclasses.replace(bank, images=ramp), positions=40, slices=100)
+    value = (found["ramp"][:, 0] - model.fine.bias.item()) * 255 / 3
+    near = 2 if computes_bf16(torch.device("cpu")) else 0.01
+    for case, name, seen in zip(found["case"], found["class"], value, strict=True):
+        slices = bank.labels[bank.case_index == bank.cases.index(case)]
+        there = slices[:, ((places % 251) - seen).abs() < near]
+        assert (there == (name == "near")).any()
+
+
+def test_features_of_a_bank_without_any_class_cannot_be_sampled(dataset):
+    bank = painted(dataset, "near")
+    with pytest.raises(InputError, match="no slice of box_1, box_2 shows near"):
+        sample_features({}, dataclasses.replace(bank, labels=bank.labels * 0))
 
 
 # --------------------------------------------------------------------------------------------------------- calibration

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import ast
 import itertools
 import re
+import shutil
+import subprocess
 import warnings
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
+import kdlib.figures
 from kdlib.config import LOSS_NAMES, InputError
 from kdlib.figures import (
     DOUBLE,
@@ -26,17 +32,22 @@ from kdlib.figures import (
     choose_cases,
     dice_against_parameters,
     dice_per_method,
+    efficiency,
+    failure,
     fidelity,
+    gradient_shares,
     liveness,
     method_style,
     qualitative,
     ranking,
     reliability,
     save_figure,
+    slopes,
     training_curves,
     waterfall,
 )
-from kdlib.statistics import THESIS_TABLE, compare, interval, ranks, summarise
+from kdlib.figures.style import HATCHES, VERDICTS
+from kdlib.statistics import THESIS_TABLE, compare, interval, per_patient, ranks, summarise
 
 ARMS = list(METHOD_COLOURS)
 TERMS = ["E-E", "B-B", "D-D", "PMD"]
@@ -118,9 +129,40 @@ def check(figure, width) -> None:
 
 def test_every_method_has_its_own_colour_and_marker():
     assert len(set(METHOD_COLOURS.values())) == len(set(METHOD_MARKERS.values())) == len(METHOD_COLOURS)
-    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)")}) == 3
+    assert len({method_style(arm)["linestyle"] for arm in ("T1", "S1", "KD(T1, S1)", "KD(T2, S1)")}) == 4
     other = method_style("S1 (25 %)")
     assert other == method_style("S1 (25 %)") and other["color"] not in METHOD_COLOURS.values()
+
+
+def luminance(colour: str) -> float:
+    """Relative, 0 to 1 (WCAG 2.1)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_methods_and_verdicts_can_be_told_apart_in_grey():
+    shown = [*ARMS, "DIST", "MSE", "SP", "CRD", "thesis terms, MSE", "no distillation"]
+    styles = {arm: method_style(arm) for arm in shown}
+    for one, two in itertools.combinations(shown, 2):
+        if {one, two} & set(ARMS) and not {one, two} <= set(ARMS):
+            continue  # families and arms stand in no figure together
+        alike = abs(luminance(styles[one]["color"]) - luminance(styles[two]["color"])) < 0.05
+        assert not alike or styles[one]["marker"] != styles[two]["marker"], f"{one} and {two} are one grey"
+    bars = [(luminance(VERDICTS[verdict]), HATCHES.get(verdict)) for verdict in ("better", "inconclusive", "worse")]
+    for (one, hatch), (two, other) in itertools.combinations(bars, 2):
+        assert abs(one - two) > 0.2 or hatch != other
+
+
+def test_figures_need_tables_alone():
+    """No module of the figures imports torch or code that trains."""
+    folder = Path(kdlib.figures.__file__).parent
+    for path in folder.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        assert {name.split(".")[0] for name in names}.isdisjoint({"torch", "monai"}), path
+        own = {name for name in names if name.split(".")[0] == "kdlib" and not name.startswith("kdlib.figures.")}
+        assert own <= {"kdlib.config", "kdlib.metrics", "kdlib.statistics"}, path
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -166,6 +208,11 @@ def test_dice_per_method(arms, cases, metric):
     assert [len(found) for found in points] == [cases] * len(arms)
     found = summarise(table, metric=metric)
     assert [np.mean(offsets[:, 0]) for offsets in points] == pytest.approx(found["mean"].tolist())
+    lines = [line for line in ax.lines if len(line.get_xdata()) == len(arms) and line.get_color() == "#BBBBBB"]
+    values = per_patient(table, metric).pivot(index="patient", columns="arm", values="value")[arms]
+    if len(arms) > 1:  # a line a patient, from point to point
+        assert np.array([line.get_xdata() for line in lines]) == pytest.approx(values.to_numpy())
+        assert [line.get_xydata()[0].tolist() for line in lines] == points[0].tolist()
     means = [container.lines[0].get_xdata()[0] for container in ax.containers]
     assert means == pytest.approx(found["mean"].tolist())
     bars = [container.lines[2][0].get_segments()[0] for container in ax.containers]
@@ -265,14 +312,31 @@ def test_ablation(subsets, baseline):
     found = summarise(table, ["recipe"]).sort_values("mean", ascending=False)
     means = [container.lines[0].get_xdata()[0] for container in forest.containers]
     assert means == pytest.approx(found["mean"].tolist())  # the best first
-    dark = {tuple(dot.get_offsets()[0]) for dot in dots.collections if to_hex(dot.get_facecolor()[0]) == "#000000"}
-    expected = {
-        (x, y)
-        for y, recipe in enumerate(found["recipe"])
-        for x, term in enumerate(TERMS)
-        if term in recipe.split(" (")[0].split("+")
-    }
-    assert dark == expected and len(dots.collections) == 4 * len(found)
+    on = [recipe.split(" (")[0].split("+") for recipe in found["recipe"]]
+    expected = [[term for term in TERMS if term in names] for names in on]
+    dark = [line.get_xydata().astype(int).tolist() for line in dots.lines]
+    assert [[TERMS[x] for x, _ in line] for line in dark] == expected
+    assert [{y for _, y in line} for line in dark] == [{y} if names else set() for y, names in enumerate(expected)]
+
+
+def test_ablation_shows_paired_differences_to_the_student():
+    table = tidy(["KD(T1, S1)"], recipes=[named(subset) for subset in SUBSETS], cases=12)
+    table.loc[table["recipe"] == "PMD", "value"] -= 0.2
+    table = pd.concat([table, tidy(["S1 (50 %)"], cases=12).assign(value=lambda rows: rows["value"] + 0.001)])
+    verdicts = compare(table, [(named(subset), "baseline") for subset in SUBSETS], by="recipe")
+    assert set(verdicts["verdict"]) == {"worse", "inconclusive"}
+    figure = ablation(table, verdicts)
+    check(figure, DOUBLE)
+    _, forest, beside = figure.axes
+    order = summarise(table, ["recipe"]).sort_values("mean", ascending=False)["recipe"]
+    expected = verdicts.set_index("a").reindex([recipe for recipe in order if recipe != "baseline"])
+    points = [container.lines[0] for container in beside.containers]
+    assert [point.get_xdata()[0] for point in points] == pytest.approx(expected["difference"].tolist())
+    filled = [point.get_markerfacecolor() != "white" for point in points]
+    assert filled == (expected["verdict"] == "worse").tolist()
+    assert "Holm's correction for 15 comparisons" in figure.get_label()
+    with pytest.raises(InputError, match="no comparison with the reference 'baseline'"):
+        ablation(table, verdicts.assign(b="S2"))
 
 
 def test_ablation_refuses():
@@ -293,9 +357,9 @@ def test_dice_against_parameters(arms, cases):
     assert ax.get_xscale() == "log"
     points = [container.lines[0].get_xydata()[0] for container in ax.containers]
     assert [y for _, y in points] == pytest.approx(summarise(table)["mean"].tolist())
-    for arm, (x, _) in zip(arms, points, strict=True):
-        assert 1 <= x / (PARAMS[arm] / 1e6) < 2
-    assert len({x for x, _ in points}) == len(points)
+    sizes = pd.Series([x for x, _ in points]).groupby([PARAMS[arm] / 1e6 for arm in arms])
+    assert np.exp(np.log(sizes.apply(np.array).iloc[0]).mean()) == pytest.approx(min(map(PARAMS.get, arms)) / 1e6)
+    assert (sizes.max() / sizes.min() < 2.5).all() and len({x for x, _ in points}) == len(points)
     hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
     assert [line.get_ydata()[0] for line in hollow] == THESIS_TABLE["dice"].tolist()
     assert [to_hex(line.get_color()).upper() for line in hollow] == [METHOD_COLOURS[arm] for arm in THESIS_TABLE.index]
@@ -303,6 +367,152 @@ def test_dice_against_parameters(arms, cases):
     assert not [line for line in alone.axes[0].lines if line.get_markerfacecolor() == "none"]
     with pytest.raises(InputError, match=f"no number of parameters for {re.escape(arms[0])}"):
         dice_against_parameters(table, {arm: 1 for arm in arms[1:]})
+
+
+PAIRS = [("KD(T1, S1)", "S1"), ("KD(T1, S2)", "S2"), ("KD(T2, S1)", "S1"), ("KD(T2, S2)", "S2")]
+
+
+@pytest.mark.parametrize("count, cases", [(1, 8), (2, 1), (4, 24)])
+def test_slopes(count, cases):
+    table = tidy(["S1", "S2", "KD(T1, S1)", "KD(T1, S2)", "KD(T2, S1)", "KD(T2, S2)"], cases)
+    table.loc[(table["case"] == "case_00") & (table["arm"] == "KD(T1, S1)"), "value"] = 0.1
+    verdicts = compare(table, PAIRS[:count])
+    figure = slopes(table, verdicts)
+    check(figure, DOUBLE if count > 2 else SINGLE)
+    values = per_patient(table).pivot(index="patient", columns="arm", values="value")
+    for ax, (a, b) in zip(figure.axes, PAIRS, strict=False):
+        *patients, mean = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        drawn = np.array([line.get_ydata() for line in patients])
+        falls = np.array([line.get_linestyle() == "--" for line in patients])
+        assert sorted(drawn.tolist()) == sorted(values[[b, a]].to_numpy().tolist())
+        assert falls.tolist() == (drawn[:, 1] < drawn[:, 0]).tolist()
+        assert mean.get_ydata() == pytest.approx(values[[b, a]].mean().to_numpy())
+        assert [tick.get_text().replace("\n", "") for tick in ax.get_xticklabels()] == [b, a]
+    assert sum(line.get_linestyle() == "--" for line in figure.axes[0].lines) >= 1
+    title, row = figure.axes[0].get_title().replace("\N{MINUS SIGN}", "-"), verdicts.iloc[0]
+    assert f"{row['difference']:+.3f}" in title and title.endswith(row["verdict"])
+    assert f"n = {cases}" in figure.get_label() and f"{count} comparisons" in figure.get_label()
+
+
+def test_slopes_of_a_metric_where_lower_is_better():
+    table = tidy(["S1", "KD(T1, S1)"], cases=4, metric="hd95")
+    table.loc[table["arm"] == "KD(T1, S1)", "value"] -= 0.3
+    figure = slopes(table, compare(table, PAIRS[:1], "hd95"), "hd95")
+    check(figure, SINGLE)
+    assert not any(line.get_linestyle() == "--" for line in figure.axes[0].lines), "a fall is no worsening"
+    assert figure.axes[0].get_ylabel() == "HD95 (mm)"
+
+
+def test_slopes_refuse():
+    table = tidy(["S1", "KD(T1, S1)", "S2", "KD(T1, S2)"])
+    verdicts = compare(table, PAIRS[:2])
+    with pytest.raises(InputError, match=r"no arm KD\(T1, S2\), S2 in the table"):
+        slopes(table[table["arm"].isin(PAIRS[0])], verdicts)
+    with pytest.raises(InputError, match="no rows"):
+        slopes(table, verdicts.iloc[:0])
+
+
+def costs(models=("T1", "T2", "S1", "S2")) -> pd.DataFrame:
+    rows = []
+    for number, (size, model) in enumerate(itertools.product(("study", "thesis"), models)):
+        cost = dict(inference_parameters=10 ** (4 + number % 4), gflops=2.0 ** (number % 4), latency_ms=10.0 + number)
+        rows.append(dict(model=model, size=size, threads=1) | cost)
+    return pd.DataFrame(rows)
+
+
+def with_models(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(model=table["arm"].map(lambda arm: arm.split(" (")[0].split(", ")[-1].rstrip(")")))
+
+
+@pytest.mark.parametrize("thesis", [THESIS_TABLE, None])
+@pytest.mark.parametrize("arms", [ARMS, ["S1"]])
+def test_efficiency(arms, thesis):
+    table, cost = with_models(tidy(arms)), costs()
+    figure = efficiency(table, cost, thesis)
+    check(figure, DOUBLE)
+    means = summarise(table).set_index("arm")["mean"]
+    at = cost[cost["size"] == "study"].set_index("model")
+    units = dict(inference_parameters=1e6, gflops=1, latency_ms=1)
+    for ax, (name, unit) in zip(figure.axes, units.items(), strict=True):
+        points = [container.lines[0].get_xydata()[0] for container in ax.containers]
+        assert [y for _, y in points] == pytest.approx(means.tolist())
+        models = with_models(pd.DataFrame({"arm": arms}))["model"]
+        ratios = [x / (at.loc[model, name] / unit) for (x, _), model in zip(points, models, strict=True)]
+        assert all(0.5 < ratio < 2 for ratio in ratios) and np.log(ratios).sum() == pytest.approx(0, abs=1e-9)
+        hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+        assert [line.get_ydata()[0] for line in hollow] == ([] if thesis is None else thesis["dice"].tolist())
+        stair = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
+        for x, y in stair.get_xydata():  # nothing that costs no more is better
+            cheap = [mean for arm, mean in means.items() if at.loc[dict(zip(arms, models))[arm], name] / unit <= x]
+            assert y == pytest.approx(max(cheap))
+    assert ("Hollow" in figure.get_label()) == (thesis is not None) and "1 thread." in figure.get_label()
+
+
+def test_efficiency_refuses():
+    table = with_models(tidy(["S1", "T1"]))
+    with pytest.raises(InputError, match="no cost of T1 in size study"):
+        efficiency(table, costs(["S1"]))
+    with pytest.raises(InputError, match="no latency_ms in the table"):
+        efficiency(table, costs().drop(columns="latency_ms"))
+
+
+def sized(arms, volumes, thickness, slope=0.1) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Dice that grows by `slope` with each doubling of the volume, and the cases' thickness."""
+    rows, names = [], [f"case_{number}" for number in range(len(volumes))]
+    for (number, arm), (case, volume) in itertools.product(enumerate(arms), zip(names, volumes, strict=True)):
+        row = {"arm": arm, "case": case, "patient": f"p{case}", "class": "spleen", "seed": 0}
+        dice = 0.4 + 0.05 * number + slope * np.log2(volume / min(volumes))
+        rows += [row | {"metric": "dice", "value": dice}, row | {"metric": "truth_volume", "value": volume}]
+    return pd.DataFrame(rows), pd.DataFrame({"case": names, "thickness (mm)": thickness})
+
+
+@pytest.mark.parametrize("cases, several", [(24, True), (24, False), (8, True), (3, False)])
+def test_failure(cases, several):
+    arms = ["T1", "S1 (50 %)", "KD(T1, S1)"]
+    volumes = 50 * 1.1 ** np.random.default_rng(0).permutation(cases)
+    table, known = sized(arms, volumes, np.where(np.arange(cases) % 2, 5.0, 3.0) if several else 2.0)
+    figure = failure(table, known)
+    check(figure, DOUBLE if several else SINGLE)
+    left, groups = figure.axes[0], min(3, max(1, cases // 4))
+    assert [text.get_text() for text in left.texts] == [f"n = {cases // groups}"] * groups
+    values = table[table["metric"] == "dice"].pivot(index="patient", columns="arm", values="value")
+    order = values.loc[table.drop_duplicates("patient").set_index("patient").index[np.argsort(volumes)], "T1"]
+    means = [chunk.mean() for chunk in np.array_split(order.to_numpy(), groups)]
+    assert left.containers[0].lines[0].get_ydata() == pytest.approx(means)
+    if several:
+        labels = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
+        assert labels == [f"3\nn = {cases // 2}", f"5\nn = {cases // 2}"]
+    else:
+        assert "All slices are 2 mm thick" in figure.get_label()
+    assert ("T1 +1.00 [" in figure.get_label()) == (cases >= 6) and f"n = {cases}" in figure.get_label()
+
+
+def test_failure_of_many_thicknesses_and_of_few_patients_is_exact():
+    table, known = sized(["S1", "T1"], np.arange(50, 62), np.linspace(1, 5, 12).round(1))
+    figure = failure(table, known, ["S1"])
+    check(figure, DOUBLE)
+    assert len(figure.axes[1].get_xticks()) == 3 and "T1" not in figure.get_label()
+    # six patients in perfect order: 2 of 720 orders are as extreme
+    table, known = sized(["S1"], [50, 60, 70, 80, 90, 100], 3.0)
+    assert "p = 0.0028" in failure(table, known).get_label()
+    # the classes of a patient make one volume, and an empty target is left out
+    empty = table.copy()
+    empty.loc[(empty["case"] == "case_0") & (empty["metric"] == "truth_volume"), "value"] = 0
+    assert "n = 5" in failure(empty, known).get_label()
+
+
+def test_failure_refuses():
+    table, known = sized(["S1"], [50, 60], 3.0)
+    with pytest.raises(InputError, match="no thickness of cases case_1"):
+        failure(table, known.iloc[:1])
+    with pytest.raises(InputError, match="run notebook 00 again"):
+        failure(table, known.drop(columns="thickness (mm)"))
+    with pytest.raises(InputError, match="no arm T1"):
+        failure(table, known, ["T1"])
+    with pytest.raises(InputError, match="no metric 'truth_volume'"):
+        failure(table[table["metric"] == "dice"], known)
+    with pytest.raises(InputError, match="no patient with a target"):
+        failure(table.assign(value=table["value"].where(table["metric"] == "dice", 0)), known)
 
 
 MANY = ["S1 (50 %)", *(f"method {number}" for number in range(27)), "S1", FULL + " (labelled)"]
@@ -315,7 +525,8 @@ def test_ranking(arms, cases):
     verdicts = compare(table, [(arm, "S1 (50 %)") for arm in arms[1:]])
     figure = ranking(found, "S1 (50 %)", verdicts)
     check(figure, DOUBLE)
-    left, right = figure.axes
+    left, right, shares = figure.axes
+    assert [text.get_text() for text in shares.texts] == [f"{100 * share:.0f}" for share in found["first"]]
     assert [line.lines[0].get_xdata()[0] for line in left.containers] == list(range(1, len(arms) + 1))
     bars = [line.lines[2][0].get_segments()[0][:, 0] for line in left.containers]
     assert np.array(bars) == pytest.approx(found[["rank_low", "rank_high"]].to_numpy())
@@ -332,7 +543,7 @@ def test_ranking(arms, cases):
 def test_ranking_without_reference_and_by_recipe():
     figure = ranking(ranks(tidy(["S1", "S2", "KD(T1, S1)"]), resamples=50))
     check(figure, DOUBLE)
-    assert len(figure.axes) == 1 and "Right" not in figure.get_label()
+    assert len(figure.axes) == 2 and "Middle" not in figure.get_label()
     recipes = ranks(tidy(["KD(T1, S1)"], recipes=["E-E", "PMD"]), by="recipe", resamples=50)
     assert {tick.get_text()[:3] for tick in ranking(recipes).axes[0].get_yticklabels()} == {"E-E", "PMD"}
     far = tidy(["S1", "S2"], metric="hd95")
@@ -350,6 +561,10 @@ def test_ranking_names_a_far_outlier_at_the_edge_and_the_families():
     check(figure, DOUBLE)
     assert any("0.40" in text.get_text() for text in figure.axes[1].texts)
     assert max(map(abs, figure.axes[1].get_xlim())) < 0.05
+    stability = ranks(table, resamples=50, reference="no distillation")
+    texts = [text.get_text() for text in ranking(stability, "no distillation", verdicts).axes[2].texts]
+    shown = [f"{100 * value:.0f}" for row in stability.itertuples() for value in (row.first, row.beats) if value >= 0]
+    assert texts == shown and len(texts) == 2 * len(names) - 1  # the reference is not held against itself
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["predictions", "features", "controls"]
 
 
@@ -399,7 +614,7 @@ def test_waterfall(steps, double):
     rows = table.iloc[1:-1]
     start = rows["dice"] - rows["difference"]
     assert np.array(whiskers).reshape(-1, 2) == pytest.approx(np.stack([start + rows["low"], start + rows["high"]], 1))
-    colours = {"better": "#0072b2", "worse": "#d55e00", "inconclusive": "#999999"}
+    colours = {"better": "#0072b2", "worse": "#d55e00", "inconclusive": "#bbbbbb"}
     assert [to_hex(bar.get_facecolor()) for bar in bars[1:-1]] == [colours[verdict] for verdict in rows["verdict"]]
     labels = [tick.get_text().replace("\n", " ") for tick in ax.get_yticklabels()]
     assert labels == table["step"].tolist() and ax.yaxis_inverted()
@@ -554,6 +769,46 @@ def test_liveness_of_one_arm_and_recipe():
         liveness(both.iloc[:0])
 
 
+@pytest.mark.parametrize("arms, epochs", [(["KD(T1, S1)"], 1), (["KD(T1, S1)", "KD(T2, S1)"], 12), (ARMS[6:], 120)])
+def test_gradient_shares(arms, epochs):
+    names = ["segmentation", *TERMS]
+    given = np.random.default_rng(0).dirichlet(np.ones(5), size=(len(arms), epochs, 2))  # of arm, epoch, run
+    rows = [
+        dict(run=f"{arm}-{run}", arm=arm, epoch=epoch + 1, name=f"share/{name}", value=given[a, epoch, run, n])
+        for (a, arm), epoch, run, (n, name) in itertools.product(
+            enumerate(arms), range(epochs), range(2), enumerate(names)
+        )
+    ]
+    figure = gradient_shares(pd.concat([pd.DataFrame(rows).sample(frac=1, random_state=0), trainings(["S1"])]))
+    check(figure, DOUBLE if len(arms) > 2 else SINGLE)
+    assert [ax.get_title() for ax in figure.axes] == list(dict.fromkeys(arms)) or set(arms) == {
+        ax.get_title() for ax in figure.axes
+    }
+    for ax in figure.axes:
+        level = np.zeros(epochs)
+        for area, n in zip(ax.collections, range(5), strict=True):
+            top = level + given[arms.index(ax.get_title()), :, :, n].mean(axis=1)
+            outline = area.get_paths()[0].vertices
+            for epoch in range(epochs):  # the area's upper edge over the epoch
+                inside = outline[np.isclose(outline[:, 0], epoch + 0.5)][:, 1]
+                assert np.isclose(inside, top[epoch]).any()
+            level = top
+        assert level == pytest.approx(1)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    looks = {(patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()}
+    assert len({hatch for _, hatch in looks}) == 5, "areas differ in grey"
+    assert "n = 2" in figure.get_label()
+
+
+def test_gradient_shares_refuse():
+    with pytest.raises(InputError, match="no share/<term>"):
+        gradient_shares(trainings(["S1"]))
+    with pytest.raises(InputError, match="several recipes"):
+        gradient_shares(pd.concat([pulses(), pulses().assign(recipe="PMD")]))
+    with pytest.raises(InputError, match="no run, arm"):
+        gradient_shares(pd.DataFrame())
+
+
 @pytest.mark.parametrize("draw", [dice_per_method, ablation])
 def test_empty_tables_are_refused(draw):
     for table in (pd.DataFrame(), tidy(["S1"]).iloc[:0], tidy(["S1"], metric="iou")):
@@ -561,6 +816,12 @@ def test_empty_tables_are_refused(draw):
             draw(table)
     with pytest.raises(InputError):
         dice_against_parameters(tidy(["S1"]).iloc[:0], PARAMS)
+
+
+def test_captions_name_the_interval_that_was_made():
+    notes = {n: dice_per_method(tidy(["S1", "S2"], n)).get_label() for n in (1, 3, 6, 60)}
+    assert "n = 1) and no interval" in notes[1] and "n = 3) and 95 % Student's t interval" in notes[3]
+    assert "n = 6) and 95 % studentised bootstrap interval" in notes[6] and "95 % bootstrap interval" in notes[60]
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -576,6 +837,25 @@ def test_saved_figures(tmp_path):
     pdf = first[0].read_bytes()
     assert b"/Type3" not in pdf and b"/FontFile2" in pdf and b"CreationDate" not in pdf
     image = plt.imread(first[1])
-    assert image.shape[1] == pytest.approx(85 / 25.4 * 300, abs=1)
+    assert image.shape[1] == pytest.approx(84 / 25.4 * 300, abs=1)
     caption = first[2].read_text(encoding="utf-8")
-    assert caption.startswith("Dice of each method. ") and "n = 6" in caption and "95 % BCa" in caption
+    assert (
+        caption.startswith("Dice of each method. ")
+        and "n = 6" in caption
+        and "95 % studentised bootstrap interval" in caption
+    )
+
+
+@pytest.mark.skipif(not shutil.which("pdffonts"), reason="poppler's pdffonts is not installed")
+def test_saved_figures_embed_their_fonts(tmp_path):
+    path = save_figure(dice_per_method(tidy(ARMS[:2])), tmp_path, "dice", "")[0]
+    listed = subprocess.run(["pdffonts", path], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    assert listed and all(re.search(r"TrueType.*\byes yes (yes|no)", line) for line in listed), listed
+
+
+def test_the_notebook_of_figures_names_what_it_can_draw():
+    path = Path(__file__).parents[1] / "notebooks" / "06_figures.ipynb"
+    source = "\n".join(cell["source"] for cell in nbformat.read(path, as_version=4).cells)
+    listed = re.search(r"a name below: (.*)", source)[1].split(", ")
+    keys = re.findall(r'^    "(\w+)": \("\d\d_', source, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(keys) and len(keys) == len(set(keys)) == 17

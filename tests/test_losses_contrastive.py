@@ -358,7 +358,7 @@ def test_near_a_boundary_is_another_label_within_the_radius(shape, radius):
 
 
 def drawn(term, labels, seed=0):
-    positions = term._draw(labels, seeded(seed))
+    positions = term.draw(labels, seeded(seed))
     assert len(positions.unique()) == len(positions)
     return positions
 

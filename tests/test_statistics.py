@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import kdlib.figures
 import kdlib.metrics
 import kdlib.statistics
 from kdlib.config import InputError
@@ -703,7 +702,7 @@ def test_whole_numbers_are_printed_whole(tmp_path):
     assert r"a & 1 & 1.500 \\" in save_table(table, tmp_path, "ranks", "Ranks")[1].read_text()
 
 
-@pytest.mark.parametrize("module", [kdlib.statistics, kdlib.figures, kdlib.metrics])
+@pytest.mark.parametrize("module", [kdlib.statistics, kdlib.metrics])
 def test_tables_are_enough(module):
     """No torch and no training code is imported."""
     nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from nibabel.orientations import io_orientation
 
 from kdlib.data.decathlon import Dataset
 from kdlib.data.slices import SliceBank
@@ -14,13 +15,16 @@ from kdlib.data.splits import Fold
 
 
 def case_table(dataset: Dataset, classes: dict[str, int]) -> pd.DataFrame:
-    """One row a case: patient, grid, spacing in mm, and the volume of each target class in ml."""
+    """One row a case: patient, grid, spacing and thickness of axial slices in mm, volume of each target class in ml."""
     rows = []
     for case in dataset.cases:
-        label = np.asarray(nib.load(case.label).dataobj).round()
+        file = nib.load(case.label)
+        label = np.asarray(file.dataobj).round()
+        upwards = int(np.flatnonzero(io_orientation(file.affine)[:, 0] == 2)[0])
         ml = float(np.prod(case.spacing)) / 1000
         sizes = dict(zip(("x", "y", "z"), case.shape, strict=True))
         spacing = dict(zip(("dx (mm)", "dy (mm)", "dz (mm)"), case.spacing, strict=True))
+        spacing["thickness (mm)"] = case.spacing[upwards]
         volumes = {f"{name} (ml)": float((label == value).sum()) * ml for name, value in classes.items()}
         rows.append({"case": case.name, "patient": case.group} | sizes | spacing | volumes)
     return pd.DataFrame(rows)

@@ -137,7 +137,7 @@ class LabelledContrast(nn.Module):
         """
         check_pair(student, teacher)
         labels = labels_on(labels, student, "labelled contrast")
-        positions = self._draw(labels, context.generator)
+        positions = self.draw(labels, context.generator)
         image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
         key_labels = own_labels = labels.flatten()[positions]
         key_patients = patients = None
@@ -167,8 +167,8 @@ class LabelledContrast(nn.Module):
             self.bank.push(own_keys[kept], own_labels[kept], patients[kept], context.step)
         return loss
 
-    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Positions [n] in the flat labels, class by class."""
+    def draw(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Positions [n] in the flat labels (BH[WD], on the maps' grid) that a step contrasts, class by class."""
         if self.samples is None:
             return torch.arange(labels.numel(), device=labels.device)
         flat = labels.flatten()
@@ -186,6 +186,27 @@ class LabelledContrast(nn.Module):
                 found, count = found[~torch.isin(found, hard)], count - len(hard)
             drawn.append(_spread(found, count, generator))
         return torch.cat(drawn)
+
+    def relation(self, anchors: Tensor, keys: Tensor, labels: Tensor, patients: Tensor | None = None) -> Tensor:
+        """What the teacher's keys at drawn positions are to the student's anchors: the pairs of `forward`, spelt out.
+
+        Keys of earlier steps, which a memory adds, lie on no image of this one.
+
+        Args:
+            anchors, keys: [a] and [n] positions in the flat labels, from `draw`.
+            labels: BH[WD], on the maps' grid.
+            patients: [B], the patient of each image, needed with `same_patient`.
+
+        Returns:
+            [a, n] int8: 1 a positive, -1 a negative, 0 left out.
+        """
+        flat, size = labels.flatten(), labels[0].numel()
+        relation = torch.where(flat[anchors][:, None] == flat[keys], 1, -1)
+        if self.same_patient:
+            patients = _patients(Context(patients=patients), labels, "labelled contrast")
+            same = patients[anchors // size][:, None] == patients[keys // size]
+            relation = relation.masked_fill(same & (anchors[:, None] != keys), 0)
+        return relation.to(torch.int8)
 
 
 def _spread(found: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
