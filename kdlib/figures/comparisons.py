@@ -293,8 +293,8 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
         legend_below(figure, handles, columns=3)
     note = f"Dice of {n_text(table['n'])} patients at both ends and its change by each step, with the 95 % bootstrap "
     note += "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of "
-    note += f"their pooled voxels. Verdicts: patients' values swapped at random, p after Holm's correction for {last} "
-    note += f"changes. The axis begins at {edge:.2f}."
+    note += f"their pooled voxels. Verdicts: patients' values swapped at random, in all {last} changes "
+    note += f"at once (p below 0.05). The axis begins at {edge:.2f}."
     whole = rows[last]
     if pd.notna(whole.low):
         note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."
