@@ -234,15 +234,17 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
     """The bridge: the mean at its start and at its end, and between them what each step changed.
 
     Args:
-        table: one row a stage in order, columns step (label), dice (mean after the step), difference (to the stage
-            before), low, high, verdict and n. The first row is the start; the last the end, whose Dice is that of the
-            stage before it, and whose difference, if not NaN, is the whole change from the start (told in the note).
+        table: from `kdlib.statistics.walk`, one row a stage in order: step (label), dice (mean after the step),
+            difference (to the stage before), low, high, p_holm, verdict and n. The first row is the start; the last the
+            end, whose Dice is that of the stage before it, and whose difference, if not NaN, is the whole change from
+            the start (told in the note).
         double: drawn for a page's width, else for a column's.
 
     Raises:
         InputError: fewer than two rows, a missing column, or differences that do not lead from each mean to the next.
     """
-    need_columns(table, ["step", "dice", "difference", "low", "high", "verdict", "n"], "bridge", "one row a stage")
+    needed = ["step", "dice", "difference", "low", "high", "p_holm", "verdict", "n"]
+    need_columns(table, needed, "bridge", "kdlib.statistics.walk (notebook 05)")
     if len(table) < 2:
         raise InputError("bridge: give at least its start and its end")
     rows = list(table.reset_index(drop=True).itertuples())
