@@ -409,7 +409,17 @@ def edits(draw):
             return children
         return draw(st.one_of(anything, st.sampled_from([*NAMES, [*NAMES], 0, 2, [], {}])))
 
-    return edit
+    def shuffle(record):
+        """Folds taken out, doubled and mixed; now and then a case is lost or stands twice."""
+        folds = [draw(st.sampled_from(record["parts"])) for _ in range(draw(st.integers(0, 3)))]
+        for number in range(len(folds)):
+            if draw(st.booleans()):
+                order = draw(st.permutations([*NAMES, *draw(st.lists(st.sampled_from(NAMES), max_size=1))]))
+                order = order[draw(st.integers(0, 1)) * draw(st.integers(0, 1)) :]
+                folds[number] = {"train": order[:1], "val": order[1:2], "test": order[2:]}
+        return record | {"parts": folds}
+
+    return shuffle if draw(st.booleans()) else edit
 
 
 @cases(250)
