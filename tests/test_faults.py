@@ -197,6 +197,23 @@ def test_one_of_two_studies_dies_and_the_other_takes_over(phantom, undisturbed, 
     same_tables(results, expected)
 
 
+@pytest.mark.slow
+def test_truncated_checkpoints_are_named_and_cost_their_own_training_alone(phantom, undisturbed, tmp_path):
+    results, trace, rest = tmp_path / "results", tmp_path / "trace", tmp_path / "rest"
+    process = start(phantom, results, trace)
+    wait_for(trace, 44, process)  # within the second epoch of the cohort
+    process.kill()
+    finish(process)
+    cut = list((results / "runs").glob("*/checkpoint.safetensors"))
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-7])
+    status, text = finish(start(phantom, results, rest))
+    assert status == 0, text
+    assert cut and sum("is damaged" in line for line in text.splitlines()) == len(cut)
+    assert min(step for _, what, _, step in events(rest) if what == "step") == 0
+    same_tables(results, undisturbed[0])
+
+
 # ----------------------------------------------------------------------------------------------------------- the disk
 
 
