@@ -243,7 +243,7 @@ def test_a_study_name_is_a_folder_in_results_or_refused(tmp_path, monkeypatch, c
     assert status(["study", f"--study={name}", *folders]) == 2
     assert status(["run", str(notebook), "-p", "study", name, "-o", str(tmp_path / "out.ipynb")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert all("error: " in line or "usage" in line for line in (errors[0], errors[-1])) and len(errors) < 5
+    assert all("error: " in line or "usage" in line for line in (errors[0], errors[-1])) and len(errors) < 9
     assert all(line.isprintable() for line in errors)
     assert files_of(tmp_path) == before
 
@@ -265,7 +265,7 @@ def test_a_study_named_after_its_data_is_a_folder_in_results(text, name):
         try:
             study = str(study_parameters("phantom", target, "quick", "corrected", [0], [0], "cpu", "results")["study"])
         except InputError as error:
-            assert "study name" in str(error)
+            assert str(error).startswith(("study name", "target"))
             continue
         check_study(study)
         assert Path("results", study).parent == Path("results") and shlex.quote(study) == study
