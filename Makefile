@@ -15,11 +15,15 @@ DEVICE ?= auto
 RESULTS ?= results
 STUDY ?=
 ONLY ?=
+DRY ?=
+CORES ?=
+CLUSTER ?=
+SNAKEMAKE_ARGS ?=
 LAB ?=
 PYTHON ?=
 
 # Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
-VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY LAB PYTHON
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES CLUSTER SNAKEMAKE_ARGS LAB PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
@@ -29,7 +33,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 20000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
-make study   run every experiment; finished trainings are kept, so a stopped study goes on where it was
+make study   run every experiment, jobs side by side; what is finished is kept, so a stopped study goes on where it was
 make test    run all tests
 make lab     open JupyterLab on notebooks/, on 127.0.0.1 and behind a token
 make strip   take outputs out of notebooks/ before a commit
@@ -49,6 +53,10 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
   ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_bridge
+  DRY                   DRY=1 lists what would be trained, and for how long by past runs
+  CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
+  CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
+  SNAKEMAKE_ARGS        more options for Snakemake, e.g. SNAKEMAKE_ARGS="--default-resources runtime=600 mem_mb=8000"
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef
@@ -59,7 +67,10 @@ help:
 
 # The stamp holds the folder it was made in: a moved, half-made or broken environment is made again from nothing,
 # a changed pyproject.toml or requirements.lock only updates it.
+# All but PyTorch, of which there are CPU and CUDA builds, is checked against the hashes of requirements.lock; what
+# pyproject.toml asks for is then there, so that the second pip adds PyTorch at its locked version, and kdlib.
 STAMP := .venv/.complete
+UNHASHED := /^torch(vision)?==/
 whole := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && .venv/bin/python -c "" 2>/dev/null && echo yes)
 
 $(STAMP): pyproject.toml requirements.lock $(if $(whole),,FORCE)
@@ -76,16 +87,20 @@ ifneq ($(whole),yes)
 	rm -rf .venv && "$$python" -m venv .venv
 endif
 	@rm -f $(STAMP)
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@sed -E -e '$(UNHASHED)d' requirements.lock > .venv/hashed && \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/hashed
+	@sed -E -e '/^ /d' -e 's/ *\\$$//' requirements.lock > .venv/versions && \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c .venv/versions -e ".[dev]"
 	@pwd -P > $(STAMP)
 
 study: $(STAMP)
 	@.venv/bin/python -m kdlib.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
 	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
-	    --study="$$STUDY" $${ONLY:+--only $$ONLY}
+	    --study="$$STUDY" $${DRY:+--dry-run} $${CORES:+--cores="$$CORES"} $${CLUSTER:+--executor="$$CLUSTER"} \
+	    $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"} $${ONLY:+--only $$ONLY}
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=15 -n auto --dist loadfile
 
 lab: $(STAMP)
 	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks
@@ -95,13 +110,15 @@ strip: $(STAMP)
 	    --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec notebooks/*.ipynb
 
-# aiohttp: papermill needs it on Python 3.12 only. CUDA builds of PyTorch pin the packages that sed leaves out.
+# uv resolves for every Python and system at once and keeps the versions that stand in requirements.lock (delete a line
+# to get the newest); it asks the index in UV_DEFAULT_INDEX. CUDA builds of PyTorch pin the packages that sed leaves out.
 lock:
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && python3.11 -m venv "$$new" && \
-	"$$new/bin/python" -m pip install --quiet -e ".[dev]" "$$(grep '^torch==' requirements.lock)" aiohttp && \
-	"$$new/bin/python" -m pip freeze --all --exclude pip --exclude-editable > "$$new/all" && \
+	"$$new/bin/python" -m pip install --quiet uv && cp requirements.lock "$$new/all" && \
+	"$$new/bin/uv" pip compile --quiet --universal --python-version=3.11 --extra=dev --generate-hashes --no-annotate \
+	    --no-header --output-file="$$new/all" pyproject.toml && \
 	head -n 1 requirements.lock > "$$new/lock" && \
-	sed -E -e '/^(nvidia|cuda|triton)/d' -e 's/\+[a-z0-9]+$$//' "$$new/all" >> "$$new/lock" && \
+	sed -E -e '/^(nvidia|cuda|triton)/,/[^\\]$$/d' -e '$(UNHASHED),/[^\\]$$/{/^ /d;s/ *\\$$//;}' "$$new/all" >> "$$new/lock" && \
 	cp "$$new/lock" requirements.lock
 
 clean:

@@ -100,14 +100,12 @@ def false_walks(n: int, families: int, stages: int = 9, pooled: bool = False) ->
     """The same for a bridge none of whose steps changes anything, as `walk` has it."""
     generator = np.random.default_rng(n)
     weight = generator.lognormal(5, 0.7, (families, n)) if pooled else np.ones((families, n))
+    steps = [*((stage, stage - 1) for stage in range(1, stages)), (stages - 1, 0)]
     found = 0
     for dice, volumes in zip(same(stages, families, n, generator), weight, strict=True):
-        steps = [[k + 1, k] for k in range(stages - 1)] + [[stages - 1, 0]]
-        p = np.array([statistics._swapped(dice.T[step], np.stack([volumes] * 2)) for step in steps])
-        if p.min() < statistics.ALPHA / stages:
-            groups = [pd.DataFrame({"patient": range(n), "dice": part, "weight": volumes}) for part in dice.T]
-            rows = statistics._judged([statistics._change(groups[one], groups[other]) for one, other in steps])
-            found += (rows["verdict"] != "inconclusive").any()
+        values = np.stack([dice.T, np.tile(volumes, (stages, 1))], axis=1)
+        if statistics._swapped(values, steps).min() < statistics.ALPHA:  # else there is no verdict
+            found += (statistics._changes(values, steps)["verdict"] != "inconclusive").any()
     return found / families
 
 

@@ -1,53 +1,25 @@
-"""Knowledge distillation for medical image segmentation: the names a notebook needs."""
+"""Knowledge distillation for medical image segmentation: the names a notebook needs.
 
-from kdlib.config import (
-    PROFILES,
-    PROTOCOLS,
-    InputError,
-    Profile,
-    Protocol,
-    Recipe,
-    Run,
-    Term,
-    TrainingError,
-    View,
-    bridge,
-    choose,
-    tailor,
-)  # fmt: skip
-from kdlib.data import case_table, download, largest_slices, split_table
-from kdlib.fidelity import expected_calibration_error
-from kdlib.recipes import DISTILLERS, QUICK, controls, distiller, thesis_recipe
-from kdlib.runs import Results, imitation, manifest, run_bank, run_source, study
+Each is imported where it is first used: what only starts notebooks does not wait for torch.
+"""
 
-__all__ = [
-    "DISTILLERS",
-    "PROFILES",
-    "PROTOCOLS",
-    "QUICK",
-    "InputError",
-    "Profile",
-    "Protocol",
-    "Recipe",
-    "Results",
-    "Run",
-    "Term",
-    "TrainingError",
-    "View",
-    "bridge",
-    "case_table",
-    "choose",
-    "controls",
-    "distiller",
-    "download",
-    "expected_calibration_error",
-    "imitation",
-    "largest_slices",
-    "manifest",
-    "run_bank",
-    "run_source",
-    "split_table",
-    "study",
-    "tailor",
-    "thesis_recipe",
-]
+from importlib import import_module
+
+HOMES = {
+    "config": (
+        "PROFILES", "PROTOCOLS", "InputError", "Profile", "Protocol", "Recipe", "Run", "Term", "TrainingError", "View",
+        "bridge", "choose", "tailor",
+    ),
+    "data": ("case_table", "download", "largest_slices", "split_table"),
+    "fidelity": ("expected_calibration_error",),
+    "recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
+    "runs": ("Results", "imitation", "manifest", "run_bank", "run_source", "study"),
+}  # fmt: skip
+__all__ = sorted(name for names in HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> object:
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(import_module(f"kdlib.{module}"), name)
+    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")

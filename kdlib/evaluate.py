@@ -14,6 +14,7 @@ from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
 from monai.metrics.utils import get_edge_surface_distance
 from torch import Tensor, nn
 
+from kdlib import ranks
 from kdlib.config import InputError
 from kdlib.data.decathlon import Dataset
 from kdlib.data.slices import SliceBank, restore
@@ -116,12 +117,15 @@ def _inference(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
-def _logits(model: nn.Module, bank: SliceBank, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [B,C,H,W] float32 and labels [B,H,W] of the bank's slices in order, on the model's device."""
-    for index in torch.arange(len(bank), device=bank.images.device).split(batch):
+def _logits(
+    model: nn.Module, bank: SliceBank, slices: Tensor, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits [B,C,H,W] float32, labels [B,H,W] and cases [B] of slices [n] in their order, on the model's device."""
+    for index in slices.split(batch) if len(slices) else ():
         images, labels = bank.batch(index)
         images = images.to(device, memory_format=torch.channels_last)
-        yield model(images, reconstruct=False).segmentation.float(), labels.to(device)
+        logits = model(images, reconstruct=False).segmentation.float()
+        yield logits, labels.to(device), bank.case_index[index].to(device)
 
 
 def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[str, Tensor]:
@@ -129,8 +133,9 @@ def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[st
 
     C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
     """
+    slices = torch.arange(len(bank), device=bank.images.device)
     with _inference(model) as device:
-        scores = torch.cat([probabilities(logits) for logits, _ in _logits(model, bank, batch, device)])
+        scores = torch.cat([probabilities(logits) for logits, *_ in _logits(model, bank, slices, batch, device)])
     owner = bank.case_index.to(scores.device)
     return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
 
@@ -144,15 +149,17 @@ def volume_dice(
         threshold: probability above which a pixel of a one-channel model is foreground.
         pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
     """
-    areas = []  # of every slice and class: both masks, prediction, truth
+    own = ranks.deal(torch.arange(len(bank.cases), device=bank.case_index.device))
+    slices = torch.isin(bank.case_index, own).nonzero()[:, 0]
     with _inference(model) as device:
-        for logits, labels in _logits(model, bank, batch, device):
+        # of every class and volume: both masks, prediction, truth
+        volumes = torch.zeros(len(bank.classes), 3, len(bank.cases), dtype=torch.int64, device=device)
+        for logits, labels, cases in _logits(model, bank, slices, batch, device):
             guess = predict(logits, threshold)
             masks = [(guess == value, labels == value) for value in range(1, len(bank.classes) + 1)]
             sums = [torch.stack([(p & t).sum((1, 2)), p.sum((1, 2)), t.sum((1, 2))]) for p, t in masks]
-            areas.append(torch.stack(sums))
-    areas = torch.cat(areas, dim=2)
-    volumes = areas.new_zeros(*areas.shape[:2], len(bank.cases)).index_add_(2, bank.case_index.to(areas.device), areas)
+            volumes.index_add_(2, cases, torch.stack(sums))
+    volumes = ranks.total(volumes)
     if pooled:
         volumes = volumes.sum(2, keepdim=True)
     both, predicted, true = volumes.double().unbind(1)

@@ -1,21 +1,27 @@
 """Run folders: what has been trained, under which key, and the tables of it.
 
-`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `history.csv`, `metrics.csv`, `slices.npz` and,
-written last, `manifest.json`: a run without a manifest is not done and is trained again.
+`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `history.csv`, `metrics.csv`, `slices.npz`,
+`log.txt`, `notebook.ipynb` (the executed notebook that trained it) and `manifest.json`. A run is done when the manifest
+says so, which is written last; until then it says "training", or "failed" and why. Such a run is trained again, from
+`checkpoint.safetensors` where there is one. Whoever trains a run holds the lock of its folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
+import gc
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +30,14 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from kdlib import ranks
+from kdlib.checkpoint import CODE, CODE_HASH, Checkpoint, save_tensors, sweep, unsaved, write
 from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Run, TrainingError, View, choose
-from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, splits
+from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
 from kdlib.device import computes_bf16, pick_device
 from kdlib.distill import check_recipe, scales_of
 from kdlib.evaluate import evaluate
@@ -53,12 +62,14 @@ class Source:
 @functools.cache
 def source(data: str, target: str, folds: int, on_defect: str, results: Path) -> Source:
     """Indexes a folder (or makes the phantom), and reads or writes its splits under `results/splits/`."""
-    folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
-    dataset = index(folder, on_defect)
-    classes = dataset.classes(target)
-    name = "-".join([dataset.name, *classes, str(folds)]).lower().replace(" ", "_").replace("/", "_")
-    path = results / "splits" / f"{name}.json"
-    parts = splits(dataset, classes, folds, path)
+    try:
+        folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
+        dataset = index(folder, on_defect)
+        classes = dataset.classes(target)
+        path = split_file(results / "splits", dataset, classes, folds)
+        parts = splits(dataset, classes, folds, path)
+    except OSError as error:
+        raise unsaved(results, error) from None
     return Source(dataset, classes, parts, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -79,7 +90,12 @@ def run_bank(run: Run, results: Path | str) -> SliceBank:
 
 
 def run_key(run: Run, results: Path) -> str:
-    """A hash of what a run is: two with the same key have the same result on one machine and version of the code.
+    """A hash of what a run is: two with the same key have the same result on one machine and version of the code."""
+    return hashlib.sha256(json.dumps(describe(run, results), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(run: Run, results: Path) -> dict[str, object]:
+    """What a run is, as JSON values: all that its key depends on.
 
     That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
     evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
@@ -89,7 +105,7 @@ def run_key(run: Run, results: Path) -> str:
     length = [profile.teacher_epochs, profile.teacher_steps]
     if not run.teaches:
         length = [profile.student_epochs, profile.student_steps, *(length if run.lesson.budget == "both" else ())]
-    description = {
+    return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": dataclasses.asdict(run.lesson) | {"name": ""},
@@ -101,7 +117,6 @@ def run_key(run: Run, results: Path) -> str:
         "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
         "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
     }
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _architecture(model: str) -> list | None:
@@ -117,8 +132,35 @@ def run_folder(run: Run, results: Path) -> Path:
     return results / "runs" / run_key(run, results)
 
 
+FORMAT = 1  # of manifests; those of before have none
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a run's folder, whatever its status; empty where there is none.
+
+    Raises:
+        InputError: it is of a newer version of kdlib, or damaged.
+    """
+    path = folder / "manifest.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        number = record.get("format", 0)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete {folder} to train that run again") from None
+    if number > FORMAT:
+        raise InputError(f"{path}: written by a newer version (format {number}); update kdlib")
+    return record
+
+
 def is_done(run: Run, results: Path) -> bool:
-    return (run_folder(run, results) / "manifest.json").is_file()
+    """As rank 0 sees it: it writes while the others may be further on."""
+    return ranks.agree(_says_done(run_folder(run, results)))
+
+
+def _says_done(folder: Path) -> bool:
+    return read_manifest(folder).get("status") == "done"
 
 
 def manifest(run: Run, results: Path | str = "results") -> dict:
@@ -127,41 +169,17 @@ def manifest(run: Run, results: Path | str = "results") -> dict:
     Raises:
         InputError: the run is not finished.
     """
-    path = run_folder(run, Path(results).resolve()) / "manifest.json"
-    if not path.is_file():
+    record = read_manifest(run_folder(run, Path(results).resolve()))
+    if record.get("status") != "done":
         raise InputError(f"{run.name} ({run.recipe.name}) has no result in {results}: train it first")
-    return json.loads(path.read_text())
+    return record
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all: into a neighbour first, then renamed.
-
-    Raises:
-        InputError: the file system refuses (full disk, read-only folder); what was finished before stays.
-    """
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        cause = (
-            "the disk is full"
-            if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
-            else str(error)
-        )
-        raise InputError(
-            f"{path} could not be saved: {cause}; mend that and run again, finished runs are kept"
-        ) from None
-
-
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    save_tensors(weights, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -187,6 +205,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
+@functools.cache
 def git_state() -> dict[str, object]:
     """Commit of the code and whether the tree differs from it; nulls outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
@@ -199,14 +218,90 @@ def git_state() -> dict[str, object]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
-def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: torch.device) -> None:
-    """Evaluates the best weights on the test patients and writes the run folder, its manifest last."""
-    run, folder, fold = arm.run, run_folder(arm.run, results), found.folds[arm.run.fold]
+@functools.cache
+def machine() -> dict[str, object]:
+    """Hardware and package versions of this process."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    packages = ("torch", "monai", "numpy", "scipy", "scikit-learn", "pandas", "nibabel", "safetensors")
+    return {
+        "hardware": {"cpu": name, "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()},
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def introduce(run: Run, found: Source, results: Path, device: torch.device) -> dict:
+    """What is known of a run before it is trained: the first part of its manifest."""
+    fold = found.folds[run.fold]
+    parts = {"train": fold.subset(run.fraction), "val": fold.val, "test": fold.test}
+    notebook = os.environ.get("KDLIB_NOTEBOOK")
+    return {
+        "format": FORMAT,
+        "key": run_key(run, results),
+        "arm": run.name,
+        "run": dataclasses.asdict(run) | {"data": found.dataset.name},
+        "lesson": dataclasses.asdict(run.lesson),
+        "seeds": {"run": run.seed, "teacher": run.teacher_seed},
+        "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
+        "data": {"digest": found.digest, "fold_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} | parts,
+        "code": {"hash": CODE_HASH, "files": CODE},
+        "git": git_state(),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "precision": "bf16" if computes_bf16(device) else "fp32",
+        **machine(),
+        "processes": ranks.size(),
+        "notebook": os.path.relpath(notebook, results) if notebook else None,
+        "started": _now(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _save_json(path: Path, record: dict) -> None:
+    write(path, lambda partial: partial.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+
+
+def fail(arm: str, folder: Path, record: dict, failure: Exception) -> TrainingError:
+    """Leaves the cause of a failure, and how to try again, in a run's manifest and log; returns the failure."""
+    again = os.environ.get("KDLIB_RERUN", "call kdlib.study with this run again")
+    error = failure if isinstance(failure, TrainingError) else TrainingError(f"{arm}: {failure}")
+    record = record | {"failed": _now(), "status": "failed", "error": str(error), "rerun": again}
+    _save_json(folder / "manifest.json", record)
+    Checkpoint(folder, {}).note("failed: " + "".join(traceback.format_exception(failure)).rstrip())
+    return error
+
+
+def save_run(arm: Arm, bank: SliceBank, found: Source, record: dict, folder: Path) -> None:
+    """Evaluates the best weights on the test patients and writes the run folder, its manifest last.
+
+    Raises:
+        TrainingError: a case that cannot be evaluated.
+        InputError: the folder cannot be written.
+    """
+    run, fold = arm.run, found.folds[arm.run.fold]
     save_weights(arm.model.state_dict(), folder / "last.safetensors")
     save_weights(arm.best, folder / "best.safetensors")
     arm.model.load_state_dict(arm.best)
-    begin = time.perf_counter()
-    metrics, examples = evaluate(arm.model, bank.select(fold.test).to(device), found.dataset, fold.test, run.threshold)
+    begin, own, cause = time.perf_counter(), [], None
+    test = bank.select(fold.test).to(next(arm.model.parameters()).device)
+    for case in ranks.deal(fold.test):
+        try:
+            table, (example,) = evaluate(arm.model, test, found.dataset, [case], run.threshold)
+            own.append((table.to_dict("records"), example, ""))
+        except Exception as error:  # whatever a bad file raises, it must name the case and cost this run alone
+            own.append(([], {}, f"case {case} cannot be evaluated ({type(error).__name__}: {error})"))
+            cause = error
+    tables, examples, faults = zip(*ranks.collect(own), strict=True)
+    if any(faults):
+        text = "; ".join(filter(None, faults))
+        raise TrainingError(f"{arm.label}: {text}; mend it and run again, the training is kept") from cause
+    metrics = pd.DataFrame(sum(tables, []))
     metrics["patient"] = metrics["case"].map(fold.groups)
     history = pd.DataFrame(arm.history)
     write(folder / "history.csv", lambda path: history.to_csv(path, index=False))
@@ -215,27 +310,18 @@ def save_run(arm: Arm, bank: SliceBank, found: Source, results: Path, device: to
         part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")
     }
     save_arrays(folder / "slices.npz", parts)
-    record = {
-        "key": folder.name,
-        "arm": run.name,
-        "run": dataclasses.asdict(run) | {"data": found.dataset.name},
-        "lesson": dataclasses.asdict(run.lesson),
-        "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
+    record = record | {
         "adapters": arm.distiller.describe() if arm.distiller is not None else {},
-        "data": {"digest": found.digest, "train": fold.subset(run.fraction), "val": fold.val, "test": fold.test},
         "parameters": count_parameters(arm.model),
         "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
+        "steps": arm.step,
+        "sessions": arm.sessions,
+        "micro_batches": max(session.get("micro_batches", 1) for session in arm.sessions),
         "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "precision": "bf16" if computes_bf16(device) else "fp32",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "monai", "numpy")},
-        "git": git_state(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": _now(),
         "status": "done",
     }
-    write(folder / "manifest.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    _save_json(folder / "manifest.json", record)
 
 
 def save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
@@ -250,8 +336,11 @@ def save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 def load_arrays(path: Path) -> pd.DataFrame:
     """The arrays of `save_arrays` as columns, one row for each first index; pickles are refused."""
-    with np.load(path, allow_pickle=False) as file:
-        return pd.DataFrame({column: list(file[column]) for column in file.files})
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return pd.DataFrame({column: list(file[column]) for column in file.files})
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} holds no plain arrays ({error}): delete its folder and run again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- study
@@ -282,8 +371,40 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def train_missing(group: list[Run], results: Path, device: torch.device) -> list[TrainingError]:
-    """Trains one cohort and saves each of its runs; returns the failures of single arms."""
+def checkpoint_of(run: Run, results: Path) -> Checkpoint:
+    identity = json.loads(json.dumps(describe(run, results)))
+    return Checkpoint(run_folder(run, results), identity, git_state()["commit"])
+
+
+def train_missing(group: list[Run], results: Path, device: torch.device, parts: int = 1) -> list[TrainingError]:
+    """Trains one cohort, whose locks are held, and saves each of its runs; returns the failures of single arms.
+
+    Where the GPU's memory does not hold all arms, its halves are trained one after the other; where it does not hold
+    one, its batch is split into `parts`, twice as many each time.
+    """
+    try:
+        return _train(group, results, device, parts)
+    except torch.OutOfMemoryError as error:
+        if ranks.size() > 1:  # the others are still at it
+            raise
+        cause = str(error).splitlines()[0]
+    gc.collect()  # the arms of the failed try: its traceback held their tensors until here
+    torch.cuda.empty_cache()
+    if len(group) > 1:
+        print(f"{len(group)} arms at once do not fit into memory ({cause}): trained in two halves", flush=True)
+        half = len(group) // 2
+        return [failure for some in (group[:half], group[half:]) for failure in train_missing(some, results, device)]
+    run = group[0]
+    batch, parts = run.optimisation.batch, 2 * parts
+    text = f"{run.name} ({run.recipe.name}): batches of {2 * batch // parts} slices do not fit into memory ({cause})"
+    if batch // parts >= 2:  # a contrast needs two images
+        print(f"{text}: split into {parts} parts, whose losses are not those of the whole", flush=True)
+        return train_missing(group, results, device, parts)
+    record = introduce(run, run_source(run, results), results, device)
+    return [fail(run.name, run_folder(run, results), record, TrainingError(text))]
+
+
+def _train(group: list[Run], results: Path, device: torch.device, parts: int) -> list[TrainingError]:
     run = group[0]
     found = run_source(run, results)
     fold = found.folds[run.fold]
@@ -300,11 +421,49 @@ def train_missing(group: list[Run], results: Path, device: torch.device) -> list
         else:
             teachers[name] = trained(teacher_run, len(bank.classes), results, device)
     steps, epochs = steps_per_epoch(run, slices), epochs_of(run, slices)
-    arms = train_cohort(group, train.to(device), val.to(device), steps, device, teachers, epochs)
-    for arm in arms:
-        if arm.failure is None:
-            save_run(arm, bank, found, results, device)
-    return [arm.failure for arm in arms if arm.failure is not None]
+    keep = [checkpoint_of(run, results) for run in group]
+    records = [introduce(run, found, results, device) for run in group]
+    for checkpoint, record in zip(keep, records, strict=True):
+        sweep(checkpoint.folder)
+        _save_json(checkpoint.folder / "manifest.json", record | {"status": "training"})
+        checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
+    try:
+        banks = train.to(device), val.to(device)
+        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, micro_batches=parts)
+        return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
+    except torch.OutOfMemoryError:
+        raise
+    except InputError:  # nothing can be written
+        raise
+    except Exception as error:
+        for run, checkpoint, record in zip(group, keep, records, strict=True):
+            if not _says_done(checkpoint.folder):
+                fail(run.name, checkpoint.folder, record, error)
+        raise
+
+
+def _finish(arm: Arm, checkpoint: Checkpoint, record: dict, bank: SliceBank, found: Source) -> TrainingError | None:
+    """Saves a trained arm, or its failure."""
+    folder = checkpoint.folder
+    try:
+        if arm.failure is not None:
+            raise arm.failure
+        save_run(arm, bank, found, record, folder)
+    except TrainingError as error:
+        if arm.failure is not None:  # from a state that has failed, it would fail again
+            checkpoint.delete()
+        return fail(arm.label, folder, record, error)
+    except InputError as error:
+        if error is not arm.failure:
+            raise
+        return fail(arm.label, folder, record, error)
+    checkpoint.delete()
+    checkpoint.note("done")
+    listing = os.environ.get("KDLIB_TRAINED")
+    if listing and not ranks.rank():  # whoever runs the notebook puts its executed copy there
+        with open(listing, "a", encoding="utf-8") as file:
+            file.write(f"{folder}\n")
+    return None
 
 
 @dataclass(frozen=True)
@@ -389,22 +548,93 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     place = pick_device(device)
     teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
     check(teachers + runs)
+    if ranks.asked() > 1:
+        from kdlib.parallel import launch  # which imports this module
+
+        # a network that was added to `MODELS` is known in this process alone, and trained here
+        own = {*TEACHERS, *STUDENTS}
+        launch([run for run in runs if {run.model, *run.teacher_runs()} <= own], results, ranks.asked(), device)
     failures: list[str] = []
     for stage in (teachers, runs):
-        for group in cohorts(stage):
-            # runs of several protocols may be one and the same, and done by now
-            group = list({run_key(run, results): run for run in group if not is_done(run, results)}.values())
-            if not group:
-                continue
-            if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
-                failures += [f"{run.name}: its teacher {run.teacher} has no result" for run in group]
-                continue
-            failures += [str(failure) for failure in train_missing(group, results, place)]
+        failures += _train_stage(cohorts(stage), results, place)
+    ranks.agree(None)  # by now rank 0 has written everything
     if failures:
         raise TrainingError(
             f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
         )
+    others = [run for run in runs if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
+    if others:
+        print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
     return collect(runs, results)
+
+
+def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device) -> list[str]:
+    """Trains what has no result; what another process is training is left for the end, and waited for."""
+    failures, waiting = [], []
+    for group in groups:
+        found, busy = _train_free(group, results, place)
+        failures, waiting = failures + found, waiting + [busy]
+    for busy in waiting:
+        while busy:
+            print(f"{busy[0].name} ({busy[0].recipe.name}): another process is training it, waiting", flush=True)
+            with _locked(busy[0], results, wait=True):
+                pass
+            records = ranks.agree([read_manifest(run_folder(run, results)) for run in busy])
+            failures += [record["error"] for record in records if record.get("status") == "failed"]
+            left = [run for run, record in zip(busy, records, strict=True) if record.get("status") != "failed"]
+            found, busy = _train_free(left, results, place)
+            failures += found
+    return failures
+
+
+def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tuple[list[str], list[Run]]:
+    """Trains those runs of a cohort that have no result and that no other process is training.
+
+    Returns:
+        failures, and the runs that another process is training.
+    """
+    # runs of several protocols may be one and the same, and done by now
+    missing = {}
+    for run in group:
+        if not is_done(run, results):
+            missing[run_key(run, results)] = run
+            continue
+        with suppress(OSError):  # there is one where the process was killed between its last two steps
+            (run_folder(run, results) / "checkpoint.safetensors").unlink()
+    if not missing:
+        return [], []
+    if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
+        return [f"{run.name}: its teacher {run.teacher} has no result" for run in missing.values()], []
+    with ExitStack() as locks:
+        mine = {key for key in sorted(missing) if locks.enter_context(_locked(missing[key], results))}
+        busy = [run for key, run in missing.items() if key not in mine]
+        free = [run for key, run in missing.items() if key in mine and not is_done(run, results)]
+        return [str(failure) for failure in train_missing(free, results, place)] if free else [], busy
+
+
+@contextmanager
+def _locked(run: Run, results: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock of a run's folder; yields False where another process holds it and is not waited for.
+
+    The operating system keeps it, and frees it when its holder dies. Of several ranks the first holds it for all.
+    """
+    if ranks.rank():
+        yield ranks.agree(None)
+        return
+    folder = run_folder(run, results)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield ranks.agree(False)
+        return
+    except OSError as error:
+        raise unsaved(folder, error) from None
+    try:
+        yield ranks.agree(True)
+    finally:
+        lock.release()
 
 
 def imitation(

@@ -13,7 +13,8 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import TEACHING, Run, TrainingError, derive_seed
+from kdlib import ranks
+from kdlib.checkpoint import Checkpoint, Stops
+from kdlib.config import TEACHING, InputError, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
 from kdlib.device import autocast
 from kdlib.distill import Distiller, Taps, probe, scales_of
 from kdlib.evaluate import volume_dice
 from kdlib.losses import SegmentationLoss
 from kdlib.models import build_model
+
+CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
 
 
 def steps_per_epoch(run: Run, slices: int) -> int:
@@ -79,20 +84,45 @@ class Arm:
     segmentation: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: nn.Module = field(init=False)  # of a batch, by name
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     best_dice: float = -1.0
     seconds: float = 0.0
-    failure: TrainingError | None = None
+    failure: TrainingError | InputError | None = None
     weights: dict[str, float] = field(default_factory=dict)
     balanced: bool = False  # whether the weights of this epoch are set, where the recipe balances them
+    step: int = 0  # optimiser steps done
+    log: EpochLog | None = None  # of the epoch that it is in; None between two
+    micro_batches: int = 1  # parts of a batch that go forward and backward one after the other
+    checkpoint: Checkpoint | None = None
+    sessions: list[dict] = field(default_factory=list)  # where it was trained, from which step on
 
     def __post_init__(self):
         """Weights of each loss in the total: the recipe's, until `balance` changes those of the terms."""
+        self.losses = ranks.wrap(Losses(self.run, self.taps, self.distiller, self.segmentation))
         recipe = self.run.lesson
         self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
         self.weights |= self.distiller.weights if self.distiller is not None else {}
+
+    def begin_epoch(self) -> EpochLog:
+        """A fresh log; balanced weights are set anew."""
+        self.model.train()
+        self.balanced, self.log = False, EpochLog(self)
+        return self.log
+
+    def save(self) -> None:
+        """Saves a checkpoint, where the arm has one and is worth it."""
+        if self.checkpoint is not None and self.failure is None and self.step:
+            self.checkpoint.save(self)
+
+    def note(self, text: str, aloud: bool = False) -> None:
+        """A line of the run's log, where it has one; `aloud` prints it too."""
+        if self.checkpoint is not None:
+            self.checkpoint.note(text)
+        if aloud:
+            print(f"{self.label}: {text}", flush=True)
 
     @property
     def label(self) -> str:
@@ -116,7 +146,7 @@ def new_arm(
     patients: Sequence[int] = (),
 ) -> Arm:
     """An arm ready for its first of `steps` optimiser steps; `patients` are those of the training part."""
-    model, recipe = new_model(run, classes), run.lesson
+    model, recipe = ranks.norms_of_whole_batches(new_model(run, classes), device), run.lesson
     scales, distiller = scales_of([recipe]), None
     if teachers:
         taught_at = scales_of([recipe], taught=True)
@@ -145,12 +175,15 @@ def new_arm(
 
 
 def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept."""
+    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept.
+
+    Of a loss of several ranks' whole batch, `parameters` being those of the network.
+    """
     gradients = [None] * len(parameters)
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
+    return ranks.mean(torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs]))
 
 
 def shuffle(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
@@ -180,6 +213,23 @@ class Batch:
     taught: Mapping[str, Mapping[str, Tensor]]
     step: int
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in parts of about equal size."""
+
+        def part(i: int, tensor: Tensor) -> Tensor:
+            return tensor.tensor_split(parts)[i]
+
+        return [
+            Batch(
+                part(i, self.images),
+                part(i, self.labels),
+                part(i, self.patients),
+                {who: {name: part(i, maps) for name, maps in seen.items()} for who, seen in self.taught.items()},
+                self.step,
+            )
+            for i in range(parts)
+        ]
+
 
 def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     """Sets the terms' weights so that their gradients are `recipe.balance` times that of the segmentation loss.
@@ -196,8 +246,45 @@ def balance(arm: Arm, norms: Mapping[str, float]) -> None:
     arm.balanced = True
 
 
+class Losses(nn.Module):
+    """A network and its distiller as one module, from a batch to every unweighted loss by name.
+
+    Each of several ranks passes its part of the batch through the network; the losses are those of the whole.
+    """
+
+    def __init__(self, run: Run, taps: Taps, distiller: Distiller | None, segmentation: nn.Module):
+        super().__init__()
+        self.run, self.recipe, self.taps = run, run.lesson, taps
+        self.model, self.distiller, self.segmentation = taps.model, distiller, segmentation
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        recipe, labels = self.recipe, batch.labels
+        output, features = self.taps(ranks.share(batch.images), reconstruct=recipe.reconstruction_weight > 0)
+        logits, reconstruction = map(ranks.gather, output)
+        losses = {"segmentation": self.segmentation(logits, labels)}
+        if reconstruction is not None:
+            losses["reconstruction"] = F.mse_loss(reconstruction.float(), batch.images)
+        if self.distiller is not None:
+            seed, taught = derive_seed(self.run.seed, "terms", batch.step), batch.taught
+            if recipe.teacher == "shuffled":
+                mix = derive_seed(seed, "shuffle")
+                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
+            own = {name: ranks.gather(feature) for name, feature in features.items()} | {"logits": logits}
+            losses |= self.distiller(own, taught, labels, seed, batch.patients, batch.step)
+        return losses
+
+
+def losses_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
+    """The forward pass: every unweighted loss by name."""
+    with autocast(batch.images.device):
+        return arm.losses(batch)
+
+
 def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One optimiser step of one arm: forward, every loss by name, backward, update.
+
+    Where memory does not hold the graph of the whole batch, its parts (`Arm.micro_batches`) go forward and backward one
+    after the other; losses that look at several images then see those of a part alone.
 
     Args:
         measure: losses whose gradient on the model is wanted.
@@ -205,29 +292,23 @@ def training_step(arm: Arm, batch: Batch, measure: Sequence[str] = ()) -> tuple[
     Returns:
         unweighted losses by name, and the gradient of each loss in `measure` on the model's parameters, as a vector.
     """
-    recipe, images, labels = arm.run.lesson, batch.images, batch.labels
-    with autocast(images.device):
-        output, features = arm.taps(images, reconstruct=recipe.reconstruction_weight > 0)
-        losses = {"segmentation": arm.segmentation(output.segmentation, labels)}
-        if output.reconstruction is not None:
-            losses["reconstruction"] = F.mse_loss(output.reconstruction.float(), images)
-        if arm.distiller is not None:
-            seed, taught = derive_seed(arm.run.seed, "terms", batch.step), batch.taught
-            if recipe.teacher == "shuffled":
-                mix = derive_seed(seed, "shuffle")
-                taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
-            own = features | {"logits": output.segmentation}
-            losses |= arm.distiller(own, taught, labels, seed, batch.patients, batch.step)
-    gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
-    # without foreground the Dice loss has almost no gradient to measure others by
-    if recipe.balance is not None and not arm.balanced and (labels > 0).any():
-        balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
-    loss = sum(arm.weights[name] * value for name, value in losses.items())
     arm.optimiser.zero_grad()
-    loss.backward()
+    totals: list[dict[str, Tensor]] = [defaultdict(float), defaultdict(float)]
+    for part in batch.split(arm.micro_batches):
+        share = len(part.images) / len(batch.images)
+        losses = losses_of(arm, part)
+        gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
+        # without foreground the Dice loss has almost no gradient to measure others by
+        if arm.run.lesson.balance is not None and not arm.balanced and (part.labels > 0).any():
+            balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
+        loss = sum(arm.weights[name] * value for name, value in losses.items())
+        (share * loss).backward()
+        for total, values in zip(totals, ({"loss": loss} | losses, gradients), strict=True):
+            for name, value in values.items():
+                total[name] += share * value.detach()
     arm.optimiser.step()
     arm.schedule.step()
-    return {"loss": loss} | losses, gradients
+    return dict(totals[0]), dict(totals[1])
 
 
 KNOWN_DEAD = ("softmax_kl",)  # published terms that a protocol keeps although they are zero
@@ -319,7 +400,7 @@ class EpochLog:
         if fault and term.loss not in KNOWN_DEAD:
             raise TrainingError(f"{self.arm.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
         if term.loss == "infonce" and not term.arguments.get("same_patient"):
-            found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch)
+            found[f"chance/{name}"] = value / math.log(self.arm.run.optimisation.batch / self.arm.micro_batches)
         return found
 
 
@@ -331,11 +412,15 @@ def train_cohort(
     device: torch.device,
     teachers: Mapping[str, nn.Module] | None = None,
     epochs: int | None = None,
+    keep: Sequence[Checkpoint] = (),
+    on_epoch: Callable[[list[Arm]], None] | None = None,
+    micro_batches: int = 1,
 ) -> list[Arm]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
-    A run ends with the same weights, to the bit on CPU, as if it were trained alone. An arm that fails keeps its
-    `failure`, and the others go on.
+    A run ends with the same weights, to the bit on CPU, as if it were trained alone, and as if it had never been
+    stopped. An arm that fails keeps its `failure`, and the others go on. Arms whose checkpoints are of different steps
+    are brought together: the one that is further on waits.
 
     Args:
         runs: of one cohort (see `kdlib.runs.cohorts`).
@@ -344,86 +429,170 @@ def train_cohort(
         device: where the banks are.
         teachers: by name, frozen, in eval mode, on `device`; None for teachers and baselines.
         epochs: of the training; by default the profile's.
+        keep: for each run, where its state is read from and saved: at the end of every epoch, within an epoch every
+            `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
+        on_epoch: is called after each epoch with the arms that go on.
+        micro_batches: parts that every batch is split into, where memory does not hold it (see `training_step`).
+
+    Raises:
+        InputError: a checkpoint is of something else, or cannot be saved.
+        KeyboardInterrupt, SystemExit: see `kdlib.checkpoint.Stops`.
     """
     seed, batch, profile, teachers = runs[0].seed, runs[0].optimisation.batch, runs[0].profile, teachers or {}
+    ranks.check_batch(batch, ranks.size())
     epochs = epochs or (profile.teacher_epochs if runs[0].teaches else profile.student_epochs)
     arms = [new_arm(run, len(train.classes), epochs * steps, device, teachers, train.patients) for run in runs]
+    for arm in arms:
+        arm.micro_batches = micro_batches
+    for arm, checkpoint in zip(arms, keep, strict=bool(keep)):
+        arm.checkpoint = checkpoint
+        try:
+            resumed = checkpoint.restore(arm)
+        except InputError as error:  # of something else: a person must decide
+            arm.failure = error
+            continue
+        if resumed:
+            arm.note(f"goes on from step {arm.step} of {epochs * steps}", aloud=True)
+        session = {"from_step": arm.step, "device": str(device), "torch": torch.__version__}
+        session |= {"micro_batches": micro_batches} if micro_batches > 1 else {}
+        arm.sessions.append(session | ({"processes": ranks.size()} if ranks.size() > 1 else {}))
     taught_at = scales_of((run.lesson for run in runs), taught=True)
     taught_taps = {name: Taps(teacher, teacher.scales, taught_at) for name, teacher in teachers.items()}
-    batches = order(len(train), batch, seed)
-    begin = time.perf_counter()
+    batches, first = order(len(train), batch, seed), min((arm.step for arm in arms if arm.failure is None), default=0)
+    for _ in range(first):
+        next(batches)
     place = f"fold {runs[0].fold}, seed {seed}"
     students = f"{len(arms)} students {f'of {runs[0].teacher}' if runs[0].teacher else 'without a teacher'}, {place}"
     what = arms[0].label if len(arms) == 1 else students
-    with Progress(what, epochs, steps) as progress:
-        for epoch in range(1, epochs + 1):
-            logs = {id(arm): EpochLog(arm) for arm in arms}
+    with ExitStack() as hooks, Progress(what, epochs, steps, first) as progress, Stops() as stops:
+        for taps in [*taught_taps.values(), *(arm.taps for arm in arms)]:
+            hooks.callback(taps.close)
+        clock = Clock()
+        try:
+            for epoch in range(max(1, math.ceil(first / steps)), epochs + 1):
+                for step in range(max(first, (epoch - 1) * steps), epoch * steps):
+                    stops.agree()
+                    index = next(batches).to(device)
+                    due = [arm for arm in arms if arm.failure is None and arm.step == step]
+                    if not due:
+                        continue
+                    seen = make_batch(train, index, seed, step, taught_taps)
+                    for arm in due:
+                        with stops.held():
+                            log = arm.log or arm.begin_epoch()
+                            with drawing(derive_seed(seed, "layers", step), device):
+                                log.add(*training_step(arm, seen, log.unmeasured()))
+                            arm.step += 1
+                    progress.step()
+                    clock.share(due)
+                    clock.save(due, every=CHECKPOINT_SECONDS)
+                due = [arm for arm in arms if arm.failure is None and arm.log and arm.step == epoch * steps]
+                for arm in due:
+                    _end_epoch(arm, val, epoch, stops)
+                clock.share(due)
+                ended = [arm for arm in due if arm.failure is None]
+                clock.save(ended)
+                for arm in ended:
+                    arm.note(f"epoch {epoch} of {epochs}, {arm.step} steps: {summary([arm])}")
+                if ended:
+                    progress.epoch(epoch, ended)
+                    if on_epoch is not None:
+                        on_epoch(ended)
+                if all(arm.failure for arm in arms):
+                    break
+        except (KeyboardInterrupt, SystemExit):
+            stops.holding = True  # a second signal waits for the checkpoints
             for arm in arms:
-                arm.balanced = False
-                arm.model.train()
-            for step in range((epoch - 1) * steps, epoch * steps):
-                index = next(batches).to(device)
-                images, labels = train.batch(index)
-                images, labels = augment(
-                    images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-                )
-                images = images.contiguous(memory_format=torch.channels_last)
-                taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
-                seen = Batch(images, labels, train.patient_of(index), taught, step)
-                for arm in arms:
-                    if arm.failure is None:
-                        log = logs[id(arm)]
-                        log.add(*training_step(arm, seen, log.unmeasured()))
-                progress.step()
-            for arm in arms:
-                if arm.failure is None:
-                    _end_epoch(arm, logs[id(arm)], val, epoch)
-            alive = [arm for arm in arms if arm.failure is None]
-            if not alive:
-                break
-            progress.epoch(epoch, alive)
-    for taps in taught_taps.values():
-        taps.close()
-    for arm in arms:
-        arm.taps.close()
-        arm.seconds = (time.perf_counter() - begin) / len(arms)
+                arm.save()
+                arm.note(f"stopped at step {arm.step} of {epochs * steps}")
+            print(f"{what}: stopped{', its state is kept' if keep else ''}", flush=True)
+            raise
     return arms
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Layers that draw from torch's own random numbers (dropout) draw from a stream of their own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class Clock:
+    """Shares the time that passes among the arms, and saves them from time to time."""
+
+    def __init__(self):
+        self.mark = self.saved = time.perf_counter()  # never set back, as the time of day can be
+
+    def share(self, arms: Sequence[Arm]) -> None:
+        now = time.perf_counter()
+        for arm in arms:
+            arm.seconds += (now - self.mark) / len(arms)
+        self.mark = now
+
+    def save(self, arms: Sequence[Arm], every: float = 0.0) -> None:
+        """Saves the arms where the last time is at least `every` seconds ago."""
+        if self.mark - self.saved >= every:
+            for arm in arms:
+                arm.save()
+            self.saved = self.mark
+
+
+def make_batch(train: SliceBank, index: Tensor, seed: int, step: int, taught_taps: Mapping[str, Taps]) -> Batch:
+    """The batch of a step: slices `index` of the bank, augmented by the step's own draws, and what the teachers see."""
+    images, labels = train.batch(index)
+    images, labels = augment(images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step)))
+    images = images.contiguous(memory_format=torch.channels_last)
+    taught = {name: teach(taps, images) for name, taps in taught_taps.items()}
+    return Batch(images, labels, train.patient_of(index), taught, step)
 
 
 @torch.no_grad()
 def teach(taps: Taps, images: Tensor) -> dict[str, Tensor]:
-    """A teacher's features and logits of images."""
+    """A teacher's features and logits of images, of which each of several ranks takes its part."""
     with autocast(images.device):
-        output, features = taps(images, reconstruct=False)
-    return features | {"logits": output.segmentation}
+        output, features = taps(ranks.share(images), reconstruct=False)
+    return {name: ranks.gather(maps) for name, maps in (features | {"logits": output.segmentation}).items()}
 
 
-def _end_epoch(arm: Arm, log: EpochLog, val: SliceBank, epoch: int) -> None:
+def _end_epoch(arm: Arm, val: SliceBank, epoch: int, stops: Stops) -> None:
     """Logs, validates and keeps the weights of the best epoch (the first of equals)."""
     try:
-        arm.history += log.rows(epoch)
+        rows = arm.log.rows(epoch)
     except TrainingError as error:
         arm.failure = error
         return
     run = arm.run
     dice = volume_dice(arm.model, val, threshold=run.threshold, pooled=run.protocol.pooled_dice)
-    arm.history += [
+    rows += [
         dict(epoch=epoch, name="val_dice", value=dice),
         dict(epoch=epoch, name="lr", value=arm.schedule.get_last_lr()[0]),
     ]
-    if dice > arm.best_dice:
-        arm.best_dice, arm.best_epoch = dice, epoch
-        arm.best = copy.deepcopy(arm.model.state_dict())
+    with stops.held():
+        arm.history += rows
+        if dice > arm.best_dice:
+            arm.best_dice, arm.best_epoch = dice, epoch
+            arm.best = copy.deepcopy(arm.model.state_dict())
+        arm.log = None
+
+
+def summary(arms: Sequence[Arm]) -> str:
+    """Mean loss and validation Dice of the arms' last epoch, in words."""
+    last = [{row["name"]: row["value"] for row in arm.history} for arm in arms]
+    dice = [rows["val_dice"] for rows in last]
+    text = f"loss {sum(rows['loss'] for rows in last) / len(last):.3f}, validation Dice {min(dice):.3f}"
+    return text + (f" to {max(dice):.3f}" if len(dice) > 1 else "")
 
 
 class Progress:
     """A bar in a terminal and in JupyterLab; one plain line an epoch where `KDLIB_PROGRESS` is "plain"."""
 
-    def __init__(self, what: str, epochs: int, steps: int):
+    def __init__(self, what: str, epochs: int, steps: int, done: int = 0):
         self.what, self.epochs = what, epochs
         self.plain = os.environ.get("KDLIB_PROGRESS") == "plain"
         self.begin = time.perf_counter()
-        self.bar = tqdm(total=epochs * steps, desc=what, unit="step", disable=self.plain, leave=False)
+        quiet = self.plain or ranks.rank() > 0
+        self.bar = tqdm(total=epochs * steps, initial=done, desc=what, unit="step", disable=quiet, leave=False)
 
     def __enter__(self) -> Progress:
         return self
@@ -435,10 +604,7 @@ class Progress:
         self.bar.update()
 
     def epoch(self, epoch: int, arms: Sequence[Arm]) -> None:
-        dice = [next(row["value"] for row in reversed(arm.history) if row["name"] == "val_dice") for arm in arms]
-        loss = [next(row["value"] for row in reversed(arm.history) if row["name"] == "loss") for arm in arms]
-        text = f"loss {sum(loss) / len(loss):.3f}, validation Dice {min(dice):.3f}"
-        text += f" to {max(dice):.3f}" if len(dice) > 1 else ""
+        text = summary(arms)
         self.bar.set_postfix_str(text)
         if self.plain:
             print(

@@ -141,7 +141,7 @@ def break_every_case(root):
         "negative": r"labelsTr.*\[-1\] are not in dataset.json", "fraction": "labelsTr.*non-integer",
         "nanlabel": "labelsTr.*non-integer", "shifted": "labelsTr.*affine differs",
         "rotated": "labelsTr.*affine differs", "flat": "imagesTr.*affine without a volume",
-        "huge": "imagesTr.*truncated", "noimage": "imagesTr.*label without an image",
+        "huge": "imagesTr.*claims 108,000,000,000,352 bytes", "noimage": "imagesTr.*label without an image",
         "nolabel": "labelsTr.*image without a label",
         "cut": "imagesTr.*truncated", "tail": "imagesTr.*truncated",
         "raw": "imagesTr.*not a gzip", "zero": "imagesTr.*not a gzip", "text": "imagesTr.*not a NIfTI",

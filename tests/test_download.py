@@ -260,6 +260,57 @@ def test_hostile_archive_unpacks_nothing(tmp_path, kind):
     assert listing(tmp_path / "data") == [f"{TASK}.tar"] and listing(tmp_path) == ["data"]
 
 
+def sparse(size):
+    """A file of zeros that takes no room in its archive."""
+    info = tarfile.TarInfo(f"{TASK}/sparse.nii.gz")
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0",
+                        "GNU.sparse.name": info.name, "GNU.sparse.size": str(size)}  # fmt: skip
+    return info
+
+
+def named(name):
+    """A name that only an extended header can hold."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"path": name}
+    return info
+
+
+def nested(name, inner):
+    """A file, and another that needs a folder of the same name."""
+    return {f"{name}": b"x", f"{name}/{inner}": b"y"}
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (pack(FILES, [sparse(2**40)]), "sparse.nii.gz' makes it unpack to more than a hundred times its size"),
+        (gzip.compress(pack({"zeros": bytes(30_000_000)})), "zeros' makes it unpack to more than a hundred times"),
+        (pack(FILES, [member(f"{TASK}/dataset.json")]), "dataset.json' stands in it twice, so nothing was unpacked"),
+        (pack(FILES, [member(f"{TASK}/./imagesTr//a.nii.gz")]), "a.nii.gz' stands in it twice"),
+        (pack(FILES | nested("readme", "more")), "run again to resume"),
+        (pack(FILES, [member(f"{TASK}/{'x' * 300}")]), "run again to resume"),
+        (pack(FILES, [named(f"{TASK}/a\0b")]), r"a\\x00b' leaves the folder or is no plain file"),
+    ],
+    ids=["sparse", "zeros", "twice", "twice by another path", "file and folder", "long name", "NUL"],
+)  # fmt: skip
+def test_an_archive_that_floods_or_overwrites_is_no_task(tmp_path, blob, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{TASK}.tar").write_bytes(blob)
+    with pytest.raises(InputError, match=message) as error:
+        download(TASK, tmp_path / "data", "http://127.0.0.1:9/", md5(blob))
+    assert "\n" not in str(error.value) and listing(tmp_path) == ["data"]
+    assert not (tmp_path / "data" / TASK).exists()
+
+
+def test_modes_of_an_archive_are_not_taken_over(tmp_path):
+    danger = member(f"{TASK}/imagesTr/run.sh")
+    danger.mode, danger.uid, danger.gid = 0o6777, 0, 0
+    blob = pack(FILES, [danger])
+    (tmp_path / f"{TASK}.tar").write_bytes(blob)
+    folder = download(TASK, tmp_path, "http://127.0.0.1:9/", md5(blob))
+    assert (folder / "imagesTr/run.sh").stat().st_mode & 0o7022 == 0
+
+
 @pytest.mark.parametrize(
     ("blob", "message"),
     [

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +22,10 @@ import pytest
 import torch
 from monai.networks.nets import UNet
 
+from kdlib import checkpoint as keeping
 from kdlib import runs as running
+from kdlib import train as training
+from kdlib.checkpoint import write
 from kdlib.config import (
     PROTOCOLS,
     SWITCHES,
@@ -32,8 +40,17 @@ from kdlib.config import (
 )  # fmt: skip
 from kdlib.data import make_phantom
 from kdlib.models import MODELS, Outside, build_model
-from kdlib.recipes import thesis_recipe
-from kdlib.runs import Results, cohorts, load_weights, run_folder, run_key, save_arrays, save_weights, study, write
+from kdlib.recipes import controls, thesis_recipe
+from kdlib.runs import (
+    Results,
+    cohorts,
+    load_weights,
+    run_folder,
+    run_key,
+    save_arrays,
+    save_weights,
+    study,
+)
 
 TINY = Profile("tiny", View(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
 
@@ -229,7 +246,7 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
     def pretend(group, results, device):
         for run in group:
             trained.append(run_key(run, results))
-            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text("{}"))
+            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text('{"status": "done"}'))
         return []
 
     monkeypatch.setattr(running, "train_missing", pretend)
@@ -327,21 +344,6 @@ def test_cohorts_share_what_can_be_shared(phantom):
     assert [len(group) for group in cohorts(teachers)] == [1, 1], "a teacher trains alone"
 
 
-def test_one_failed_arm_leaves_the_others_and_is_named(phantom, tmp_path, monkeypatch):
-    runs, original = runs_on(phantom), running.train_cohort
-
-    def fail_first(group, *args):
-        arms = original(group, *args)
-        if group[0].teacher:
-            arms[0].failure = TrainingError(f"{arms[0].label}: loss became nan in epoch 1")
-        return arms
-
-    monkeypatch.setattr(running, "train_cohort", fail_first)
-    with pytest.raises(TrainingError, match="1 of 3 runs failed.*nan in epoch 1"):
-        study(runs, tmp_path, "cpu")
-    assert [running.is_done(run, tmp_path) for run in runs] == [True, False, True]
-
-
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path):
     target = tmp_path / "history.csv"
     write(target, lambda path: path.write_text("old"))
@@ -411,3 +413,293 @@ def test_a_changed_data_set_is_refused(phantom, finished, tmp_path):
     nib.save(nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, 0), image.affine, image.header), label)
     with pytest.raises(InputError, match=label.name.split(".")[0]):
         study(runs_on(other), results, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
+    """A key that changes would train finished runs again."""
+    monkeypatch.setattr(running, "run_source", lambda run, results: SimpleNamespace(digest="0" * 64))
+    base = dict(data="phantom", target="spleen")
+    thesis = Run(
+        model="S2", teacher="T1", recipe=thesis_recipe("S2"), fraction=0.5, protocol=PROTOCOLS["thesis"], **base
+    )
+    runs = [
+        Run(model="T2", **base),
+        Run(model="S1", fraction=0.5, seed=3, **base),
+        thesis,
+        controls("S1", "T1", fraction=0.5, **base)[3],
+    ]
+    keys = [run_key(run, Path(".")) for run in runs]
+    assert keys == ["6b52258b02a25b7b", "79d62ae7d7df9a99", "fbfd20a3073a1616", "b25ebca80bf7c75e"]
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def test_the_manifest_names_code_machine_seeds_and_hashes(finished, phantom):
+    results, runs, _ = finished
+    record = running.manifest(runs[1], results)
+    assert record["code"]["files"]["kdlib/train.py"] == sha256("kdlib/train.py")[:12] and record["format"] == 1
+    assert record["git"].keys() == {"commit", "dirty"} and record["versions"]["safetensors"]
+    assert record["seeds"] == {"run": 0, "teacher": 0} and record["hardware"]["cores"]
+    assert record["run"]["protocol"]["name"] == "corrected" and record["teachers"] == {
+        "T1": run_key(teacher_of(runs[1]), results)
+    }
+    stored = next((results / "splits").glob("*.json"))
+    assert record["data"]["digest"] == sha256(stored) and len(record["data"]["fold_digest"]) == 64
+    assert record["steps"] == 2 and record["sessions"] == [
+        {"from_step": 0, "device": "cpu", "torch": torch.__version__}
+    ]
+    assert record["seconds"]["training"] > 0 and record["started"] <= record["finished"]
+    log = (run_folder(runs[1], results) / "log.txt").read_text().splitlines()
+    assert "training on cpu, code" in log[0] and "epoch 1 of 1, 2 steps" in log[1] and log[2].endswith("done")
+
+
+def sha256(path: Path | str) -> str:
+    path = Path(running.__file__).resolve().parents[1] / path if isinstance(path, str) else path
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_finished_folder_holds_these_files_and_no_others(finished):
+    results, runs, _ = finished
+    for run in [*runs, teacher_of(runs[1])]:
+        names = {path.name for path in run_folder(run, results).iterdir() if not path.name.startswith("agreement")}
+        assert names >= {"manifest.json", "history.csv", "metrics.csv", "slices.npz", "log.txt", "best.safetensors"}
+        assert "checkpoint.safetensors" not in names and not any(name.startswith(".") for name in names - {".lock"})
+
+
+def test_a_manifest_of_before_is_still_a_result(finished, tmp_path, capsys):
+    """Results of the version before had no format, code or steps."""
+    results, runs, found = finished
+    old = tmp_path / "results"
+    shutil.copytree(results, old)
+    for path in (old / "runs").glob("*/manifest.json"):
+        record = json.loads(path.read_text())
+        for name in ("format", "code", "steps", "sessions", "hardware", "seeds", "notebook", "started"):
+            del record[name]
+        path.write_text(json.dumps(record))
+    again = study(runs, old, "cpu")
+    pd.testing.assert_frame_equal(again.cases, found.cases)
+    assert "3 of 3 runs were made by another version of the code and are used as they are" in capsys.readouterr().out
+    study(runs, results, "cpu")
+    assert "another version" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"format": 99, "status": "done"}', "newer version .format 99.; update kdlib"),
+        ('{"form', "is damaged"),
+        ("[]", "is damaged"),
+    ],
+)
+def test_a_manifest_that_cannot_be_judged_is_refused(finished, tmp_path, text, message):
+    results, runs, _ = finished
+    other = tmp_path / "results"
+    shutil.copytree(results, other)
+    (run_folder(runs[0], other) / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        study(runs, other, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+@pytest.fixture
+def half_done(finished, tmp_path) -> tuple[Path, list[Run]]:
+    """A copy of a finished study in which the two students of the teacher are still to be trained."""
+    results, runs, _ = finished
+    shutil.copytree(results, tmp_path / "results")
+    for run in runs[1:]:
+        shutil.rmtree(run_folder(run, tmp_path / "results"))
+    return tmp_path / "results", runs
+
+
+def test_a_failed_arm_leaves_its_cause_and_is_trained_again(half_done, monkeypatch):
+    (results, runs), original = half_done, training.training_step
+
+    def nan(arm, batch, measure=()):
+        losses, gradients = original(arm, batch, measure)
+        if arm.run == runs[1]:
+            losses["loss"] = losses["loss"] * float("nan")
+        return losses, gradients
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", nan)
+        patch.setenv("KDLIB_RERUN", "make study")
+        with pytest.raises(TrainingError, match="1 of 3 runs failed, the others are kept.*loss became nan in epoch 1"):
+            study(runs, results, "cpu")
+    folder = run_folder(runs[1], results)
+    record = json.loads((folder / "manifest.json").read_text())
+    assert record["status"] == "failed" and "loss became nan in epoch 1" in record["error"]
+    assert record["rerun"] == "make study" and "Traceback" in (folder / "log.txt").read_text()
+    assert not (folder / "checkpoint.safetensors").exists()
+    with pytest.raises(InputError, match="has no result"):
+        running.manifest(runs[1], results)
+    assert study(runs, results, "cpu").runs["run"].nunique() == 3
+    assert "error" not in running.manifest(runs[1], results)
+
+
+def test_a_bad_case_costs_its_run_alone_and_the_training_is_kept(half_done, monkeypatch):
+    (results, runs), original, steps, bad = half_done, running.evaluate, [], []
+
+    def spoilt(model, bank, dataset, cases, threshold):
+        bad.append(cases[0])
+        if len(bad) == 2:  # the second case of the second run
+            raise EOFError("Compressed file ended")
+        return original(model, bank, dataset, cases, threshold)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "evaluate", spoilt)
+        with pytest.raises(TrainingError, match="1 of 3 runs failed.*case phantom_.* cannot be evaluated .EOFError"):
+            study(runs, results, "cpu")
+    assert [running.is_done(run, results) for run in runs] == [True, False, True]
+    step = training.training_step
+    monkeypatch.setattr(training, "training_step", lambda *args: steps.append(args) or step(*args))
+    study(runs, results, "cpu")
+    assert not steps, "only evaluated again"
+
+
+def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(half_done, monkeypatch):
+    (results, runs), step = half_done, training.training_step
+
+    def stop(arm, *args):
+        if arm.run == runs[2]:
+            raise SystemExit(143)
+        return step(arm, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", stop)
+        with pytest.raises(SystemExit):
+            study(runs, results, "cpu")
+    path = run_folder(runs[1], results) / "checkpoint.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "CODE", keeping.CODE | {"kdlib/train.py": "0" * 12})
+        with pytest.raises(TrainingError, match="1 of 3 runs.*another version of kdlib/train.py: delete that file"):
+            study(runs, results, "cpu")
+    assert path.is_file() and [running.is_done(run, results) for run in runs] == [True, False, True]
+    study(runs, results, "cpu")
+    assert not path.exists()
+
+
+def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypatch, capsys):
+    recipes, (results, runs) = [thesis_recipe("S1", only=(name,)) for name in ("E-E", "B-B", "D-D")], half_done
+    runs = [dataclasses.replace(runs[1], recipe=recipe) for recipe in recipes]
+    calls, original = [], running.train_cohort
+
+    def small(group, *args):
+        calls.append(len(group))
+        if len(group) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(group, *args)
+
+    monkeypatch.setattr(running, "train_cohort", small)
+    assert study(runs, results, "cpu").runs["run"].nunique() == 3
+    assert calls == [3, 1, 2, 1, 1], "the cohort, its first arm, the other two, each alone"
+    assert "3 arms at once do not fit into memory (CUDA out of memory. Tried" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, capsys):
+    (results, runs), original = half_done, training.losses_of
+
+    def small(arm, batch):
+        if arm.run.teacher and len(batch.images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(arm, batch)
+
+    monkeypatch.setattr(training, "losses_of", small)
+    study(runs, results, "cpu")
+    parts = [running.manifest(run, results)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
+    assert parts == [1, 1, 4, 4]
+    printed = capsys.readouterr().out
+    assert "KD(T1, S1) (PMD): batches of 8 slices do not fit into memory (CUDA out of memory.): split into 4" in printed
+
+
+def test_a_batch_that_cannot_be_split_further_is_named_and_the_others_go_on(half_done, monkeypatch):
+    (results, runs), original = half_done, running.train_cohort
+
+    def small(group, *args):
+        if group[0].teacher:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(group, *args)
+
+    monkeypatch.setattr(running, "train_cohort", small)
+    with pytest.raises(TrainingError, match="2 of 3 runs failed.*batches of 2 slices do not fit into memory .CUDA out"):
+        study(runs, results, "cpu")
+    assert running.is_done(runs[0], results)
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def another_process(run: Run, results: Path, then: str = "pass"):
+    """Holds the run's lock in another process until `let.go()`, or until it is killed."""
+    folder = run_folder(run, results)
+    folder.mkdir(parents=True, exist_ok=True)
+    code = (
+        "import sys, filelock, json, pathlib\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "lock = filelock.FileLock(folder / '.lock'); lock.acquire()\n"
+        f"print('held', flush=True); sys.stdin.readline()\n{then}\nlock.release()"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_what_another_process_trains_is_left_for_the_end_and_then_read(
+    phantom, finished, tmp_path, monkeypatch, capsys
+):
+    """The other finishes its run while we wait for it: it is not trained again."""
+    results, runs, found = finished
+    mine = tmp_path / "results"
+    shutil.copytree(results / "splits", mine / "splits")
+    done = run_folder(runs[1], results)
+    copy = f"import shutil; shutil.copytree({str(done)!r}, folder, dirs_exist_ok=True)"
+    trained, original = [], running.train_missing
+    monkeypatch.setattr(running, "train_missing", lambda group, *args: trained.append(group) or original(group, *args))
+    with another_process(runs[1], mine, copy) as other:
+        locked = running._locked
+
+        @contextmanager
+        def noticed(run, folder, wait=False):
+            if wait:
+                other.stdin.write("\n")
+                other.stdin.flush()
+            with locked(run, folder, wait) as got:
+                yield got
+
+        monkeypatch.setattr(running, "_locked", noticed)
+        again = study(runs, mine, "cpu")
+    assert runs[1] not in [run for group in trained for run in group]
+    assert trained[-1] == [runs[2]], "the others of the cohort did not wait"
+    assert "another process is training it, waiting" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(again.cases, found.cases)
+
+
+def test_a_lock_whose_holder_died_is_taken_over(phantom, tmp_path, monkeypatch):
+    run = runs_on(phantom)[0]
+    with another_process(run, tmp_path) as other:
+        other.kill()
+        other.wait()
+        assert (run_folder(run, tmp_path) / ".lock").exists()
+        study([run], tmp_path, "cpu")
+    assert running.is_done(run, tmp_path)
+
+
+def test_a_failure_of_another_process_is_reported_not_repeated(phantom, tmp_path, monkeypatch):
+    run = runs_on(phantom)[0]
+    failed = (
+        """(folder / 'manifest.json').write_text(json.dumps({"status": "failed", "error": "S1: loss became nan"}))"""
+    )
+    monkeypatch.setattr(running, "train_missing", lambda *args: pytest.fail("trained"))
+    with another_process(run, tmp_path, failed) as other:
+        Timer(0.5, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
+        with pytest.raises(TrainingError, match="1 of 1 runs failed.*S1: loss became nan"):
+            study([run], tmp_path, "cpu")

@@ -170,7 +170,10 @@ def test_interval_of_many_values_is_bca_by_its_definition():
     # near enough to tell BCa from the plain percentile interval
     assert (abs(interval(x) - expected) < 0.3 * abs(percentile - expected)).all()
     assert interval_name(60) == "BCa bootstrap" and interval_name(60, seeds=3) == "studentised bootstrap"
-    ours, theirs = interval(x), stats.bootstrap((x,), np.mean, rng=np.random.default_rng(1)).confidence_interval
+    ours, theirs = (
+        interval(x),
+        stats.bootstrap((x,), np.mean, random_state=np.random.default_rng(1)).confidence_interval,
+    )
     assert ours == pytest.approx((theirs.low, theirs.high), rel=0.02)
 
 
@@ -755,6 +758,31 @@ def test_a_patient_without_target_or_prediction_is_right_and_weighs_nothing():
     dice = {"thesis": [0.5, 1.0], "b": [0.5, 1.0]}
     found = walk(stages(dice, [10.0, 0.0]), list(dice), ["thesis"])
     assert found["dice"].tolist() == pytest.approx([0.5, 0.75, 0.75])
+
+
+def test_swaps_of_a_bridge_by_hand():
+    # three patients, two steps: all eight ways to swap the patients' values, in both steps at once
+    dice = {"thesis": [0.1, 0.2, 0.3], "a": [0.3, 0.3, 0.7], "b": [0.35, 0.2, 0.8]}
+    found = walk(stages(dice), list(dice), []).set_index("step")["p_adjusted"]
+    values = np.array(list(dice.values()))
+    differences = np.array([values[1] - values[0], values[2] - values[1], values[2] - values[0]])
+    signs = np.array(list(itertools.product([1, -1], repeat=3)))
+    sizes = abs(differences @ signs.T) / np.sqrt((differences**2).sum(axis=1))[:, None]  # of sums of random signs
+    expected = (sizes.max(axis=0) >= sizes[:, :1] - 1e-9).mean(axis=1)
+    assert found.tolist()[1:] == pytest.approx(expected.tolist()) and np.isnan(found["thesis"])
+
+
+def test_six_patients_can_decide_a_bridge_of_many_steps():
+    base = np.linspace(0.2, 0.4, 6)
+    dice = {f"step {step}": (base + 0.05 * step + 0.001 * step * np.arange(6)).tolist() for step in range(9)}
+    assert set(walk(stages(dice), list(dice), [])["verdict"][1:]) == {"better"}  # the least p is 2 / 2^6
+
+
+def test_stages_of_different_patients_are_named_in_gains():
+    table = pd.concat([stages({"thesis": [0.5, 0.6], "b": [0.5]})] * 2).reset_index(drop=True)
+    table["arm"] = ["KD"] * (len(table) // 2) + ["alone"] * (len(table) // 2)
+    with pytest.raises(InputError, match="patients p1 are not in both"):
+        gains(table, "KD", ["alone"], ["thesis", "b"], [])
 
 
 def test_few_patients_are_never_decided_by_a_bootstrap():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
-from kdlib.config import LOSS_NAMES, SWITCHES, InputError
+from kdlib import plan
+from kdlib.config import LOSS_NAMES, SWITCHES, InputError, tailor
 from kdlib.notebooks import EXPERIMENTS, NOTEBOOKS, execute, main, run_study, study_parameters
 from kdlib.recipes import QUICK, thesis_recipe
+from kdlib.runs import is_done, run_key
 
 TINY = {
     "width": 0.125, "folds": 3, "teacher_epochs": 2, "student_epochs": 2, "teacher_steps": 4, "student_steps": 4,
@@ -27,15 +30,17 @@ def parameters(results: Path, **changes) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+def done(tmp_path_factory) -> tuple[Path, int]:
+    """What `make study` leaves, and its exit status."""
     results = tmp_path_factory.mktemp("results")
-    return results, run_study(parameters(results))
+    sizes = ["--changes", json.dumps(TINY), "--device", "cpu"]
+    return results, main(["study", "--results", str(results), "--study", "tiny", *sizes])
 
 
 @pytest.mark.slow
 def test_every_experiment_ends_and_leaves_tables_and_figures(done):
-    results, failures = done
-    assert failures == {}
+    results, status = done
+    assert status == 0
     folder = results / "tiny"
     assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(EXPERIMENTS)
     figures = {path.stem for path in (folder / "figures").glob("*.pdf")}
@@ -96,6 +101,28 @@ def test_a_notebook_opened_again_only_draws(done, tmp_path, capsys):
     execute(NOTEBOOKS / "03_ablation.ipynb", tmp_path / "again.ipynb", values)
     assert "epoch" not in capsys.readouterr().out, "nothing was trained"
     assert {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, seeds", [("01_baseline", [0]), ("02_distillation", [0]), ("03_ablation", [0, 1])])
+def test_a_dry_run_knows_what_a_study_has_trained_and_what_it_would(done, name, seeds):
+    results, _ = done
+    shared = parameters(results, seeds=seeds)
+    runs = plan.wanted(NOTEBOOKS / f"{name}.ipynb", shared)
+    tables = (done[0] / "tiny" / "tables").glob(f"{name[:2]}_*_runs.csv")
+    trained = set.union(*(set(pd.read_csv(table)["run"]) for table in tables))
+    keys = {run_key(run, results): run for run in runs}
+    assert trained <= keys.keys()
+    missing = [run for run in keys.values() if not is_done(run, results)]
+    assert len(missing) == (16 if len(seeds) == 2 else 0) and all(run.seed == 1 for run in missing)
+    text = plan.describe({"parameters": {name: shared}, "shared": shared, "notebooks": str(NOTEBOOKS)})
+    assert text.startswith(f"{name}: {len(keys)} runs, {len(keys) - len(missing)} of them done")
+    assert f"to train: {len(missing)} runs" in text and "unknown" not in text
+    past, (teacher, *_) = plan.past_runs(results), runs
+    record = json.loads((results / "runs" / run_key(teacher, results) / "manifest.json").read_text())
+    seconds = plan.seconds_of(teacher, past, record["steps"], "cpu")
+    assert seconds == pytest.approx(sum(record["seconds"].values()), rel=0.01), "the only run like it is itself"
+    assert plan.seconds_of(replace(teacher, profile=tailor("ct128", TINY)), past, 8, "cpu") is None
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -421,3 +422,24 @@ def test_gpu_trains_in_bf16_channels_last():
         assert arm.failure is None
         assert all(math.isfinite(row["value"]) for row in arm.history)
         assert next(arm.model.parameters()).is_cuda
+
+
+def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
+    """Without batch statistics and with a loss that is a mean over images, the parts add up to the whole."""
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x)
+    monkeypatch.setattr(
+        training.SegmentationLoss, "forward", lambda self, logits, labels: (logits[:, 0] - labels).square().mean()
+    )
+    monkeypatch.setattr(training, "autocast", lambda device: nullcontext())
+    whole, split = (new_arm(run_of("S1"), 1, 10, CPU, {}) for _ in range(2))
+    whole.model.double(), split.model.double()
+    split.micro_batches = 3
+    images, labels = blobs().batch(torch.arange(8))
+    batch = training.Batch(images.double(), labels, torch.zeros(8, dtype=torch.long), {}, 0)
+    losses = [training.training_step(arm, batch, ["segmentation"]) for arm in (whole, split)]
+    for first, second in zip(*losses, strict=True):
+        for name in first:
+            torch.testing.assert_close(first[name], second[name])
+    for mine, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert [len(part.images) for part in batch.split(3)] == [3, 3, 2]

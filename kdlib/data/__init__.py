@@ -5,7 +5,7 @@ from kdlib.data.decathlon import Case, Dataset, download, index
 from kdlib.data.phantom import make_phantom
 from kdlib.data.slices import SliceBank, restore
 from kdlib.data.slices import build as build_bank
-from kdlib.data.splits import Fold, splits
+from kdlib.data.splits import Fold, split_file, splits
 from kdlib.data.summary import case_table, largest_slices, split_table
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "largest_slices",
     "make_phantom",
     "restore",
+    "split_file",
     "split_table",
     "splits",
 ]

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -31,6 +31,10 @@ from tqdm.auto import tqdm
 from kdlib.config import InputError
 
 SUFFIX = ".nii.gz"
+LARGEST = 2**33  # bytes of one volume: 512 x 512 x 2000 voxels of eight bytes are half of it
+DEFLATE = 1032  # deflate packs at most so many bytes into one
+FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
+HIGHEST = 65535  # label value: a table of all values is made
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,9 @@ def index(folder: str | Path, on_defect: str = "raise", group: str | Callable[[s
     if not files:
         raise InputError(f"{root}: imagesTr/ and labelsTr/ hold no {SUFFIX} file; give the folder of a Decathlon task")
     rows, cases = [], []
+    for file in sorted(file for file in files if not _plain(file)):
+        files.remove(file)
+        rows.append((ascii(file), ascii(file), "file name too long, or with unprintable characters", "rename the file"))
     for case, file in sorted((file.removesuffix(SUFFIX), file) for file in files):
         image, label = root / "imagesTr" / file, root / "labelsTr" / file
         defects, geometry = _inspect(image, label, listed.get(file), {0, *labels.values()})
@@ -155,7 +162,8 @@ def index(folder: str | Path, on_defect: str = "raise", group: str | Callable[[s
     table = pd.DataFrame(rows, columns=["case", "file", "defect", "remedy"])
     if rows and (on_defect == "raise" or not cases):
         advice = "mend them, or pass on_defect='drop' to go on without these cases" if cases else "no case is left"
-        lines = [f"{root}: {len(table)} defects in {table['case'].nunique()} of {len(files)} cases; {advice}"]
+        total = len({*table["case"], *(file.removesuffix(SUFFIX) for file in files)})
+        lines = [f"{root}: {len(table)} defects in {table['case'].nunique()} of {total} cases; {advice}"]
         raise InputError("\n".join(lines + [" | ".join(row) for row in (table.columns, *rows)]))
     return Dataset(name, root, modality, labels, tuple(cases), table)
 
@@ -164,17 +172,24 @@ def _read_description(root: Path) -> tuple[str, str, dict[str, int], dict[str, t
     """dataset.json: name, modality, labels without background, and file name -> (image, label) as it lists them."""
     path = root / "dataset.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
+        if path.stat().st_size > 2**26:
+            raise ValueError("larger than 64 MiB")
+        description = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         name, modalities, named = (description[key] for key in ("name", "modality", "labels"))
         modality_names = [text.strip().upper() for text in modalities.values()]
         labels = {text.strip(): int(value) for value, text in named.items() if int(value) != 0}
         listed = [(PurePosixPath(pair["image"]), PurePosixPath(pair["label"])) for pair in description["training"]]
+        for text in (name, *labels, *(str(file) for pair in listed for file in pair)):
+            if not _plain(text):
+                raise ValueError(f"{ascii(text)[:100]} is no name: give up to 200 printable characters")
     except OSError:
         raise InputError(f"{path}: cannot be read; give the folder of a Decathlon task, which holds it") from None
     except KeyError as error:
         raise InputError(f"{path}: no entry {error}; it must give name, modality, labels and training") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: malformed ({error}); restore the task's own file") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: malformed ({str(error)[:200]}); restore the task's own file") from None
     if set(modality_names) == {"CT"}:
         modality = "CT"
     elif any(token in text for text in modality_names for token in ("MR", "T1", "T2", "FLAIR")):
@@ -183,15 +198,39 @@ def _read_description(root: Path) -> tuple[str, str, dict[str, int], dict[str, t
         raise InputError(f"{path}: modality {modalities} is neither CT nor MR; these two are supported")
     if not labels or len(set(labels.values())) != sum(int(value) != 0 for value in named):
         raise InputError(f'{path}: labels {named} must name each value once, like {{"0": "background", "1": "spleen"}}')
+    digits = all(value.isascii() and value.isdigit() for value in named)  # int() also takes "-1", " 1" and "1_0"
+    if not digits or len(labels) > 255 or max(labels.values()) > HIGHEST:
+        raise InputError(f"{path}: labels must be at most 255, with values from 1 to {HIGHEST}; renumber them")
     for file in (file for pair in listed for file in pair):
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"{path}: {file} leaves the folder; list files like ./imagesTr/case_01{SUFFIX}")
     pairs = {image.name: (str(image), str(label)) for image, label in listed if not image.name.startswith(".")}
+    if not all(pairs):
+        raise InputError(f"{path}: an entry of training names a folder; list files like ./imagesTr/case_01{SUFFIX}")
+    if len({*listed}) > len({image.name for image, _ in listed}):
+        raise InputError(f"{path}: an image stands twice in training, with two labels; list it once")
     return name, modality, labels, pairs
 
 
-class _Defect(Exception):
-    """args: (defect, remedy)."""
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose names are all different: of two entries with one name, json would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an entry stands twice among {ascii([name for name, _ in pairs][:20])}")
+    return found
+
+
+def _plain(name: str) -> bool:
+    """Whether a name can stand in tables, messages and file names: no control, direction or undecodable character."""
+    return name.isprintable() and 0 < len(name.encode()) <= 200
+
+
+class Defect(InputError):
+    """What is wrong with one file, and the remedy."""
+
+    def __init__(self, defect: str, remedy: str):
+        super().__init__(f"{defect}; {remedy}")
+        self.row = defect, remedy
 
 
 class _Volume(NamedTuple):
@@ -204,44 +243,99 @@ class _Volume(NamedTuple):
         return np.asarray(values, dtype=np.float64) * self.slope + self.inter
 
 
-def decode(blob: bytes) -> nib.Nifti1Image:
-    """The image in the bytes of a `.nii.gz` file, so that one who hashes the bytes need not read them twice.
+def decode(stream: BinaryIO) -> nib.Nifti1Image:
+    """The image in the bytes of a `.nii.gz` file, to their end; never more is set aside than the file can hold.
 
-    Raises: EOFError for a file that ends before its last voxel; and what gzip and nibabel raise for a damaged one.
+    Raises: Defect for anything but one whole three-dimensional NIfTI-1 image of numbers, its header free of faults.
     """
-    content = gzip.decompress(blob)
-    image = nib.Nifti1Image.from_bytes(content)
-    # asked first, because nibabel sets aside as much memory as the header claims
-    if len(content) < image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize:
-        raise EOFError("the file ends before its last voxel")
+    again = "download it again, or remove the case"
+    try:
+        packed = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        if stream.read(2) != b"\x1f\x8b":
+            raise Defect("not a gzip file", again)
+        stream.seek(0)
+        with gzip.open(stream) as file:
+            header = nib.Nifti1Header(file.read(348), check=False)
+            if header["magic"].item() != header.single_magic or header["sizeof_hdr"] != 348:
+                raise Defect("not a NIfTI image in one file (NIfTI-1)", again)
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            if dtype.kind not in "iuf" or dtype.itemsize > 8:
+                raise Defect(f"voxels of type {dtype}", "save one number a voxel, of at most 64 bits")
+            if len(shape) != 3 or min(shape) < 1:
+                raise Defect(f"shape {shape}, not three-dimensional", "save one three-dimensional volume")
+            if faults := _header_faults(header):
+                raise Defect(f"header with {', '.join(faults)}", "export it again, with a whole header")
+            size = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
+            if size > LARGEST or size > DEFLATE * packed:
+                raise Defect(f"truncated, or a wrong header: it claims {size:,} bytes of voxels", again)
+            if packed > size + size // 50 + 2**16:  # gzip would look for an end behind any number of zeros
+                raise Defect("more bytes than its header says", again)
+            file.seek(0)
+            content = file.read(size + 1)
+        if len(content) < size:
+            raise EOFError
+        if len(content) > size:
+            raise Defect("more bytes than its header says", again)
+        image = nib.Nifti1Image.from_bytes(content)
+    except Defect:
+        raise
+    except KeyError as code:
+        raise Defect(f"voxels of an unknown type, {code}", again) from None
+    except (EOFError, OSError, zlib.error):
+        raise Defect("truncated, damaged or unreadable", again) from None
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError):
+        raise Defect("not a NIfTI image", again) from None
     return image
 
 
-def _read(path: Path) -> _Volume:
-    """The whole file, so that a truncated one is found; voxels as stored, since scaled ones take eight times more."""
-    again = "download it again, or remove the case"
+def _header_faults(header: nib.Nifti1Header) -> list[str]:
+    """What nibabel would mend or guess without a word, in words."""
+    offset, sizes, codes = header["vox_offset"].item(), header["pixdim"], (header["qform_code"], header["sform_code"])
+    faults = {
+        "voxels that begin inside it or nowhere": not (offset >= 352 and offset.is_integer()),
+        "bits a voxel that are not its type's": header["bitpix"] != 8 * header.get_data_dtype().itemsize,
+        "voxel sizes that are none": not (np.isfinite(sizes[1:4]) & (sizes[1:4] > 0)).all(),
+        "a handedness (pixdim[0]) that is none": sizes[0] not in (-1, 0, 1),
+        "no orientation, or an unknown one": not any(codes) or any(code not in range(6) for code in codes),
+        "units other than mm": header["xyzt_units"] & 7 not in (0, 2),
+        "an infinite intensity scale": bool(np.isinf(header["scl_slope"])),
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
+def read(path: Path) -> nib.Nifti1Image:
+    """The image in a `.nii.gz` file, whole, so that a truncated one is found.
+
+    Raises: Defect, see `decode`.
+    """
     try:
-        blob = path.read_bytes()
-        if not blob.startswith(b"\x1f\x8b"):
-            raise _Defect("not a gzip file", again)
-        image = decode(blob)
-        volume = _Volume(image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter, image.affine)
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError):
-        raise _Defect("not a NIfTI image", again) from None
-    except (EOFError, OSError, zlib.error):
-        raise _Defect("truncated, damaged or unreadable", again) from None
-    if volume.raw.dtype.kind not in "iuf":
-        raise _Defect(f"voxels of type {volume.raw.dtype}", "save one number a voxel")
-    if volume.raw.ndim != 3 or volume.raw.size == 0:
-        raise _Defect(f"shape {volume.raw.shape}, not three-dimensional", "save one three-dimensional volume")
-    if not 0 < abs(np.linalg.det(volume.affine)) < np.inf:  # a NaN compares false
-        raise _Defect("affine without a volume", "set the voxel size and orientation")
-    return volume
+        with open(path, "rb") as stream:
+            return decode(stream)
+    except OSError as error:
+        raise Defect(f"unreadable ({error.strerror})", "make it readable, or remove the case") from None
+
+
+def _read(path: Path) -> _Volume:
+    """Voxels as stored, since scaled ones take eight times more."""
+    image = read(path)
+    if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
+        raise Defect("affine without a volume", "set the voxel size and orientation")
+    spacing = nib.affines.voxel_sizes(image.affine)
+    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
+        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
+    if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
+        raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
+    raw = image.dataobj.get_unscaled()
+    # pandas counts values in the machine's own byte order only
+    raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
+    return _Volume(raw, image.dataobj.slope, image.dataobj.inter, image.affine)
 
 
 def _image_defects(image: _Volume) -> Iterator[tuple[str, str]]:
     # NaN and infinity both show in the two extremes, without a mask as large as the volume
-    if not np.isfinite(image.scaled([image.raw.min(), image.raw.max()])).all():
+    extremes = image.scaled([image.raw.min(), image.raw.max()])
+    if not (np.abs(extremes) <= np.finfo(np.float32).max).all():  # a NaN compares false; networks take float32
         yield "NaN or infinite intensities", "replace them, or remove the case"
 
 
@@ -252,8 +346,10 @@ def _label_defects(label: _Volume, values: set[int]) -> Iterator[tuple[str, str]
         yield "non-integer label values", "save the label as integers"
     if not found.any():
         yield "empty label", "annotate it, or remove the case"
-    if unknown := sorted(set(found[whole].astype(int).tolist()) - values):
-        yield f"values {unknown} are not in dataset.json", "name them there, or clear them"
+    if unknown := sorted(set(found[whole].tolist()) - values):
+        shown = ", ".join(f"{value:.15g}" for value in unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        yield f"values [{shown}]{more} are not in dataset.json", "name them there, or clear them"
 
 
 def _inspect(image: Path, label: Path, listed: tuple[str, str] | None, values: set[int]) -> tuple[list, tuple | None]:
@@ -266,17 +362,19 @@ def _inspect(image: Path, label: Path, listed: tuple[str, str] | None, values: s
         (image, label, names[0], "label without an image"),
         (label, image, names[1], "image without a label"),
     ):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises where a name is too long
             try:
                 volumes.append(_read(path))
                 found = _image_defects(volumes[-1]) if path is image else _label_defects(volumes[-1], values)
                 rows += [(name, *defect) for defect in found]
-            except _Defect as defect:
-                rows.append((name, *defect.args))
-        elif path.with_suffix("").is_file():
+            except Defect as defect:
+                rows.append((name, *defect.row))
+        elif os.path.lexists(path):
+            rows.append((name, "a folder, pipe, device or broken link", "put the file itself there"))
+        elif os.path.isfile(path.with_suffix("")):
             rows.append((name, "stored uncompressed, as .nii", "compress it with gzip"))
         else:
-            defect = missing if other.is_file() else "listed in dataset.json, not on disk"
+            defect = missing if os.path.isfile(other) else "listed in dataset.json, not on disk"
             rows.append((name, defect, "add the file, or remove the case"))
     if len(volumes) < 2:
         return rows, None
@@ -355,13 +453,22 @@ def _extract(archive: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
+            names, unpacked, most = set(), 0, 100 * archive.stat().st_size
             for member in tar:  # the "data" filter below would only strip the root of an absolute path
                 path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                unpacked += member.size + tarfile.BLOCKSIZE
+                faults = {
+                    "leaves the folder or is no plain file": path.is_absolute() or ".." in path.parts
+                    or not (member.isfile() or member.isdir()) or "\0" in member.name,
+                    "stands in it twice": member.isfile() and path in names,
+                    "makes it unpack to more than a hundred times its size": unpacked > most,
+                }  # fmt: skip
+                for fault in (fault for fault, found in faults.items() if found):
                     raise InputError(
-                        f"{archive}: {member.name!r} leaves the folder or is no plain file, so nothing was unpacked; "
+                        f"{archive}: {member.name!r} {fault}, so nothing was unpacked; "
                         "delete the archive and get it from a source you trust"
                     )
+                names.add(path)
             tar.extractall(partial, filter="data")
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f"{archive}: not a whole tar archive ({error}); delete it and run again") from None

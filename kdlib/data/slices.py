@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from nibabel import orientations
-from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 from torch.nn import functional
 
 from kdlib.config import InputError, View
-from kdlib.data.decathlon import Case, Dataset
+from kdlib.data.decathlon import Case, Dataset, Defect, read
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
 
@@ -250,10 +247,10 @@ def _case_slices(case: Case, modality: str, classes: dict[str, int], view: View)
 def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """(affine, voxels) of a NIfTI file, voxels scaled as the header says."""
     try:
-        file = nib.load(path)
-        voxels = np.asanyarray(file.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
-        raise InputError(f"{path}: cannot be read as NIfTI ({error}); fetch or export it again") from error
+        file = read(path)
+    except Defect as defect:
+        raise InputError(f"{path}: cannot be read any more: {defect}") from None
+    voxels = np.asanyarray(file.dataobj)
     return file.affine, np.rint(voxels).astype(dtype) if dtype is np.int64 else voxels.astype(dtype)
 
 

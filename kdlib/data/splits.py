@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from nibabel.arrayproxy import ArrayProxy
 
 from kdlib.config import InputError
-from kdlib.data.decathlon import Case, Dataset, decode
+from kdlib.data.decathlon import Case, Dataset, Defect, decode
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -47,6 +50,15 @@ class Fold:
             )
         kept = set(patients[:count])
         return tuple(case for case in self.train if self.groups[case] in kept)
+
+
+def split_file(folder: Path, dataset: Dataset, classes: dict[str, int], folds: int) -> Path:
+    """Where the split of these classes lies: in `folder`, whatever the data set and its labels are called."""
+    name = "-".join([dataset.name, *classes, str(folds)]).lower()
+    name = re.sub(r'[\\/:*?"<>| ]', "_", name)
+    if len(name.encode()) > 200:
+        name = f"{name[:40]}-{_sha256(name.encode())[:16]}"
+    return folder / f"{name}.json"
 
 
 def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, seed: int = 0) -> tuple[Fold, ...]:
@@ -93,15 +105,22 @@ def _make(dataset: Dataset, asked: dict) -> dict:
 def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
     """Patient, hashes and covariate of a case, from one read of each of its files."""
     image, label = case.image.read_bytes(), case.label.read_bytes()
-    target = np.isin(np.asanyarray(decode(label).dataobj), list(classes.values()))
+    target = np.isin(np.asanyarray(_stored(case.label, label)), list(classes.values()))
     if modality == "MR":
         covariate = np.count_nonzero(target) * float(np.prod(case.spacing)) / 1000
     elif target.any():
-        stored = decode(image).dataobj
+        stored = _stored(case.image, image)
         covariate = float(stored.get_unscaled()[target].mean(dtype=np.float64) * stored.slope + stored.inter)
     else:
         covariate = None
     return {"patient": case.group, "covariate": covariate, "image": _sha256(image), "label": _sha256(label)}
+
+
+def _stored(path: Path, blob: bytes) -> ArrayProxy:
+    try:
+        return decode(io.BytesIO(blob)).dataobj
+    except Defect as defect:
+        raise InputError(f"{path}: changed since it was indexed: {defect}") from None
 
 
 def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, list[str]]]:
@@ -144,6 +163,8 @@ def _spread(ranked: list[str], rng: np.random.Generator) -> list[str]:
 def _read(path: Path) -> dict:
     remedy = "restore the file, or delete it if you mean to start anew"
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] > FORMAT:
             raise InputError(f"{path}: written by a newer version (format {record['format']}); update kdlib")
@@ -153,9 +174,12 @@ def _read(path: Path) -> dict:
             whole = sorted(fold["train"] + fold["val"] + fold["test"]) == names
             if not whole or sum(map(len, patients)) != len(set.union(*patients)):
                 raise InputError(f"{path}: a fold lacks a case, or has a patient in two parts; {remedy}")
+        tested = sorted(case for fold in record["parts"] for case in fold["test"])
+        if tested != names or len(record["parts"]) != record["folds"]:
+            raise InputError(f"{path}: a fold is missing, or a case is tested twice; {remedy}")
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a whole record of a split; {remedy}") from None
     return record
 

@@ -235,7 +235,7 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
 
     Args:
         table: from `kdlib.statistics.walk`, one row a stage in order: step (label), dice (mean after the step),
-            difference (to the stage before), low, high, p_holm, verdict and n. The first row is the start; the last the
+            difference (to the stage before), low, high, p_adjusted, verdict and n. The first row is the start; the last the
             end, whose Dice is that of the stage before it, and whose difference, if not NaN, is the whole change from
             the start (told in the note).
         double: drawn for a page's width, else for a column's.
@@ -243,7 +243,7 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
     Raises:
         InputError: fewer than two rows, a missing column, or differences that do not lead from each mean to the next.
     """
-    needed = ["step", "dice", "difference", "low", "high", "p_holm", "verdict", "n"]
+    needed = ["step", "dice", "difference", "low", "high", "p_adjusted", "verdict", "n"]
     need_columns(table, needed, "bridge", "kdlib.statistics.walk (notebook 05)")
     if len(table) < 2:
         raise InputError("bridge: give at least its start and its end")
@@ -295,8 +295,8 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
         legend_below(figure, handles, columns=3)
     note = f"Dice of {n_text(table['n'])} patients at both ends and its change by each step, with the 95 % bootstrap "
     note += "interval of the paired difference; the mean over patients, or, as long as that fault is kept, that of "
-    note += f"their pooled voxels. Verdicts: patients' values swapped at random, p after Holm's correction for {last} "
-    note += f"changes. The axis begins at {edge:.2f}."
+    note += f"their pooled voxels. Verdicts: patients' values swapped at random, in all {last} changes "
+    note += f"at once (p below 0.05). The axis begins at {edge:.2f}."
     whole = rows[last]
     if pd.notna(whole.low):
         note += f" From start to end: {whole.difference:+.3f} [{whole.low:+.3f}, {whole.high:+.3f}], {whole.verdict}."
