@@ -594,7 +594,7 @@ def bridge(changes=(0.03, -0.05, 0.004), verdicts=("better", "worse", "inconclus
         rows.append(dict(step=step, dice=level, difference=change, verdict=verdict, n=n) | bounds)
     whole = level - 0.715
     end = dict(step="corrected", dice=level, difference=whole, low=whole - wide, high=whole + wide)
-    return pd.DataFrame([*rows, end | dict(verdict="inconclusive", n=n)]).assign(p_holm=0.01)
+    return pd.DataFrame([*rows, end | dict(verdict="inconclusive", n=n)]).assign(p_adjusted=0.01)
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -235,7 +235,7 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
 
     Args:
         table: from `kdlib.statistics.walk`, one row a stage in order: step (label), dice (mean after the step),
-            difference (to the stage before), low, high, p_holm, verdict and n. The first row is the start; the last the
+            difference (to the stage before), low, high, p_adjusted, verdict and n. The first row is the start; the last the
             end, whose Dice is that of the stage before it, and whose difference, if not NaN, is the whole change from
             the start (told in the note).
         double: drawn for a page's width, else for a column's.
@@ -243,7 +243,7 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
     Raises:
         InputError: fewer than two rows, a missing column, or differences that do not lead from each mean to the next.
     """
-    needed = ["step", "dice", "difference", "low", "high", "p_holm", "verdict", "n"]
+    needed = ["step", "dice", "difference", "low", "high", "p_adjusted", "verdict", "n"]
     need_columns(table, needed, "bridge", "kdlib.statistics.walk (notebook 05)")
     if len(table) < 2:
         raise InputError("bridge: give at least its start and its end")
