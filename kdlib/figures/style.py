@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
 
+plt.switch_backend(plt.get_backend())  # JupyterLab's interactive mode would end with the first rc_context otherwise
 MM = 1 / 25.4
 SINGLE, DOUBLE = 85 * MM, 175 * MM  # column widths in inches
 STYLE = {
