@@ -22,6 +22,7 @@ from kdlib.config import LOSS_NAMES, InputError
 from kdlib.metrics import METRICS
 from kdlib.statistics import interval_name
 
+plt.switch_backend(plt.get_backend())  # JupyterLab's interactive mode would end with the first rc_context otherwise
 MM = 1 / 25.4
 SINGLE, DOUBLE = 84 * MM, 174 * MM  # widths of a column and of a page, in inches
 STYLE = {
