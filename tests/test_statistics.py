@@ -448,7 +448,7 @@ def test_holm_by_hand(p, expected):
     assert holm(p) == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_properties(p):
     p = np.array(p)
