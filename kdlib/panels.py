@@ -13,7 +13,7 @@ import ipywidgets as widgets
 import nibabel as nib
 import numpy as np
 import traitlets
-from ipyniivue import NiiVue, SliceType, Volume
+from ipyniivue import NiiVue, ShowRender, SliceType, Volume
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -173,7 +173,9 @@ class Viewer(widgets.VBox):
         self.webgl = WebGL()
         self.mode = widgets.ToggleButtons(options=["slices", "volume"], value="slices")
         self.masks = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        self.volume = NiiVue(height=height, back_color=(0, 0, 0, 1), crosshair_width=0.3)
+        # three planes alone: a rendering in 3D takes a browser without a GPU many times as long
+        planes = dict(multiplanar_show_render=ShowRender.NEVER, back_color=(0, 0, 0, 1), crosshair_width=0.3)
+        self.volume = NiiVue(height=height, **planes)
         self.volume.set_slice_type(SliceType.MULTIPLANAR)
         self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
         self.volume.on_location_change(self._clicked)
