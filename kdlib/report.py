@@ -24,13 +24,9 @@ from markupsafe import Markup
 from nbconvert.filters import markdown2html
 from PIL import Image
 
+from kdlib.cards import write_cards
 from kdlib.config import InputError
 from kdlib.runs import write
-
-try:
-    from kdlib.cards import write_cards
-except ImportError:  # no protocol is written then, but one that lies there is shown
-    write_cards = None
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -233,11 +229,10 @@ def _runs(folder: Path) -> pd.DataFrame:
 def _protocol(folder: Path) -> tuple[Markup, list[str]]:
     """The study's protocol, written anew where that can be done, and what hindered it."""
     notes = []
-    if write_cards is not None:
-        try:
-            write_cards(folder, folder.resolve().parent)
-        except InputError as error:
-            notes.append(f"protocol and model cards could not be written: {error}")
+    try:
+        write_cards(folder, folder.resolve().parent)
+    except InputError as error:
+        notes.append(f"protocol and model cards could not be written: {error}")
     path = folder / "protocol.md"
     if not path.is_file():
         return Markup(""), [*notes, "protocol.md is not there"]
