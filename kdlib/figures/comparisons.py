@@ -236,8 +236,8 @@ def waterfall(table: pd.DataFrame, double: bool = True) -> Figure:
     Args:
         table: from `kdlib.statistics.walk`, one row a stage in order: step (label), dice (mean after the step),
             difference (to the stage before), low, high, p_adjusted, verdict and n. The first row is the start; the last
-            the end, whose Dice is that of the stage before it, and whose difference, if not NaN, is the whole change from
-            the start (told in the note).
+            the end, whose Dice is that of the stage before it, and whose difference, if not NaN, is the whole change
+            from the start (told in the note).
         double: drawn for a page's width, else for a column's.
 
     Raises:
