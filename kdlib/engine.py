@@ -198,6 +198,7 @@ def _snakemake(folder: Path, plan: Mapping[str, object], place: Place, lock: int
     command = [
         sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(SNAKEFILE), "--directory", str(folder),
         "--configfile", str(folder / "jobs" / "study.json"), "--scheduler", "greedy", "--keep-going",
+        "--rerun-triggers", "mtime", "params",  # not "input": ONLY takes some away
         "--rerun-incomplete", "--nolock",  # a lock of a killed Snakemake stays behind; ours does not
         *_options(place), *place.options,
     ]  # fmt: skip
