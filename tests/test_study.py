@@ -44,8 +44,11 @@ def test_every_experiment_ends_and_leaves_tables_and_figures(done):
     folder = results / "tiny"
     assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == sorted(EXPERIMENTS)
     figures = {path.stem for path in (folder / "figures").glob("*.pdf")}
-    assert {"01_training_curves", "02_dice_per_method", "02_qualitative", "02_dice_against_parameters"} <= figures
+    assert {"01_training_curves", "02_dice_per_method", "02_qualitative", "02_efficiency"} <= figures
     assert {"03_ablation", "04_loss_comparison", "ablation", "qualitative", "ranking"} <= figures
+    assert {"02_features", "02_pairs", "02_diagram", "features", "pairs", "diagram", "failure", "slopes"} <= figures
+    assert {"gradient_shares", "efficiency", "reliability", "fidelity", "training_curves"} <= figures
+    assert (folder / "report.html").is_file() and (folder / "protocol.md").is_file()
     assert {"02_controls", "02_liveness", "02_fidelity", "02_reliability", "controls", "liveness"} <= figures
     assert "bridge" not in figures, "left out until it has been run"
     for name in figures:
