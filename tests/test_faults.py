@@ -334,14 +334,16 @@ assert {ends == "well"}"""
 def test_a_kernel_that_is_killed_costs_its_experiment_alone(tmp_path):
     folder, results = tmp_path / "notebooks", tmp_path / "results"
     cells = {
-        "00_data": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-        "01_baseline": "print('made', results)",
+        "01_baseline": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+        "05_bridge": "print('made', results)",
     }
+    given = "data: str = 'phantom'\nresults: str = None\nstudy: str = 's'\nfolds: list[int] = [0]\n"
+    given += "seeds: list[int] = [0]\nnetworks: str = ''"
     for name, source in cells.items():
-        write_notebook(folder / f"{name}.ipynb", "data: str = 'phantom'\nresults: str = None\nstudy: str = 's'", source)
+        write_notebook(folder / f"{name}.ipynb", given, source)
     command = [sys.executable, "-m", "kdlib.notebooks", "study", "--notebooks", str(folder), "--results", str(results)]
     done = subprocess.run([*command, "--only", *cells], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
-    assert "failed: 00_data: " in done.stderr and "died" in done.stderr
+    assert "failed: teacher-T1-fold0: " in done.stderr and "died" in done.stderr
     assert "the same command goes on from them:" in done.stderr and f"--results {results}" in done.stderr
-    assert f"made {results}" in done.stdout, "the experiment after it"
+    assert f"made {results}" in done.stdout, "the other experiment"

@@ -81,7 +81,7 @@ def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, 
     assert "Trying to restart job" in capfd.readouterr().out
     states = subprocess.check_output(["squeue", "--noheader", "--states=all", "--format=%i %T"], env=slurm, text=True)
     ends = dict(line.split() for line in states.splitlines())
-    assert ends.pop(killed) in ("FAILED", "CANCELLED") and list(ends.values()) == ["COMPLETED"] * 3
+    assert ends.pop(killed) in ("FAILED", "CANCELLED") and list(ends.values()) == ["COMPLETED"] * 4
 
     setting = dict(data="phantom", target="spleen", profile=kdlib.tailor("quick", CHANGES))
     runs = [kdlib.Run(model=model, **setting) for model in ("T1", "T2")]

@@ -84,7 +84,7 @@ def told(capsys, notebooks: Path, folds: list[int], seeds: list[int], only: list
 
 def graph(text: str) -> set[tuple[str, str]]:
     """Pairs of (job, job that waits for it)."""
-    name = re.compile(r"jobs/(\S+)/done\.json")
+    name = re.compile(r"(?:jobs/)?(\w[^\s/]*?)(?:/done\.json|\.html)")
     found = re.findall(r"^    input: (.*)\n    output: (.*)$", text, re.MULTILINE)
     return {(one, name.findall(output)[0]) for inputs, output in found for one in name.findall(inputs)}
 
@@ -101,11 +101,13 @@ def test_teachers_come_before_students_and_runs_before_reports(capsys, notebooks
             assert (f"03_ablation-fold{fold}-seed{seed}", "03_ablation") in found
         assert ("00_data", f"teacher-T1-fold{fold}") in found
     assert ("teacher-T1-fold0", "03_ablation-fold2-seed0") not in found
-    assert {("02_distillation", "06_figures"), ("03_ablation", "06_figures")} <= found
+    assert {("02_distillation", "06_figures"), ("03_ablation", "06_figures"), ("06_figures", "report")} <= found
 
 
 def test_with_one_fold_and_seed_the_wide_notebook_is_the_job(capsys, notebooks):
-    assert graph(told(capsys, notebooks, [1], [3], ["03_ablation"])) == {("teacher-T1-fold1", "03_ablation")}
+    assert graph(told(capsys, notebooks, [1], [3], ["03_ablation"])) == {
+        ("teacher-T1-fold1", "03_ablation"), ("03_ablation", "report"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("device, threads, gpu", [("cpu", 4, 0), ("cuda", 8, 1)])
@@ -130,7 +132,7 @@ def test_hostile_names_reach_every_job_as_plain_text(tmp_path, notebooks, capsys
         "03_ablation|1|0|s/jobs/03_ablation-fold1-seed0",
     ]  # fmt: skip
     assert jobs(printed)[-1] == "03_ablation" and len(jobs(printed)) == 5
-    assert printed.endswith("s:\n    notebooks/03_ablation.ipynb\n    tables/03_ablation.csv\n")
+    assert printed.endswith("s:\n    notebooks/03_ablation.ipynb\n    tables/03_ablation.csv\n    report.html\n")
     assert [path for path in tmp_path.rglob("*") if path.name in ("one", "two", "touch")] == []
 
 
