@@ -5,6 +5,7 @@ A notebook says itself which runs it wants: its cells are run here up to each `k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,18 +21,26 @@ from kdlib.device import pick_device
 from kdlib.runs import is_done, read_manifest, run_key, run_source
 from kdlib.train import epochs_of, steps_per_epoch
 
+ASKING = "kdlib.study("
+
 
 class Noted(Exception):
     """Ends a cell in place of training."""
 
 
 def wanted(notebook: Path, parameters: Mapping[str, object]) -> list[Run]:
-    """The runs that a notebook asks `kdlib.study` for, and their teachers; cells that need results are passed over.
+    """The runs that a notebook asks `kdlib.study` for, and their teachers.
+
+    Its cells are run up to the first study; of the rest, which draws results that may not be there, only those that
+    ask for more runs.
 
     Raises:
         InputError: the notebook's own, of parameters that it cannot use.
     """
     runs: list[Run] = []
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    if not any(ASKING in cell.source for cell in cells):
+        return runs
 
     def note(asked: Sequence[Run], *_: object) -> None:
         runs.extend(teacher for run in asked for teacher in run.teacher_runs().values())
@@ -41,14 +50,13 @@ def wanted(notebook: Path, parameters: Mapping[str, object]) -> list[Run]:
     names: dict[str, object] = {}
     kdlib.study = note
     try:
-        for cell in nbformat.read(notebook, as_version=4).cells:
-            if cell.cell_type == "code":
-                try:
-                    exec(cell.source, names)
-                except (Noted, NameError):  # NameError: made of results that are not there
-                    pass
-                if "parameters" in cell.metadata.get("tags", []):
-                    names.update(parameters)
+        for cell in cells:
+            if runs and ASKING not in cell.source:
+                continue
+            with contextlib.suppress(Noted):
+                exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names.update(parameters)
     finally:
         del kdlib.study
     return list(dict.fromkeys(runs))

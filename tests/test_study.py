@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_a_dry_run_knows_what_a_study_has_trained_and_what_it_would(done, name, 
     seconds = plan.seconds_of(teacher, past, record["steps"], "cpu")
     assert seconds == pytest.approx(sum(record["seconds"].values()), rel=0.01), "the only run like it is itself"
     assert plan.seconds_of(replace(teacher, profile=tailor("ct128", TINY)), past, 8, "cpu") is None
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_study_that_never_ran_trains_and_draws_nothing(tmp_path, capfd):
+    results, sizes = tmp_path / "results", ["--changes", json.dumps(TINY), "--device", "cpu"]
+    assert main(["study", "--dry-run", "--results", str(results), "--study", "new", *sizes]) == 0
+    told = capfd.readouterr().out
+    counts = re.findall(r"^(\w+): (\d+) runs, 0 of them done$", told, re.MULTILINE)
+    assert [name for name, _ in counts] == [name for name in EXPERIMENTS if name not in ("00_data", "06_figures")]
+    assert re.search(r"^to train: (\d+) runs, time unknown$", told, re.MULTILINE), "no past run to tell by"
+    assert not (results / "runs").exists() and not (results / "new").exists()
 
 
 @pytest.mark.slow
