@@ -52,7 +52,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
-  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_bridge
+  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_correction
   DRY                   DRY=1 lists what would be trained, and for how long by past runs
   CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
   CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
@@ -94,7 +94,7 @@ endif
 	@pwd -P > $(STAMP)
 
 study: $(STAMP)
-	@.venv/bin/python -m kdlib.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
+	@.venv/bin/python -m kdlib.apps.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
 	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
 	    --study="$$STUDY" $${DRY:+--dry-run} $${CORES:+--cores="$$CORES"} $${CLUSTER:+--executor="$$CLUSTER"} \
 	    $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"} $${ONLY:+--only $$ONLY}

@@ -24,7 +24,7 @@ TEACHERS = {  # whose runs an experiment builds on; the bridge trains teachers o
 TRAINING = [name for name in EXPERIMENTS if name not in ("00_data", "06_figures")]
 FIGURES = ["jobs/06_figures/done.json"] if "06_figures" in EXPERIMENTS else []
 RUN = (  # exec: a scheduler's SIGTERM to the shell is the notebook's
-    "exec {sys.executable:q} -P -m kdlib.notebooks run {input.notebook:q} --output {params.executed:q} --record {output:q}"
+    "exec {sys.executable:q} -P -m kdlib.apps.notebooks run {input.notebook:q} --output {params.executed:q} --record {output:q}"
     " {params.words:q}"
 )
 
@@ -186,7 +186,7 @@ rule report:
     log:
         "jobs/report.log",
     shell:
-        "{sys.executable:q} -P -m kdlib.report \"$PWD\" > {log:q} 2>&1"
+        "{sys.executable:q} -P -m kdlib.apps.report \"$PWD\" > {log:q} 2>&1"
 
 
 ruleorder: data > figures > experiment

@@ -35,9 +35,9 @@ BUDGET = 60.0  # seconds of repeats
 
 
 def labelled_kdlib(dims: int) -> Callable:
-    from kdlib.losses import LabelledContrast
+    from kdlib.losses import SupervisedContrastiveLoss
 
-    term = LabelledContrast(TEMPERATURE, samples=None)
+    term = SupervisedContrastiveLoss(TEMPERATURE, samples=None)
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         student, teacher = (x.T[None, :, :, None] for x in (student, teacher))  # one image of n x 1 pixels
@@ -125,7 +125,7 @@ def self_pml(dims: int) -> Callable:
 
 
 METHODS = {
-    "labelled": {
+    "supcon": {
         "kdlib": labelled_kdlib,
         "plain dense torch": labelled_dense,
         "pytorch-metric-learning SupConLoss": labelled_pml,

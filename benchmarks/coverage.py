@@ -3,7 +3,7 @@
     python benchmarks/coverage.py [--studies 2000] [--families 1000]
 
 Dice is drawn from beta distributions about each patient's own level (most patients easy, some hard), for two methods
-and one or three seeds; the truth is the mean over very many patients. The intervals are those of `kdlib.statistics`.
+and one or three seeds; the truth is the mean over very many patients. The intervals are those of `kdlib.analysis.statistics`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pandas as pd
 from scipy import stats
 from scipy.special import expit
 
-from kdlib import statistics
-from kdlib.statistics import holm, interval
+from kdlib.analysis import statistics
+from kdlib.analysis.statistics import holm, interval
 
 # what method b loses to a, in the logit of Dice, by patient
 KINDS = {

@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from kdlib import train
-from kdlib.config import PROFILES, Profile, Run, View
-from kdlib.device import autocast, computes_bf16, pick_device
-from kdlib.distill import Taps, scales_of
-from kdlib.recipes import thesis_recipe
+from kdlib.config import PROFILES, Preprocessing, Profile, Run
+from kdlib.experiments.recipes import thesis_recipe
+from kdlib.training import loop as train
+from kdlib.training.device import autocast, computes_bf16, pick_device
+from kdlib.training.distiller import FeatureHooks, scales_of
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     device = pick_device()
-    profile = Profile("benchmark", View(options.size), options.width, folds=PROFILES["quick"].folds)
+    profile = Profile("benchmark", Preprocessing(options.size), options.width, folds=PROFILES["quick"].folds)
     images = torch.rand(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     patients = torch.zeros(options.batch, dtype=torch.int64, device=device)
@@ -81,10 +81,10 @@ def main() -> None:
     teacher = train.new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     subsets = [("E-E",), ("B-B",), ("D-D",), ("PMD",), ("E-E", "B-B"), ("E-E", "D-D"), ("B-B", "PMD"), ("D-D", "PMD")]
     arms = [arm_of("S1", teacher, recipe=thesis_recipe("S1", only=only)) for only in subsets]
-    taps = Taps(teacher, teacher.scales, scales_of(arm.run.recipe for arm in arms))
+    taps = FeatureHooks(teacher, teacher.scales, scales_of(arm.run.recipe for arm in arms))
 
     def taught() -> dict:
-        return {"T1": train.teach(taps, images)}
+        return {"T1": train.teacher_forward(taps, images)}
 
     def cohort() -> None:
         shared = taught()

@@ -7,13 +7,13 @@ from importlib import import_module
 
 HOMES = {
     "config": (
-        "PROFILES", "PROTOCOLS", "InputError", "Profile", "Protocol", "Recipe", "Run", "Term", "TrainingError", "View",
-        "bridge", "choose", "tailor",
+        "PROFILES", "PROTOCOLS", "InputError", "Profile", "Protocol", "Recipe", "Run", "Term", "TrainingError", "Preprocessing",
+        "bridge", "choose", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table"),
-    "fidelity": ("expected_calibration_error",),
-    "recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
-    "runs": ("Results", "imitation", "manifest", "run_bank", "run_source", "study"),
+    "evaluation.agreement": ("expected_calibration_error",),
+    "experiments.recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
+    "experiments.runs": ("Results", "teacher_agreement", "manifest", "run_bank", "run_source", "study"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)
 

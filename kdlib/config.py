@@ -14,12 +14,20 @@ STUDENTS = ("S1", "S2")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
-    "cwd": "CWD (logits)", "boundary_kl": "boundary KL", "mse": "MSE", "at": "AT", "feature_cwd": "CWD (features)",
-    "reviewkd": "ReviewKD", "importance": "EMKD importance", "affinity": "EMKD affinity", "sp": "SP",
-    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "labelled": "labelled contrast",
+    "cwd": "CWD (logits)", "boundary_kl": "boundary KL", "fitnet": "MSE", "at": "AT", "feature_cwd": "CWD (features)",
+    "reviewkd": "ReviewKD", "emkd_importance": "EMKD importance", "emkd_affinity": "EMKD affinity", "sp": "SP",
+    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "supcon": "supervised contrastive loss",
     "prototype": "prototype contrast", "crd": "CRD",
 }  # fmt: skip
-PROJECTED = ("mse", "feature_cwd", "cirkd", "infonce", "labelled", "prototype", "crd")  # losses behind a 1x1 projection
+PROJECTED = (
+    "fitnet",
+    "feature_cwd",
+    "cirkd",
+    "infonce",
+    "supcon",
+    "prototype",
+    "crd",
+)  # losses behind a 1x1 projection
 # where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
 # stage after its pooling (teacher 128 channels, S1 32, S2 64)
 SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
@@ -40,7 +48,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class View:
+class Preprocessing:
     """How a volume becomes slices.
 
     Args:
@@ -86,9 +94,9 @@ class Term:
         weight: factor in the total loss.
         temperature: of the contrast or of the softened maps; None leaves the loss's own default.
         options: further arguments of the loss, e.g. `{"hard": 0.5}`.
-        at: scales that the student is read at, e.g. "decoder1", "encoder2/2" (pooled by 2) or "logits"; several for a
+        student_layers: scales that the student is read at, e.g. "decoder1", "encoder2/2" (pooled by 2) or "logits"; several for a
             loss of several scales, from shallow to deep; by default where the thesis's term of this name reads.
-        taught_at: scales of the teacher; by default `at`.
+        teacher_layers: scales of the teacher; by default `at`.
         projector: "learned", or, as controls, "frozen" at random weights or "redrawn" at every step.
     """
 
@@ -97,8 +105,8 @@ class Term:
     weight: float
     temperature: float | None = None
     options: tuple[tuple[str, object], ...] = ()
-    at: tuple[str, ...] = ()
-    taught_at: tuple[str, ...] = ()
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
     projector: str = "learned"
 
     def __post_init__(self):
@@ -111,16 +119,18 @@ class Term:
         # dicts and single names are easier to write, only tuples can be part of a frozen key
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
         object.__setattr__(self, "options", tuple(sorted(options.items())))
-        for field in ("at", "taught_at"):
+        for field in ("student_layers", "teacher_layers"):
             given = getattr(self, field)
             object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
-        if not self.at and self.name not in SCALES:
-            raise InputError(f"distillation term {self.name!r}: say where it reads (at=...), or name it {_or(SCALES)}")
-        object.__setattr__(self, "at", self.at or SCALES[self.name])
-        object.__setattr__(self, "taught_at", self.taught_at or self.at)
-        if len(self.at) != len(self.taught_at):
+        if not self.student_layers and self.name not in SCALES:
             raise InputError(
-                f"term {self.name}: {len(self.at)} scales of the student, {len(self.taught_at)} of the teacher"
+                f"distillation term {self.name!r}: say where it reads (student_layers=...), or name it {_or(SCALES)}"
+            )
+        object.__setattr__(self, "student_layers", self.student_layers or SCALES[self.name])
+        object.__setattr__(self, "teacher_layers", self.teacher_layers or self.student_layers)
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise InputError(
+                f"term {self.name}: {len(self.student_layers)} scales of the student, {len(self.teacher_layers)} of the teacher"
             )
 
     @property
@@ -180,7 +190,7 @@ def _or(names) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-TEACHING = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
+TEACHER_RECIPE = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
 BASELINE = Recipe("baseline")
 
 
@@ -245,15 +255,15 @@ PROTOCOLS = {
     "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
 }
 LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
-SAME = Optimisation()  # for every arm, so that arms differ in nothing but what they learn from
-PUBLISHED = {
+SHARED_OPTIMISATION = Optimisation()  # for every arm, so that arms differ in nothing but what they learn from
+PUBLISHED_OPTIMISATION = {
     "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
     "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
     "distilled": Optimisation("rmsprop", 1e-2, 20, weight_decay=0.0, schedule="constant"),
 }
 
 
-def bridge() -> list[Protocol]:
+def cumulative_correction() -> list[Protocol]:
     """From `thesis` to `corrected`, one fault mended at a time; each protocol is named after what was mended last."""
     steps = [PROTOCOLS["thesis"]]
     for switch, name in SWITCHES.items():
@@ -263,7 +273,7 @@ def bridge() -> list[Protocol]:
 
 @dataclass(frozen=True)
 class Profile:
-    """How large a study is; `shrinks` says in words what it takes away from the thesis's size.
+    """How large a study is; `reduced_from_thesis` says in words what it takes away from the thesis's size.
 
     Args:
         view: slices.
@@ -272,44 +282,46 @@ class Profile:
         teacher_steps, student_steps: optimiser steps an epoch; None means one pass over the teacher's part, and for
             students (of every label fraction, so that all have the same budget) over half of it.
         folds: number of outer folds the patients are split into.
-        shrinks: what a reader must know before comparing with the thesis.
+        reduced_from_thesis: what a reader must know before comparing with the thesis.
     """
 
     name: str
-    view: View
+    preprocessing: Preprocessing
     width: float = 1.0
     teacher_epochs: int = 200
     student_epochs: int = 120
     teacher_steps: int | None = None
     student_steps: int | None = None
     folds: int = 5
-    shrinks: str = "nothing"
+    reduced_from_thesis: str = "nothing"
 
 
-def _shrunk(name: str, view: View, epochs: int, steps: int, folds: int, shrinks: str) -> Profile:
+def _shrunk(
+    name: str, preprocessing: Preprocessing, epochs: int, steps: int, folds: int, reduced_from_thesis: str
+) -> Profile:
     """A profile for CPUs: teachers a quarter as wide, the same length for teachers and students."""
-    shrinks = f"{shrinks}, teachers a quarter as wide, {epochs * steps} steps a training"
-    return Profile(name, view, 0.25, epochs, epochs, steps, steps, folds, shrinks)
+    reduced_from_thesis = f"{reduced_from_thesis}, teachers a quarter as wide, {epochs * steps} steps a training"
+    return Profile(name, preprocessing, 0.25, epochs, epochs, steps, steps, folds, reduced_from_thesis)
 
 
 PROFILES = {
     "quick": Profile(
         "quick",
-        View(64, 5.0),
+        Preprocessing(64, 5.0),
         width=0.25,
         teacher_epochs=4,
         student_epochs=3,
         teacher_steps=50,
         student_steps=35,
         folds=4,
-        shrinks="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 105 for students: "
+        reduced_from_thesis="64 x 64 slices at 5 mm, teachers a quarter as wide, 200 steps for them and 105 for students: "
         "to try out, not for claims",
     ),
     "hippocampus": _shrunk(
-        "hippocampus", View(64, 1.0), 10, 40, 5, "64 x 64 slices at 1 mm (a hippocampus volume fits)"
+        "hippocampus", Preprocessing(64, 1.0), 10, 40, 5, "64 x 64 slices at 1 mm (a hippocampus volume fits)"
     ),
-    "ct128": _shrunk("ct128", View(128, 3.0), 8, 50, 4, "128 x 128 slices at 3 mm"),
-    "thesis": Profile("thesis", View(256, 1.5)),
+    "ct128": _shrunk("ct128", Preprocessing(128, 3.0), 8, 50, 4, "128 x 128 slices at 3 mm"),
+    "thesis": Profile("thesis", Preprocessing(256, 1.5)),
 }
 
 
@@ -323,9 +335,9 @@ class Run:
         model: a name in `kdlib.models.MODELS`: "T1", "T2", "S1", "S2", or one added there.
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
-        teacher: the model that teaches a distilled student, several joined by "+", else None. A student (`STUDENTS`) as
+        teacher: the model that is_teacher a distilled student, several joined by "+", else None. A student (`STUDENTS`) as
             teacher was trained alone, on the same fraction.
-        recipe: what the model learns from; None means `TEACHING` for T1 and T2 and `BASELINE` for others.
+        recipe: what the model learns from; None means `TEACHER_RECIPE` for T1 and T2 and `BASELINE` for others.
         seed: of initial weights, data order and augmentation.
         teacher_seed: seed of the teacher that a distilled student learns from.
         profile, protocol: size, and the published faults that are kept.
@@ -347,7 +359,7 @@ class Run:
 
     def __post_init__(self):
         if self.recipe is None:
-            object.__setattr__(self, "recipe", TEACHING if self.model in TEACHERS else BASELINE)
+            object.__setattr__(self, "recipe", TEACHER_RECIPE if self.model in TEACHERS else BASELINE)
         if (self.teacher is None) != (not self.recipe.terms):
             raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
         if not 0 < self.fraction <= 1:
@@ -364,12 +376,12 @@ class Run:
         return f"KD({self.teacher}, {self.model})" if self.teacher else f"{self.model}{share}"
 
     @property
-    def teaches(self) -> bool:
+    def is_teacher(self) -> bool:
         """Whether the run trains a teacher: at a teacher's length, with the teachers' recipe."""
-        return self.recipe == TEACHING
+        return self.recipe == TEACHER_RECIPE
 
     @property
-    def lesson(self) -> Recipe:
+    def effective_recipe(self) -> Recipe:
         """The recipe with the faults that the protocol keeps."""
         protocol, recipe = self.protocol, self.recipe
         if protocol.own_optimisers and not self.teacher:
@@ -378,7 +390,7 @@ class Run:
         if protocol.one_channel_softmax:
             published["kl"] = "softmax_kl"
         if protocol.unlabelled_contrast:
-            published["labelled"] = "infonce"
+            published["supcon"] = "infonce"
         terms = []
         for term in recipe.terms:
             loss = published.get(term.loss, term.loss)
@@ -391,15 +403,15 @@ class Run:
         return dataclasses.replace(recipe, terms=tuple(terms))
 
     @property
-    def view(self) -> View:
+    def preprocessing(self) -> Preprocessing:
         """The profile's view, as published where the protocol keeps that fault."""
-        return dataclasses.replace(self.profile.view, published=self.protocol.byte_image)
+        return dataclasses.replace(self.profile.preprocessing, published=self.protocol.byte_image)
 
     @property
     def optimisation(self) -> Optimisation:
         if not self.protocol.own_optimisers:
-            return SAME
-        return PUBLISHED["teacher" if self.teaches else "distilled" if self.teacher else "baseline"]
+            return SHARED_OPTIMISATION
+        return PUBLISHED_OPTIMISATION["teacher" if self.is_teacher else "distilled" if self.teacher else "baseline"]
 
     @property
     def threshold(self) -> float:
@@ -409,7 +421,7 @@ class Run:
     def teacher_runs(self) -> dict[str, Run]:
         """Model -> the run that trains it as a teacher of this student: same fold, all of the training patients.
 
-        A student that teaches is trained alone, at a student's length, on the fraction of the student that it teaches.
+        A student that is_teacher is trained alone, at a student's length, on the fraction of the student that it is_teacher.
         """
         found = {}
         for model in self.teacher.split("+") if self.teacher else ():
@@ -419,7 +431,7 @@ class Run:
                 model=model,
                 fraction=self.fraction if peer else 1.0,
                 teacher=None,
-                recipe=BASELINE if peer else TEACHING,
+                recipe=BASELINE if peer else TEACHER_RECIPE,
                 # the student's own like must not be the student's own baseline
                 seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
                 teacher_seed=0,
@@ -427,24 +439,28 @@ class Run:
         return found
 
 
-def tailor(name: str, changes: dict[str, object] | None = None) -> Profile:
-    """The profile called `name` with fields of `Profile` or of its `View` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
+def override_profile(name: str, changes: dict[str, object] | None = None) -> Profile:
+    """The profile called `name` with fields of `Profile` or of its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
 
     Raises:
         InputError: no such profile, or a field that neither has.
     """
-    profile, changes = choose("profile", name, PROFILES), dict(changes or {})
-    fields = {field.name for field in dataclasses.fields(View)}
-    known = [field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "view")] + sorted(fields)
+    profile, changes = lookup("profile", name, PROFILES), dict(changes or {})
+    fields = {field.name for field in dataclasses.fields(Preprocessing)}
+    known = [
+        field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "preprocessing")
+    ] + sorted(fields)
     for field in changes:
-        choose("field of a profile", field, dict.fromkeys(known))
+        lookup("field of a profile", field, dict.fromkeys(known))
     # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key
     changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
     if changes:
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
-        changes = {"shrinks": f"{profile.shrinks}; here {said}"} | changes
-    view = dataclasses.replace(profile.view, **{field: changes.pop(field) for field in fields & changes.keys()})
-    return dataclasses.replace(profile, view=view, **changes)
+        changes = {"reduced_from_thesis": f"{profile.reduced_from_thesis}; here {said}"} | changes
+    view = dataclasses.replace(
+        profile.preprocessing, **{field: changes.pop(field) for field in fields & changes.keys()}
+    )
+    return dataclasses.replace(profile, preprocessing=view, **changes)
 
 
 def derive_seed(*parts: object) -> int:
@@ -452,7 +468,7 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
 
 
-def choose(kind: str, name: str, options: dict):
+def lookup(kind: str, name: str, options: dict):
     """`options[name]`, or an error that lists the names there are."""
     if name not in options:
         raise InputError(f"{kind} {name!r} does not exist: choose from {', '.join(options)}")

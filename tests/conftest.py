@@ -58,11 +58,11 @@ def torchdistill() -> ModuleType:
 @pytest.fixture(scope="session")
 def small_study(tmp_path_factory) -> Path:
     """A results folder with the study "tiny" of a phantom: T1, S1 and S2 alone, and S1 taught by T1 in two ways."""
-    from kdlib import Run, study, tailor, thesis_recipe
+    from kdlib import Run, override_profile, study, thesis_recipe
 
     results = tmp_path_factory.mktemp("small")
     tiny = dict(width=0.125, folds=3, teacher_epochs=2, student_epochs=2, teacher_steps=4, student_steps=4)
-    setting = dict(data="phantom", target="spleen", profile=tailor("quick", tiny))
+    setting = dict(data="phantom", target="spleen", profile=override_profile("quick", tiny))
     recipes = [thesis_recipe("S1"), thesis_recipe("S1", only=("PMD",))]
     runs = [Run(model="T1", **setting), *(Run(model=name, fraction=0.5, **setting) for name in ("S1", "S2"))]
     runs += [Run(model="S1", fraction=0.5, teacher="T1", recipe=recipe, **setting) for recipe in recipes]

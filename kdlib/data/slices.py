@@ -19,7 +19,7 @@ from nibabel import orientations
 from torch import Tensor
 from torch.nn import functional
 
-from kdlib.config import InputError, View
+from kdlib.config import InputError, Preprocessing
 from kdlib.data.decathlon import Case, Dataset, Defect, read
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
@@ -140,10 +140,10 @@ class SliceBank:
         return images.float() / 255, self.labels[index].long()
 
 
-def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
+def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> SliceBank:
     """Slices of all cases of a data set, on the CPU.
 
-    CT is clipped to `view.window` (HU), MR to `view.percentiles` of each volume's non-zero voxels; the range becomes
+    CT is clipped to `preprocessing.window` (HU), MR to `preprocessing.percentiles` of each volume's non-zero voxels; the range becomes
     0..255, rounded. Images are resampled with an antialiased bilinear kernel before they are rounded. Labels are
     sampled at the nearest voxel: a vote of the voxels under a pixel would shrink what is thinner than a pixel (the
     adrenal glands of btcv by an eighth at 5 mm), while the nearest voxel keeps its volume on average.
@@ -151,7 +151,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
     Args:
         dataset: from `index`.
         classes: class name -> value in the label files, from `dataset.classes(target)`; other values are background.
-        view: size, spacing, channels and intensities; where it is `published`, slices as the published code makes
+        preprocessing: size, spacing, channels and intensities; where it is `published`, slices as the published code makes
             them, which stretches what is not square.
 
     Raises:
@@ -161,7 +161,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
         raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
     images, labels, geometry = [], [], {}
     for case in dataset.cases:
-        geometry[case.name], image, label = _case_slices(case, dataset.modality, classes, view)
+        geometry[case.name], image, label = _case_slices(case, dataset.modality, classes, preprocessing)
         images.append(image)
         labels.append(label)
     depths = [len(image) for image in images]
@@ -177,7 +177,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
         neighbours=torch.from_numpy(neighbours),
         cases=tuple(geometry),
         classes=tuple(classes),
-        channels=view.channels,
+        channels=preprocessing.channels,
         geometry=geometry,
         patients=tuple(people.index(case.group) for case in dataset.cases),
     )
@@ -186,7 +186,7 @@ def build(dataset: Dataset, classes: dict[str, int], view: View) -> SliceBank:
 def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     """Scores of one case's slices, back on its file's own grid and in its own orientation.
 
-    Bilinear in the plane, by the inverse of the factor the slices were made with. Outside the slices' field of view
+    Bilinear in the plane, by the inverse of the factor the slices were made with. ExternalModel the slices' field of preprocessing
     no network has looked: scores are 0 there, and 1 for channel 0 (background) if there are several channels, so that
     both a threshold and an argmax give background.
 
@@ -222,26 +222,26 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     return scores.flip(flipped).permute(0, *[1 + int(axis) for axis in to_slices[:, 0]]).contiguous()
 
 
-def _case_slices(case: Case, modality: str, classes: dict[str, int], view: View):
+def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
     """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
     affine, image = _read(case.image, np.float32)
-    image = _unit_range(image, modality, view, case.image)
+    image = _unit_range(image, modality, preprocessing, case.image)
     _, label = _read(case.label, np.int64)
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
 
     axes = tuple(map(tuple, affine.tolist()))
-    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), view.size, canonical=not view.published)
+    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), preprocessing.size, canonical=not preprocessing.published)
     image, label = placed.orient(image), placed.orient(values[label])
     spacing = np.array(case.spacing)[np.argsort(placed._to_slices()[:, 0])][1:]
-    factor = (1.0, 1.0) if view.spacing is None else tuple((spacing / view.spacing).tolist())
-    if view.published:
-        factor = tuple(view.size / voxels for voxels in image.shape[1:])
+    factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
+    if preprocessing.published:
+        factor = tuple(preprocessing.size / voxels for voxels in image.shape[1:])
     image, label = _resample(image, factor), _resample_labels(label, factor)
-    start = tuple((view.size - pixels) // 2 for pixels in image.shape[1:])
+    start = tuple((preprocessing.size - pixels) // 2 for pixels in image.shape[1:])
     placed = dataclasses.replace(placed, factor=factor, start=start)
     image = np.rint(image * 255).clip(0, 255).astype(np.uint8)
-    return placed, _pad_or_crop(image, start, view.size), _pad_or_crop(label, start, view.size)
+    return placed, _pad_or_crop(image, start, preprocessing.size), _pad_or_crop(label, start, preprocessing.size)
 
 
 def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -254,14 +254,16 @@ def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     return file.affine, np.rint(voxels).astype(dtype) if dtype is np.int64 else voxels.astype(dtype)
 
 
-def _unit_range(image: np.ndarray, modality: str, view: View, path: Path) -> np.ndarray:
-    """The image clipped to the view's window or percentiles, as 0..1."""
-    low, high = (0.0, 255.0) if view.published else view.window
-    if modality == "MR" and not view.published:
+def _unit_range(image: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path) -> np.ndarray:
+    """The image clipped to the preprocessing's window or percentiles, as 0..1."""
+    low, high = (0.0, 255.0) if preprocessing.published else preprocessing.window
+    if modality == "MR" and not preprocessing.published:
         body = image[image != 0]
-        low, high = np.percentile(body, view.percentiles) if body.size else (0.0, 0.0)
+        low, high = np.percentile(body, preprocessing.percentiles) if body.size else (0.0, 0.0)
         if low == high:
-            raise InputError(f"{path}: MR volume is constant (percentiles {view.percentiles} are equal); leave it out")
+            raise InputError(
+                f"{path}: MR volume is constant (percentiles {preprocessing.percentiles} are equal); leave it out"
+            )
     return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 

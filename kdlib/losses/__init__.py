@@ -6,8 +6,8 @@ projected to the teacher's channels, "both" projected to a common width, or "own
 
 from __future__ import annotations
 
-from kdlib.losses._common import NOTHING, Context
-from kdlib.losses.contrastive import CRD, InfoNCE, LabelledContrast, PrototypeContrast
+from kdlib.losses._common import EMPTY_CONTEXT, Context
+from kdlib.losses.contrastive import CRD, InfoNCE, PrototypeContrast, SupervisedContrastiveLoss
 from kdlib.losses.feature import (
     AttentionTransfer,
     FeatureCWD,
@@ -34,25 +34,25 @@ LOSSES = {
     "dist": DIST,
     "cwd": ChannelWiseDistillation,
     "boundary_kl": BoundaryKL,
-    "mse": FeatureMSE,
+    "fitnet": FeatureMSE,
     "at": AttentionTransfer,
     "feature_cwd": FeatureCWD,
     "reviewkd": ReviewKD,
-    "importance": ImportanceMap,
-    "affinity": RegionAffinity,
+    "emkd_importance": ImportanceMap,
+    "emkd_affinity": RegionAffinity,
     "sp": SimilarityPreserving,
     "skd": PairwiseAffinity,
     "ifvd": IFVD,
     "cirkd": CrossImageRelation,
     "infonce": InfoNCE,
-    "labelled": LabelledContrast,
+    "supcon": SupervisedContrastiveLoss,
     "prototype": PrototypeContrast,
     "crd": CRD,
 }
 
 __all__ = [
     "LOSSES",
-    "NOTHING",
+    "EMPTY_CONTEXT",
     "Context",
     "SegmentationLoss",
     "one_hot",

@@ -26,7 +26,7 @@ class Context:
     step: int = 0
 
 
-NOTHING = Context()
+EMPTY_CONTEXT = Context()
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def as_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit(vectors: Tensor, dim: int = 1) -> Tensor:
+def l2_normalize(vectors: Tensor, dim: int = 1) -> Tensor:
     """Vectors of length 1 in at least single precision."""
     # eps bounds the gradient of a vector of zeros, which a ReLU can give, at 1e4 instead of 1e12
     return F.normalize(as_float(vectors), dim=dim, eps=1e-4)
@@ -63,7 +63,7 @@ def check_positive(**values: float) -> None:
             raise InputError(f"{name} is {value}: give a number above 0")
 
 
-def labels_on(labels: Tensor | None, maps: Tensor, term: str) -> Tensor:
+def resize_labels(labels: Tensor | None, maps: Tensor, term: str) -> Tensor:
     """Labels BH[WD] (int64) on the grid of `maps` (BNH[WD]).
 
     A position takes the label nearest to its centre: averages are no labels, a majority would erase thin structures.

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses._common import (
+    EMPTY_CONTEXT,
+    Context,
+    as_float,
+    check_pair,
+    check_positive,
+    l2_normalize,
+    resize_labels,
+)
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
 
@@ -43,7 +51,7 @@ class InfoNCE(nn.Module):
         self.temperature, self.same_patient = temperature, same_patient
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -60,7 +68,7 @@ class InfoNCE(nn.Module):
             raise InputError("InfoNCE between images needs at least two images in a batch: use a larger batch")
         keys = self._keys(student, context)
         with torch.autocast(student.device.type, enabled=False):
-            similarity = unit(student.flatten(1)) @ unit(teacher.flatten(1)).T / self.temperature
+            similarity = l2_normalize(student.flatten(1)) @ l2_normalize(teacher.flatten(1)).T / self.temperature
             similarity = similarity.masked_fill(~keys, -torch.inf)
             return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
 
@@ -72,7 +80,7 @@ class InfoNCE(nn.Module):
         return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
-class LabelledContrast(nn.Module):
+class SupervisedContrastiveLoss(nn.Module):
     """Supervised contrast of pixels (Khosla 2020, arXiv 2004.11362, L_out): student anchors against teacher keys.
 
     For an anchor z of class c and keys k, unit vectors at the same positions of the batch,
@@ -122,7 +130,7 @@ class LabelledContrast(nn.Module):
         self.bank = MemoryBank(memory) if memory else None
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -136,15 +144,15 @@ class LabelledContrast(nn.Module):
                 patients are missing, or one was not admitted to the memory.
         """
         check_pair(student, teacher)
-        labels = labels_on(labels, student, "labelled contrast")
+        labels = resize_labels(labels, student, "supervised contrastive loss")
         positions = self.draw(labels, context.generator)
         image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
         key_labels = own_labels = labels.flatten()[positions]
         key_patients = patients = None
         if self.bank is not None or self.same_patient:
-            key_patients = patients = _patients(context, student, "labelled contrast")[image]
+            key_patients = patients = _patients(context, student, "supervised contrastive loss")[image]
         with torch.autocast(student.device.type, enabled=False):
-            anchors, keys = (unit(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+            anchors, keys = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
             own_keys = keys
             if self.bank is not None and len(self.bank):
                 vectors, bank_labels, bank_patients, _ = self.bank.entries()
@@ -203,7 +211,7 @@ class LabelledContrast(nn.Module):
         flat, size = labels.flatten(), labels[0].numel()
         relation = torch.where(flat[anchors][:, None] == flat[keys], 1, -1)
         if self.same_patient:
-            patients = _patients(Context(patients=patients), labels, "labelled contrast")
+            patients = _patients(Context(patients=patients), labels, "supervised contrastive loss")
             same = patients[anchors // size][:, None] == patients[keys // size]
             relation = relation.masked_fill(same & (anchors[:, None] != keys), 0)
         return relation.to(torch.int8)
@@ -266,32 +274,32 @@ class PrototypeContrast(nn.Module):
         self.temperature, self.anchors, self.per_image = temperature, anchors, per_image
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
             student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels: BH[WD], int64; brought to the maps' grid as in `LabelledContrast`.
+            labels: BH[WD], int64; brought to the maps' grid as in `SupervisedContrastiveLoss`.
             context: not used.
 
         Raises:
             InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
         """
         check_pair(student, teacher)
-        labels = labels_on(labels, student, "prototype contrast")
+        labels = resize_labels(labels, student, "prototype contrast")
         classes = labels.unique()
         with torch.autocast(student.device.type, enabled=False):
             # [G, positions, d]: groups are the images, or the batch as one
-            student, teacher = (unit(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
+            student, teacher = (l2_normalize(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
             labels = labels.flatten(1)
             if not self.per_image:
                 student, teacher, labels = (x.flatten(0, 1)[None] for x in (student, teacher, labels))
             members = (labels[:, None] == classes[:, None]).to(student)  # [G, classes, positions]
             counts = members.sum(2)
             present = counts > 0
-            keys = unit(members @ teacher / counts.clamp(min=1)[:, :, None], dim=2)
+            keys = l2_normalize(members @ teacher / counts.clamp(min=1)[:, :, None], dim=2)
             if self.anchors == "regions":
-                anchors = unit(members @ student / counts.clamp(min=1)[:, :, None], dim=2)
+                anchors = l2_normalize(members @ student / counts.clamp(min=1)[:, :, None], dim=2)
                 members, counts = torch.diag_embed(present.to(student)), present.to(student)
             else:
                 anchors = student
@@ -338,7 +346,7 @@ class CRD(nn.Module):
         self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -356,7 +364,7 @@ class CRD(nn.Module):
         if self.student_bank is not None or self.same_patient:
             patients = _patients(context, student, "CRD")
         with torch.autocast(student.device.type, enabled=False):
-            z, k = (unit(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
+            z, k = (l2_normalize(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
             loss = self._direction(0, z, k, self.teacher_bank, patients)
             loss = loss + self._direction(1, k, z, self.student_bank, patients)
         if self.student_bank is not None and self.training:

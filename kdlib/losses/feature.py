@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses._common import (
+    EMPTY_CONTEXT,
+    Context,
+    as_float,
+    check_pair,
+    check_positive,
+    l2_normalize,
+    resize_labels,
+)
 from kdlib.losses.prediction import ChannelWiseDistillation
 
 
@@ -19,7 +27,7 @@ class FeatureMSE(nn.Module):
     reads, adapt = "features", "student"
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -66,7 +74,7 @@ class AttentionTransfer(nn.Module):
         self.power = power
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -116,7 +124,7 @@ class RegionAffinity(nn.Module):
     reads, adapt = "features", "none"
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -129,7 +137,7 @@ class RegionAffinity(nn.Module):
             InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
         """
         check_pair(student, teacher, channels=False)
-        labels = labels_on(labels, student, "region affinity").flatten(1)
+        labels = resize_labels(labels, student, "region affinity").flatten(1)
         members = labels[:, None] == labels.unique()[:, None]  # [B, regions, positions]
         counts = members.sum(2)
         present = counts > 0
@@ -144,7 +152,7 @@ def _affinity(features: Tensor, members: Tensor, counts: Tensor) -> Tensor:
     """Cosines [B, regions, regions] between the mean features of the regions."""
     features = as_float(features).flatten(2)
     means = members.to(features.dtype) @ features.transpose(1, 2) / counts.clamp(min=1)[:, :, None]
-    means = unit(means, dim=2)
+    means = l2_normalize(means, dim=2)
     return means @ means.transpose(1, 2)
 
 
@@ -193,7 +201,7 @@ class ReviewKD(nn.Module):
         student: Sequence[Tensor],
         teacher: Sequence[Tensor],
         labels: Tensor | None = None,
-        context: Context = NOTHING,
+        context: Context = EMPTY_CONTEXT,
     ) -> Tensor:
         """
         Args:

@@ -37,7 +37,7 @@ class MemoryBank(nn.Module):
     def __len__(self) -> int:
         return min(int(self.pushed), self.size)
 
-    def admit(self, patients: Sequence[int]) -> None:
+    def allow_patients(self, patients: Sequence[int]) -> None:
         """Says whose vectors may enter: the training patients of this fold. A later call replaces an earlier one.
 
         Raises:

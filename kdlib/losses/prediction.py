@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses._common import (
+    EMPTY_CONTEXT,
+    Context,
+    as_float,
+    check_pair,
+    check_positive,
+    l2_normalize,
+    resize_labels,
+)
 from kdlib.losses.segmentation import probabilities
 
 
@@ -45,7 +53,7 @@ class PredictionKL(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -108,7 +116,7 @@ class BoundaryKL(PredictionKL):
         self.boundary, self.radius = boundary, int(radius)
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -120,7 +128,7 @@ class BoundaryKL(PredictionKL):
             InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
         """
         divergences = self.of_pixels(student, teacher)
-        labels = labels_on(labels, student, "boundary KL")
+        labels = resize_labels(labels, student, "boundary KL")
         band = self.band(labels > 0 if student.shape[1] == 1 else labels)
         weights = 1 + (self.boundary - 1) * band.to(divergences.dtype)
         return (weights * divergences).sum() / weights.sum() * self.temperature**2
@@ -160,7 +168,7 @@ class DKD(nn.Module):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -173,7 +181,7 @@ class DKD(nn.Module):
                 a label has no channel.
         """
         check_pair(student, teacher)
-        labels = labels_on(labels, student, "DKD")
+        labels = resize_labels(labels, student, "DKD")
         channels = student.shape[1]
         if channels == 1:
             labels = (labels > 0).long()
@@ -224,7 +232,7 @@ class DIST(nn.Module):
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -248,7 +256,9 @@ class DIST(nn.Module):
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Pearson's correlation along `dim`; 0 where either does not vary."""
-    return (unit(a - a.mean(dim, keepdim=True), dim) * unit(b - b.mean(dim, keepdim=True), dim)).sum(dim)
+    return (l2_normalize(a - a.mean(dim, keepdim=True), dim) * l2_normalize(b - b.mean(dim, keepdim=True), dim)).sum(
+        dim
+    )
 
 
 class ChannelWiseDistillation(nn.Module):
@@ -272,7 +282,7 @@ class ChannelWiseDistillation(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:

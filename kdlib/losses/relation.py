@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import NOTHING, Context, as_float, check_pair, check_positive, labels_on, unit
+from kdlib.losses._common import (
+    EMPTY_CONTEXT,
+    Context,
+    as_float,
+    check_pair,
+    check_positive,
+    l2_normalize,
+    resize_labels,
+)
 from kdlib.losses.memory import MemoryBank
 
 
@@ -25,7 +33,7 @@ class SimilarityPreserving(nn.Module):
     reads, adapt = "features", "none"
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -38,7 +46,7 @@ class SimilarityPreserving(nn.Module):
         check_pair(student, teacher, channels=False)
         with torch.autocast(student.device.type, enabled=False):
             vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
-            of_student, of_teacher = (unit(q @ q.T) for q in vectors)
+            of_student, of_teacher = (l2_normalize(q @ q.T) for q in vectors)
             return F.mse_loss(of_student, of_teacher)
 
 
@@ -69,7 +77,7 @@ class PairwiseAffinity(nn.Module):
         self.scale, self.nodes, self.pool = scale, nodes, pool
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -82,7 +90,7 @@ class PairwiseAffinity(nn.Module):
         check_pair(student, teacher, channels=False)
         grid = _cut([ceil(n * self.scale) for n in student.shape[2:]], self.nodes)
         with torch.autocast(student.device.type, enabled=False):
-            vectors = [unit(_pool(maps, grid, self.pool)).flatten(2) for maps in (student, teacher)]
+            vectors = [l2_normalize(_pool(maps, grid, self.pool)).flatten(2) for maps in (student, teacher)]
             of_student, of_teacher = (z.transpose(1, 2) @ z for z in vectors)
             return F.mse_loss(of_student, of_teacher)
 
@@ -100,7 +108,7 @@ class IFVD(nn.Module):
     reads, adapt = "features", "none"
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -113,7 +121,7 @@ class IFVD(nn.Module):
             InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
         """
         check_pair(student, teacher, channels=False)
-        members = _members(labels_on(labels, student, "intra-class variation"))
+        members = _members(resize_labels(labels, student, "intra-class variation"))
         with torch.autocast(student.device.type, enabled=False):
             of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
             return F.mse_loss(of_student, of_teacher)
@@ -122,7 +130,7 @@ class IFVD(nn.Module):
     def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:
         """Cosine [B, P] of every pixel to its class's mean."""
         vectors = as_float(maps).flatten(2)
-        prototypes = unit(_class_means(vectors, members))
+        prototypes = l2_normalize(_class_means(vectors, members))
         # to every prototype, then the own one: cheaper than a map of prototypes, for classes are fewer than channels
         along = ((vectors.transpose(1, 2) @ prototypes) * members).sum(2)
         return along / vectors.norm(dim=1).clamp(min=1e-4)  # the bound of `unit`, without a map of unit vectors
@@ -186,7 +194,7 @@ class CrossImageRelation(nn.Module):
         self.pixel_bank, self.region_bank = MemoryBank(pixel_memory), MemoryBank(region_memory)
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = NOTHING
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         """
         Args:
@@ -203,14 +211,14 @@ class CrossImageRelation(nn.Module):
             loss = self.weights[0] * self._minibatch(student, teacher)
             if not any(self.weights[1:]):
                 return loss
-            labels = labels_on(labels, student, "relation to a memory")
+            labels = resize_labels(labels, student, "relation to a memory")
             patients = self._patients(context, labels) if self.training else None
 
             classes = int(labels.max()) + 1
             groups = labels.flatten(1) + classes * torch.arange(len(labels), device=labels.device)[:, None]
             drawn = _draw(groups.flatten(), self.pixels, context.generator)
             image, pixel = drawn // groups.shape[1], drawn % groups.shape[1]
-            of_student, of_teacher = (unit(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+            of_student, of_teacher = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
             banks = ((self.pixel_bank, self.pixel_keys), (self.region_bank, self.region_keys))
             for weight, (bank, keys) in zip(self.weights[1:], banks, strict=True):
                 if len(bank):
@@ -226,7 +234,7 @@ class CrossImageRelation(nn.Module):
         grid = _cut(student.shape[2:], self.nodes)
         relations = []
         for maps in (student, teacher):
-            z = unit(_pool(maps, grid, "avg")).flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
+            z = l2_normalize(_pool(maps, grid, "avg")).flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
             relations.append((z @ z.T / self.temperature).unflatten(1, (len(maps), -1)))
         return _divergence(*relations)
 
@@ -241,7 +249,9 @@ class CrossImageRelation(nn.Module):
     @torch.no_grad()
     def _push_regions(self, teacher: Tensor, labels: Tensor, patients: Tensor, step: int) -> None:
         members = _members(labels)
-        means = unit(_class_means(unit(teacher).flatten(2), members)).transpose(1, 2)  # [B, classes, channels]
+        means = l2_normalize(_class_means(l2_normalize(teacher).flatten(2), members)).transpose(
+            1, 2
+        )  # [B, classes, channels]
         image, label = members.any(1).nonzero(as_tuple=True)
         self.region_bank.push(means[image, label], label, patients[image], step)
 

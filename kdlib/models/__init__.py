@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdlib.config import TEACHERS, InputError, choose
+from kdlib.config import TEACHERS, InputError, lookup
 from kdlib.models.transunet import HEAD_DIM, transunet
 from kdlib.models.unet import Output, UNet
 
-__all__ = ["MODELS", "Output", "Outside", "UNet", "build_model", "count_parameters", "gflops"]
+__all__ = ["MODELS", "Output", "ExternalModel", "UNet", "build_model", "count_parameters", "gflops"]
 
 _TEACHER_WIDTHS = (64, 128, 256, 512, 1024)
 
@@ -59,7 +59,7 @@ def build_model(
     Raises:
         InputError: for a name that does not exist, other dimensions, no class, no channel, or a width not above 0.
     """
-    build = choose("model", name, MODELS)
+    build = lookup("model", name, MODELS)
     if spatial_dims not in (2, 3):
         raise InputError(f"{spatial_dims} spatial dimensions: the models take 2 (slices) or 3 (volumes)")
     if classes < 1 or in_channels < 1:
@@ -70,12 +70,12 @@ def build_model(
     return build(spatial_dims, in_channels, 1 if classes == 1 else classes + 1, **shrink)
 
 
-class Outside(nn.Module):
+class ExternalModel(nn.Module):
     """A network from elsewhere, unchanged, as one of the study's: its output as `Output`, its layers named as scales.
 
     Put a builder into `MODELS` and its name into a `Run`, as student or as teacher:
 
-        MODELS["SegResNet"] = lambda spatial_dims, in_channels, out_channels: Outside(
+        MODELS["SegResNet"] = lambda spatial_dims, in_channels, out_channels: ExternalModel(
             SegResNet(spatial_dims, 8, in_channels, out_channels),
             {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"},
         )

@@ -1,0 +1,328 @@
+"""Figures of slices, of features and of the pairs of a contrast, drawn from saved arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+from kdlib.analysis.figures.style import DOUBLE, MM, STYLE, entries_beside, legend_below, need_columns
+from kdlib.config import InputError
+
+ERRORS = (("#56B4E9", "......", "missed"), ("#D55E00", "/////", "too much"), ("#CC79A7", "xxxxx", "wrong class"))
+OUTLINES = (("white", "-", "truth"), ("#F0E442", (0, (2, 1.2)), "prediction"))
+HALO = [withStroke(linewidth=1.5, foreground="black")]  # seen on bright tissue too
+CLASSES = (("#0072B2", "^"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
+BACKGROUND = "#BBBBBB", "o"
+STAR = dict(color="#F0E442", marker="*", markersize=9, markeredgecolor="black", markeredgewidth=0.6)
+ROLES = {1: ("#56B4E9", "o", "positive"), -1: ("#E69F00", "x", "negative")}
+DARK = [withStroke(linewidth=1.4, foreground="black")]
+
+
+@plt.rc_context(STYLE)
+def qualitative(examples: pd.DataFrame, arms: Mapping[str, str], cases: Mapping[str, str]) -> Figure:
+    """The slice with most truth of chosen cases: input, truth, and each arm's contours and errors.
+
+    Args:
+        examples: `Results.examples`: columns arm, case, seed, and image, truth, prediction (HW arrays); the lowest
+            seed of an arm is shown.
+        arms: role -> arm, e.g. {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}.
+        cases: rule -> case, from `choose_cases`.
+
+    Raises:
+        InputError: no example of an arm and case, or several recipes of the arm.
+    """
+    if not arms or not cases:
+        raise InputError("qualitative figure: give at least one arm and one case")
+    side = DOUBLE / (len(arms) + 2)
+    size = (DOUBLE, side * len(cases) + 16 * MM)
+    figure, axes = plt.subplots(len(cases), len(arms) + 2, figsize=size, squeeze=False)
+    confused = False
+    for line, (rule, case) in zip(axes, cases.items(), strict=True):
+        shown = [_example(examples, arm, case) for arm in arms.values()]
+        image, truth = shown[0]["image"], shown[0]["truth"]
+        confused |= truth.max() > 1
+        rows, columns = _crop(np.any([truth > 0, *(example["prediction"] > 0 for example in shown)], axis=0))
+        line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
+        seen = image > 0
+        seen[rows, columns] = True
+        _trim(line[0], seen)
+        corner, side = (columns.start - 0.5, rows.start - 0.5), rows.stop - rows.start
+        line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.6))
+        line[0].set_ylabel(f"{rule}\n{case}")
+        for ax, prediction in zip(line[1:], [None, *(example["prediction"] for example in shown)], strict=True):
+            ax.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=255)
+            if prediction is not None:
+                _errors(ax, truth[rows, columns], prediction[rows, columns])
+            _contours(ax, truth[rows, columns], *OUTLINES[0][:2])
+            if prediction is not None:
+                _contours(ax, prediction[rows, columns], *OUTLINES[1][:2])
+                total = (prediction > 0).sum() + (truth > 0).sum()
+                dice = 2 * ((prediction == truth) & (truth > 0)).sum() / total if total else 1.0
+                ax.set_xlabel(f"slice Dice {dice:.2f}", labelpad=2)
+    for ax, title in zip(axes[0], ["input", "truth", *(f"{role}\n{arm}" for role, arm in arms.items())], strict=True):
+        ax.set_title(title)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    lines = [
+        Line2D([], [], color=colour, linestyle=style, label=label, path_effects=HALO)
+        for colour, style, label in OUTLINES
+    ]
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0, label=label)
+        for colour, hatch, label in ERRORS[: 3 if confused else 2]
+    ]
+    legend_below(figure, [*lines, *patches], columns=5, handlelength=3)
+    figure.set_label(f"Slices with the largest true area of n = {len(cases)} cases; box: the part shown beside it.")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
+    """Slices side by side with their labels outlined; images and labels are uint8 NHW, one name a slice."""
+    columns = min(6, len(names))
+    rows = -(-len(names) // columns)
+    side = DOUBLE / columns
+    figure, axes = plt.subplots(rows, columns, figsize=(DOUBLE, rows * (side + 4 * MM)), squeeze=False)
+    for ax, image, label, name in zip(axes.flat, images, labels, names, strict=False):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        _contours(ax, label, "#E69F00", "solid")
+        ax.set_title(name, fontsize=7)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    figure.set_label("One slice a case, the one with the most target, which is outlined.")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+@plt.rc_context(STYLE)
+def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str, str], seed: int = 0) -> Figure:
+    """Features of the same pixels in teacher and students, by class, in two dimensions; and CKA with the teacher.
+
+    PCA and t-SNE (van der Maaten 2008), a column a model; below the students' columns the CKA of their scales (down)
+    and the teacher's (across), and how it differs between the two.
+
+    Args:
+        samples: of `kdlib.experiments.illustrate.features`: columns class, case, and an arm's features ([channels]) under its name.
+        similarity: columns arm, scale_student, scale_teacher, value (`kdlib.teacher_agreement`); folds and seeds are averaged.
+        arms: role -> arm: the teacher first, then the student before and after distillation.
+        seed: of t-SNE.
+
+    Raises:
+        InputError: a missing column, an arm without similarity or with features that do not vary, or not three arms.
+    """
+    if len(arms) != 3:
+        raise InputError(f"features: {len(arms)} arms; give a teacher, a student and the distilled student")
+    need_columns(
+        samples, ["class", "case", *arms.values()], "features", "the arrays of kdlib.experiments.illustrate.features"
+    )
+    needed = ["arm", "scale_student", "scale_teacher", "value"]
+    need_columns(similarity, needed, "features", "the similarity table of kdlib.teacher_agreement")
+    teacher, before, after = arms.values()
+    figure, axes = plt.subplots(3, 3, figsize=(DOUBLE, 158 * MM))
+    # background last, above the others: it fills little room
+    names = sorted(samples["class"].unique(), key="background".__eq__)
+    looks = dict(zip(names, CLASSES * len(names), strict=False)) | {"background": BACKGROUND}
+    looks = {name: looks[name] for name in names}
+    for column, (role, arm) in enumerate(arms.items()):
+        values = np.stack(samples[arm].to_list()).astype(float)
+        values -= values.mean(0)
+        if not values.any():
+            raise InputError(f"features: those of {arm} are the same in every pixel: its network does nothing")
+        values /= values.std()  # one factor for all channels: their scale is no matter, their ratios are
+        pca = PCA(2, random_state=seed).fit(values)
+        flat = TSNE(perplexity=min(30, len(values) / 4), init="pca", random_state=seed).fit_transform(values)
+        for ax, points in zip(axes[:2, column], (pca.transform(values), flat), strict=True):
+            for name, (colour, marker) in looks.items():
+                chosen = points[(samples["class"] == name).to_numpy()]
+                ax.scatter(*chosen.T, s=7, color=colour, marker=marker, linewidth=0.2, edgecolor="white")
+            ax.set(xticks=[], yticks=[])
+        share = pca.explained_variance_ratio_
+        axes[0, column].set_title(f"{role}\n{arm}")
+        axes[0, column].set_xlabel(f"component 1 ({share[0]:.0%})".replace("%", " %"))
+        axes[0, column].set_ylabel(f"component 2 ({share[1]:.0%})".replace("%", " %"))
+        found = silhouette_score(values, samples["class"]) if len(names) > 1 else np.nan
+        axes[1, column].set_xlabel(f"silhouette of the classes {found:.2f}")
+    axes[0, 0].set_ylabel(f"PCA: {axes[0, 0].get_ylabel()}")
+    axes[1, 0].set_ylabel("t-SNE")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+        for name, (colour, marker) in looks.items()
+    ]
+    grids = {arm: _scales(similarity, arm) for arm in (before, after)}
+    shown = [(grids[after] - grids[before], f"{after} less {before}"), (grids[before], before), (grids[after], after)]
+    for ax, (grid, title) in zip(axes[2], shown, strict=True):
+        _matrix(ax, grid, title, teacher, grid is shown[0][0])
+    legend_below(figure, handles, columns=entries_beside(names, DOUBLE))
+    counts = samples["class"].value_counts()
+    figure.set_label(
+        f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ("
+        + ", ".join(f"{counts[name]} {name}" for name in names)
+        + f"). PCA with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the "
+        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: linear CKA of the scales (E: "
+        f"encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of {teacher} (across), in "
+        "hundredths, mean over folds and seeds; left: what distillation added."
+    )
+    return figure
+
+
+def _scales(similarity: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Mean CKA of scales of the student (rows) and the teacher (columns), in the order of a forward pass."""
+    rows = similarity[similarity["arm"] == arm]
+    if rows.empty:
+        raise InputError(f"features: no similarity of {arm!r}; the table has {', '.join(similarity['arm'].unique())}")
+    grid = rows.pivot_table(index="scale_student", columns="scale_teacher", values="value", aggfunc="mean")
+    order = [sorted(side, key=_depth) for side in (grid.index, grid.columns)]
+    return grid.loc[order[0], order[1]]
+
+
+def _depth(scale: str) -> tuple[int, int]:
+    name = scale.rstrip("0123456789")
+    number = int(scale[len(name) :] or 0)
+    sides = ["encoder", "bottleneck", "decoder", "logits"]
+    return sides.index(name) if name in sides else len(sides), -number if name == "decoder" else number
+
+
+def _matrix(ax: Axes, grid: pd.DataFrame, title: str, teacher: str, difference: bool) -> None:
+    """A heat map with its numbers, in hundredths."""
+    values = grid.to_numpy()
+    limits = dict(cmap="PuOr_r", vmin=-0.5, vmax=0.5) if difference else dict(cmap="Greys", vmin=0, vmax=1.4)
+    ax.imshow(values, aspect="auto", **limits)
+    for row, column in np.ndindex(values.shape):
+        if np.isfinite(values[row, column]):
+            text = f"{100 * values[row, column]:{'+' if difference else ''}.0f}".replace("+0", "0").replace("-0", "0")
+            dark = abs(values[row, column]) > (0.35 if difference else 0.8)
+            ax.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    short = {"encoder": "E", "decoder": "D", "bottleneck": "B", "logits": "L"}
+    for axis, names in ((ax.xaxis, grid.columns), (ax.yaxis, grid.index)):
+        stems = [name.rstrip("0123456789") for name in names]
+        labels = [short.get(stem, stem) + name[len(stem) :] for stem, name in zip(stems, names, strict=True)]
+        axis.set_ticks(range(len(names)), labels)
+    ax.tick_params(length=0, labelsize=7)
+    ax.set_title(title, fontsize=7)
+    ax.set_xlabel(f"scales of {teacher}", fontsize=7)
+    ax.set_ylabel("scales of the student", fontsize=7)
+    ax.spines[:].set_visible(False)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+@plt.rc_context(STYLE)
+def pairs(panels: pd.DataFrame) -> Figure:
+    """Anchors of a supervised contrastive loss and, on slices of their batch, which of the teacher's keys are positives of them.
+
+    Args:
+        panels: of `kdlib.experiments.illustrate.pairs`, a row a panel.
+
+    Raises:
+        InputError: a missing column.
+    """
+    needed = ["anchor", "shown", "case", "image", "labels", "role", "row", "column", "positives", "negatives"]
+    need_columns(
+        panels, [*needed, "images", "step", "term"], "pairs", "the arrays of kdlib.experiments.illustrate.pairs"
+    )
+    anchors = list(panels["anchor"].unique())
+    columns = len(panels) // len(anchors)
+    width = DOUBLE * (columns + 0.3) / 3.3
+    size = (width, (DOUBLE / 3.3 + 7 * MM) * len(anchors) + 12 * MM)
+    figure, axes = plt.subplots(len(anchors), columns, figsize=size, squeeze=False)
+    for line, anchor in zip(axes, anchors, strict=True):
+        rows = panels[panels["anchor"] == anchor]
+        for ax, panel in zip(line, rows.itertuples(), strict=True):
+            image, role = panel.image, panel.role
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+            _contours(ax, panel.labels, *OUTLINES[0][:2])
+            factor = image.shape[0] / role.shape[0]  # of the slice's pixels to the term's positions
+            for value, (colour, marker, _) in ROLES.items():
+                y, x = ((index + 0.5) * factor - 0.5 for index in np.nonzero(role == value))
+                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=DARK)
+            if panel.row >= 0:
+                place = [(index + 0.5) * factor - 0.5 for index in (panel.column, panel.row)]
+                ax.plot(*place, **STAR, zorder=4)
+            counts = [int((role == value).sum()) for value in ROLES]
+            ax.set_xlabel(f"{panel.case}\n{counts[0]} positive, {counts[1]} negative", fontsize=7, labelpad=2)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        first = rows.iloc[0]
+        line[0].set_ylabel(f"anchor: {anchor}\n{first['positives']} positive, {first['negatives']} negative")
+    for ax, title in zip(axes[0], rows["shown"], strict=True):
+        ax.set_title(title)
+    handles = [Line2D([], [], linestyle="", label="anchor (student), its own key a positive", **STAR)]
+    handles += [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{label} key (teacher)", path_effects=DARK)
+        for colour, marker, label in ROLES.values()
+    ]
+    handles.append(Line2D([], [], color="white", label="labels", path_effects=HALO))
+    legend_below(figure, handles, columns=4)
+    first = panels.iloc[0]
+    figure.set_label(
+        f"{first['term']}: positions drawn from the {first['images']} slices of the batch of step {first['step'] + 1}, "
+        "before augmentation, in equal number from each class as far as it has them. The student's vector at a star is "
+        "compared with the teacher's at every mark, on these slices and on the others of the batch; left: numbers "
+        "in the batch."
+    )
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _example(examples: pd.DataFrame, arm: str, case: str) -> pd.Series:
+    found = examples[(examples["arm"] == arm) & (examples["case"] == case)]
+    if found.empty:
+        raise InputError(f"no example slice of arm {arm!r} and case {case!r}: run that arm on the fold of the case")
+    if "recipe" in found and found["recipe"].nunique() > 1:
+        raise InputError(f"{arm!r} has examples of several recipes: filter them by recipe")
+    return found.sort_values("seed").iloc[0]
+
+
+def _crop(mask: np.ndarray, margin: float = 1.3) -> tuple[slice, slice]:
+    """Rows and columns of a square about a mask, with a margin; the whole slice where the mask is empty."""
+    if not mask.any():
+        return slice(0, mask.shape[0]), slice(0, mask.shape[1])
+    where = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
+    extent, shortest = max(np.ptp(side) + 1 for side in where), min(mask.shape)
+    size = min(max(int(margin * extent), shortest // 4), shortest)
+    starts = [(side[0] + side[-1] + 1 - size) // 2 for side in where]
+    starts = np.clip(starts, 0, np.array(mask.shape) - size).tolist()
+    return slice(starts[0], starts[0] + size), slice(starts[1], starts[1] + size)
+
+
+def _trim(ax: Axes, mask: np.ndarray) -> None:
+    """Shows the square about a mask alone, whatever is drawn beyond."""
+    rows, columns = _crop(mask, margin=1.0)
+    ax.set(xlim=(columns.start - 0.5, columns.stop - 0.5), ylim=(rows.stop - 0.5, rows.start - 0.5))
+
+
+def _contours(ax: Axes, labels: np.ndarray, colour: str, style: object) -> None:
+    for value in np.unique(labels[labels > 0]):
+        if (labels != value).any():  # a class that fills the view has no outline
+            drawn = ax.contour(labels == value, levels=[0.5], colors=colour, linestyles=[style], linewidths=0.8)
+            drawn.set_path_effects(HALO)
+
+
+def _errors(ax: Axes, truth: np.ndarray, prediction: np.ndarray) -> None:
+    """Colours and hatches what is missed, too much or of the wrong class."""
+    true, said = truth > 0, prediction > 0
+    wrong = (true & ~said, ~true & said, true & said & (truth != prediction))
+    for (colour, hatch, _), mask in zip(ERRORS, wrong, strict=True):
+        overlay = np.zeros((*mask.shape, 4))
+        overlay[mask] = to_rgba(colour, 0.7)
+        ax.imshow(overlay)
+        if mask.any() and not mask.all():
+            ax.contourf(mask, levels=[0.5, 1.5], colors="none", hatches=[hatch]).set(edgecolor="black", linewidth=0)

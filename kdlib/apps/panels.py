@@ -1,0 +1,410 @@
+"""The panels of `notebooks/explore.ipynb`: widgets that call `kdlib.apps.explore` and show what it returns."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import anywidget
+import ipywidgets as widgets
+import nibabel as nib
+import numpy as np
+import traitlets
+from ipyniivue import NiiVue, ShowRender, SliceType, Volume
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from kdlib.analysis.figures.pictures import ERRORS
+from kdlib.analysis.metrics import METRICS
+from kdlib.apps import explore
+from kdlib.config import InputError, TrainingError
+
+
+def picture(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    return buffer.getvalue()
+
+
+def _said(error: Exception) -> str:
+    return f"<b>{html.escape(str(error))}</b>"
+
+
+def _dropdown(name: str, options=()) -> widgets.Dropdown:
+    return widgets.Dropdown(options=options, description=name, layout=widgets.Layout(width="36em"))
+
+
+def _number(value: float, name: str, step: float) -> widgets.FloatText:
+    style = {"description_width": "7em"}
+    return widgets.FloatText(value, description=name, step=step, style=style, layout=widgets.Layout(width="14em"))
+
+
+class Picker(widgets.VBox):
+    """Three lists: study, run, case. What is chosen stands in `run`, `teachers` and `case`; panels watch `chosen`.
+
+    Args:
+        results: folder that keeps runs and studies.
+        data: folder of the runs' data set, or "phantom".
+        study: the first one where empty.
+        run: key of a run; empty for the first distilled student, else the first run.
+        case: the first of the test part where empty.
+        device: auto, cpu or cuda.
+
+    Raises:
+        InputError: nothing to look at, or a name that is not there.
+    """
+
+    chosen = traitlets.Int(0)  # counts the choices
+    _filling = False  # while a list is filled by us, not changed by the user
+
+    def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
+        self.results, self.data, self.device = Path(results).resolve(), data, device
+        self.study_list = _dropdown("study", explore.studies(self.results))
+        self.run_list, self.case_list = _dropdown("run"), _dropdown("case")
+        self.message = widgets.HTML()
+        super().__init__([self.study_list, self.run_list, self.case_list, self.message])
+        if study:
+            self.study_list.value = explore.lookup("study", study, {name: name for name in self.study_list.options})
+        self._list_runs(run)
+        self._list_cases(case)
+        self.study_list.observe(lambda _: self._try(self._list_runs, self._list_cases), "value")
+        self.run_list.observe(lambda _: self._try(self._list_cases), "value")
+        self.case_list.observe(lambda _: self._try(), "value")
+
+    def _try(self, *steps: Callable[[], None]) -> None:
+        """Fills the lists below the one that was changed, then tells the panels; an error is said in one line."""
+        if self._filling:
+            return
+        self.message.value = ""
+        try:
+            for step in steps:
+                step()
+            self.chosen += 1
+        except InputError as error:
+            self.message.value = _said(error)
+
+    def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
+        self._filling = True
+        chooser.options = options
+        chooser.value = value
+        self._filling = False
+
+    def _list_runs(self, run: str = "") -> None:
+        self.table = explore.finished_runs(self.results, self.study_list.value)
+        keys = self.table["run"].tolist()
+        distilled = self.table.loc[self.table["teacher"].notna(), "run"].tolist()
+        students = self.table.loc[~self.table["model"].isin(explore.TEACHERS), "run"].tolist()
+        first = (distilled + students + keys)[0]
+        run = explore.lookup("run", run or first, dict(zip(keys, keys, strict=True)))
+        self._fill(self.run_list, list(zip(self.table["label"], keys, strict=True)), run)
+
+    def _list_cases(self, case: str = "") -> None:
+        self.run = explore.load_run(self.results, self.run_list.value, self.data, self.device)
+        self.teachers = explore.teachers_of(self.run, self.table, self.data, self.device)
+        rows = explore.cases(self.run)
+        names = rows["case"].tolist()
+        kept = self.case_list.value if self.case_list.value in names else names[0]
+        case = explore.lookup("case", case or kept, dict(zip(names, names, strict=True)))
+        said = [f"{r.case}, {r.part}" + (f", Dice {r.dice:.3f}" if r.dice == r.dice else "") for r in rows.itertuples()]
+        self._fill(self.case_list, list(zip(said, names, strict=True)), case)
+
+    @property
+    def case(self) -> str:
+        return self.case_list.value
+
+    def watch(self, show: Callable[[], None]) -> None:
+        """Calls `show` now and after each choice."""
+        self.observe(lambda _: show(), "chosen")
+        show()
+
+
+# ------------------------------------------------------------------------------------------------------------- viewer
+
+
+class WebGL(anywidget.AnyWidget):
+    """Asks the browser whether it draws volumes; stays `None` where there is no browser."""
+
+    _esm = """
+    export default {
+      render({ model }) {
+        const context = document.createElement("canvas").getContext("webgl2");
+        model.set("there", context !== null);
+        model.save_changes();
+        context?.getExtension("WEBGL_lose_context")?.loseContext();
+      },
+    };
+    """
+    there = traitlets.Bool(None, allow_none=True).tag(sync=True)
+
+
+def _nifti(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+    return gzip.compress(nib.Nifti1Image(voxels, affine).to_bytes(), compresslevel=1)
+
+
+def _volume(name: str, mask: np.ndarray, affine: np.ndarray, colours, labels) -> Volume:
+    """A mask to lay over the image, in plain colours by class; hidden at first."""
+    volume = Volume(data=_nifti(mask, affine), name=f"{name}.nii.gz", opacity=0.0, colorbar_visible=False)
+    red, green, blue = zip((0, 0, 0), *((np.array(to_rgb(c)) * 255).astype(int).tolist() for c in colours), strict=True)
+    alpha = [0, *[255] * len(colours)]
+    names = ["", *labels]
+    volume.set_colormap_label(
+        dict(R=list(red), G=list(green), B=list(blue), A=alpha, I=list(range(len(names))), labels=names)
+    )
+    return volume
+
+
+class Viewer(widgets.VBox):
+    """The case as a volume (NiiVue: scroll, click, drag) or, where the browser has no WebGL, slice by slice.
+
+    Args:
+        pick: what to show.
+
+    `place` is the slice, row and column of the network's slices that was clicked last.
+    """
+
+    place = traitlets.Tuple()
+
+    def __init__(self, pick: Picker, height: int = 480):
+        self.pick = pick
+        self.webgl = WebGL()
+        self.mode = widgets.ToggleButtons(options=["slices", "volume"], value="slices")
+        self.masks = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        # three planes alone: a rendering in 3D takes a browser without a GPU many times as long
+        planes = dict(multiplanar_show_render=ShowRender.NEVER, back_color=(0, 0, 0, 1), crosshair_width=0.3)
+        self.volume = NiiVue(height=height, **planes)
+        self.volume.set_slice_type(SliceType.MULTIPLANAR)
+        self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
+        self.volume.on_location_change(self._clicked)
+        self.number = widgets.IntSlider(
+            description="slice", continuous_update=False, layout=widgets.Layout(width="90%")
+        )
+        self.slices = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.body = widgets.VBox()
+        super().__init__([self.webgl, self.mode, self.body])
+        self.webgl.observe(lambda change: setattr(self.mode, "value", "volume" if change["new"] else "slices"), "there")
+        self.mode.observe(lambda _: self._lay_out(), "value")
+        self.number.observe(self._draw, "value")
+        pick.watch(self.show)
+
+    def show(self) -> None:
+        self.seen = explore.look(self.pick.run, self.pick.teachers, self.pick.case)
+        depth, number = self.seen.geometry.depth, explore.largest_slice(self.seen)
+        self.number.unobserve(self._draw, "value")
+        self.number.max, self.number.value = depth - 1, number
+        self.number.observe(self._draw, "value")
+        middle = self.seen.geometry.size // 2
+        self.place = (number, middle, middle)
+        self.loaded = False
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if self.mode.value == "volume":
+            if not self.loaded:
+                self._load()
+            self.body.children = [self.masks, self.volume]
+        else:
+            self._draw()
+            self.body.children = [self.number, self.slices]
+
+    def _draw(self, change: object = None) -> None:
+        if self.mode.value == "slices":
+            self.slices.value = picture(explore.draw_slice(self.seen, self.number.value))
+        self.place = (self.number.value, *self.place[1:])
+
+    def _load(self) -> None:
+        seen = self.seen
+        image = Volume(
+            data=_nifti(seen.image, seen.affine), name=f"{seen.case}.nii.gz", colormap="gray", colorbar_visible=False,
+            cal_min=seen.shown[0], cal_max=seen.shown[1],
+        )  # fmt: skip
+        colours = [explore.COLOURS[i % len(explore.COLOURS)] for i in range(len(seen.classes))]
+        layers = {name: _volume(name, mask, seen.affine, colours, seen.classes) for name, mask in seen.masks.items()}
+        wrong = [[colour for colour, _, _ in ERRORS], [kind for _, _, kind in ERRORS]]
+        layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
+        self.volume.load_volumes([image, *layers.values()])
+        shown = [box.value for box in self.masks.children]  # the same ones as before, whatever the run is called
+        if len(shown) != len(layers):
+            shown = [name == f"{list(seen.masks)[-1]} against truth" for name in layers]
+        boxes = [
+            widgets.Checkbox(False, description=name, indent=False, layout=widgets.Layout(width="auto"))
+            for name in layers
+        ]
+        for box, layer, checked in zip(boxes, layers.values(), shown, strict=True):
+            box.observe(lambda change, layer=layer: setattr(layer, "opacity", 0.6 if change["new"] else 0.0), "value")
+            box.value = checked
+        self.masks.children = boxes
+        self.loaded = True
+
+    def _clicked(self, location: dict) -> None:
+        voxel = [int(v) for v in location["vox"][:3]]
+        if all(0 <= v < side for v, side in zip(voxel, self.seen.geometry.shape, strict=True)):
+            self.place = explore.place(self.seen.geometry, tuple(voxel))
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+class GradientPanel(widgets.VBox):
+    """The terms' gradients in a region, which follows the viewer's last click.
+
+    Args:
+        pick: which student and case; viewer: where the region's middle is taken from.
+    """
+
+    def __init__(self, pick: Picker, viewer: Viewer):
+        self.pick, self.viewer = pick, viewer
+        self.number = widgets.IntSlider(description="slice", continuous_update=False)
+        self.rows, self.columns = (
+            widgets.IntRangeSlider(description=name, continuous_update=False) for name in ("rows", "columns")
+        )
+        self.button = widgets.Button(description="show gradients", button_style="primary")
+        self.message, self.table, self.image = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
+        self.image.layout.max_width = "100%"
+        super().__init__(
+            [self.number, self.rows, self.columns, self.button, self.message, self.image, self.table]
+        )  # fmt: skip
+        self.button.on_click(lambda _: self.show())
+        viewer.observe(lambda _: self._follow(), "place")
+        self._follow()
+        pick.watch(self._clear)
+
+    def _clear(self) -> None:
+        """What is shown is of another run or case."""
+        self.message.value, self.table.value, self.image.value = "", "", b""
+
+    def _follow(self) -> None:
+        """The region: a quarter of the slice's side about the place that was clicked."""
+        geometry, (number, row, column) = self.viewer.seen.geometry, self.viewer.place
+        self.number.max, self.number.value = geometry.depth - 1, number
+        half = geometry.size // 8
+        for slider, middle in ((self.rows, row), (self.columns, column)):
+            slider.max = geometry.size
+            slider.value = (max(middle - half, 0), min(middle + half, geometry.size))
+
+    def show(self) -> None:
+        self.message.value = "fitting projectors, then one step ..."
+        region = (*self.rows.value, *self.columns.value)
+        try:
+            found = explore.term_gradients(
+                self.pick.run, self.pick.teachers, self.pick.case, self.number.value, region
+            )  # fmt: skip
+        except InputError as error:
+            self.message.value = _said(error)
+            return
+        self.image.value = picture(explore.draw_gradients(found))
+        table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
+        self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
+        self.message.value = ""
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+class ComparisonPanel(widgets.VBox):
+    """The chosen run against another of its study, by test case."""
+
+    def __init__(self, pick: Picker, other: str = ""):
+        self.pick = pick
+        self.other = _dropdown("against")
+        self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
+        self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        super().__init__([self.other, self.metric, self.message, self.image])
+        for chooser in (self.other, self.metric):
+            chooser.observe(self.show, "value")
+        pick.watch(self._list)
+
+    def _list(self) -> None:
+        table, mine = self.pick.table, self.pick.run.run
+        table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
+        same = table[table["teacher"].isna() & (table["model"] == mine.model) & (table["fraction"] == mine.fraction)]
+        options = list(zip(table["label"], table["run"], strict=True))
+        self.other.unobserve(self.show, "value")
+        self.other.options = options
+        if not same.empty:  # the same student without a teacher
+            self.other.value = same["run"].iloc[0]
+        self.other.observe(self.show, "value")
+        self.show()
+
+    def show(self, change: object = None) -> None:
+        self.message.value = ""
+        if self.other.value is None:
+            self.message.value = "no other run of this fold"
+            return
+        try:
+            other = explore.load_run(self.pick.results, self.other.value, self.pick.data, self.pick.device)
+            table = explore.compare(self.pick.run, other, self.metric.value)
+        except InputError as error:
+            self.message.value = _said(error)
+            return
+        labels = self.pick.table.set_index("run")["label"]
+        drawn = explore.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
+        self.image.value = picture(drawn)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class TrainingPanel(widgets.VBox):
+    """A small training in place: weights and temperatures by term, live curves, the one before beside it."""
+
+    def __init__(self, pick: Picker):
+        self.pick = pick
+        self.terms = widgets.VBox()
+        self.epochs = widgets.BoundedIntText(5, min=1, max=1000, description="epochs")
+        self.steps = widgets.BoundedIntText(20, min=1, max=10000, description="steps each")
+        self.button = widgets.Button(description="train", button_style="primary")
+        self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.printed = widgets.Output()
+        super().__init__(
+            [self.terms, widgets.HBox([self.epochs, self.steps, self.button]), self.message, self.printed, self.image]
+        )  # fmt: skip
+        self.button.on_click(lambda _: self.train())
+        pick.watch(self._list)
+
+    def _list(self) -> None:
+        """One row a term: weight and temperature."""
+        self.histories: dict = {}
+        self.message.value, self.image.value = "", b""
+        try:
+            terms = explore.effective_recipe(self.pick.run, self.pick.teachers).recipe.terms
+        except InputError as error:
+            self.message.value = _said(error)
+            terms = ()
+        self.button.disabled = not terms
+        self.weights = {t.name: _number(t.weight, "weight", 0.05) for t in terms}
+        self.temperatures = {
+            t.name: _number(t.temperature, "temperature", 0.1) for t in terms if t.temperature is not None
+        }
+        rows = []
+        for term in terms:
+            parts = [widgets.Label(f"{term.name} ({term.loss})", layout=widgets.Layout(width="12em"))]
+            parts += [found[term.name] for found in (self.weights, self.temperatures) if term.name in found]
+            rows.append(widgets.HBox(parts))
+        self.terms.children = rows
+
+    def train(self) -> None:
+        weights, temperatures = (
+            {name: box.value for name, box in boxes.items()} for boxes in (self.weights, self.temperatures)
+        )
+        before = dict(list(self.histories.items())[-1:])
+        title = f"training {len(self.histories) + 1}"
+        self.button.disabled, self.message.value = True, "training ..."
+
+        def draw(history) -> None:
+            self.histories[title] = history
+            self.image.value = picture(explore.draw_history({title: history, **before}))
+
+        try:
+            with self.printed:
+                explore.train_small(
+                    self.pick.run, self.pick.teachers, weights, temperatures, self.epochs.value, self.steps.value, draw
+                )
+            self.message.value = "not a result: nothing was saved, and no test case was seen"
+        except (InputError, TrainingError) as error:
+            self.message.value = _said(error)
+        finally:
+            self.button.disabled = False

@@ -1,0 +1,208 @@
+"""Volumes in, metrics of every case out: in the label file's own grid, in mm and ml."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
+from monai.metrics.utils import get_edge_surface_distance
+from torch import Tensor, nn
+
+from kdlib.analysis.metrics import METRICS
+from kdlib.config import InputError
+from kdlib.data.decathlon import Dataset
+from kdlib.data.slices import SliceBank, restore
+from kdlib.losses.segmentation import predict, probabilities
+from kdlib.training import ranks
+from kdlib.training.device import autocast
+
+TOLERANCE = 2.0  # mm that a surface may be off and still count as right (NSD)
+
+
+def case_metrics(
+    prediction: np.ndarray, truth: np.ndarray, classes: Sequence[str], spacing: Sequence[float]
+) -> pd.DataFrame:
+    """Every metric of every class of one volume.
+
+    Overlap: dice, iou, recall and precision of voxels, 0 to 1. Surfaces are the voxels of a mask with a face neighbour
+    outside it, distances run between voxel centres in mm, all as MONAI defines them: `hd95` is the larger of the two
+    directed 95th percentiles, `assd` the mean over both surfaces' voxels taken together, `nsd` (surface Dice,
+    arXiv 1809.04430, counted in voxels) the part of both surfaces within 2 mm of the other. `volume_error` is
+    prediction minus truth and `truth_volume` the truth's volume, in ml.
+
+    | empty           | dice, iou, nsd | recall | precision | hd95, assd             |
+    |-----------------|----------------|--------|-----------|------------------------|
+    | both            | 1              | 1      | 1         | 0                      |
+    | truth only      | 0              | NaN    | 0         | the volume's diagonal  |
+    | prediction only | 0              | 0      | NaN       | the volume's diagonal  |
+
+    NaN stands for a ratio that is undefined; the diagonal, longer than any distance within the volume, keeps a missed
+    organ from dropping out of the mean.
+
+    Args:
+        prediction, truth: XYZ class indices, 0 background, 1..C the position in `classes`.
+        classes: names of the foreground classes.
+        spacing: mm of a voxel along X, Y and Z.
+
+    Returns:
+        a table with columns class, metric (the names in `METRICS`) and value.
+
+    Raises:
+        InputError: shapes differ, or a label lies outside 0..C.
+    """
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.shape != truth.shape:
+        raise InputError(f"prediction has shape {prediction.shape} and truth {truth.shape}: give both in the same grid")
+    for name, labels in (("prediction", prediction), ("truth", truth)):
+        if labels.min() < 0 or labels.max() > len(classes):
+            found = f"{labels.min()} to {labels.max()}"
+            raise InputError(f"{name} has labels {found}: {len(classes)} classes allow 0 to {len(classes)}")
+    spacing = [float(side) for side in spacing]
+    rows = []
+    for value, name in enumerate(classes, start=1):
+        metrics = _mask_metrics(prediction == value, truth == value, spacing)
+        rows += [{"class": name, "metric": metric, "value": metrics[metric]} for metric in METRICS]
+    return pd.DataFrame(rows)
+
+
+def _mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: list[float]) -> dict[str, float]:
+    """The metrics of two boolean XYZ masks; see `case_metrics`."""
+    ml = float(np.prod(spacing)) / 1000
+    predicted, true = np.count_nonzero(prediction), np.count_nonzero(truth)
+    volumes = {"volume_error": (predicted - true) * ml, "truth_volume": true * ml}
+    if not predicted and not true:
+        return dict(dice=1.0, iou=1.0, recall=1.0, precision=1.0, nsd=1.0, hd95=0.0, assd=0.0) | volumes
+    # every voxel of either mask lies in the box, so a crop to it changes no metric and saves most of the time
+    box = _box(prediction | truth)
+    pair = [torch.from_numpy(mask[box]) for mask in (prediction, truth)]
+    counts = get_confusion_matrix(*(mask[None, None].to(torch.uint8) for mask in pair))
+    names = {"dice": "f1 score", "iou": "threat score", "recall": "recall", "precision": "precision"}
+    overlap = {ours: float(compute_confusion_matrix_metric(theirs, counts)) for ours, theirs in names.items()}
+    if not predicted or not true:
+        diagonal = float(np.linalg.norm(np.multiply(prediction.shape, spacing)))
+        return overlap | dict(nsd=0.0, hd95=diagonal, assd=diagonal) | volumes
+    with warnings.catch_warnings():  # MONAI 1.6 calls itself with an argument that it deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        directed = get_edge_surface_distance(*pair, spacing=spacing, symmetric=True)[1]
+    both = np.concatenate(directed)
+    surface = dict(
+        hd95=float(max(np.quantile(distances, 0.95) for distances in directed)),
+        assd=float(both.mean(dtype=np.float64)),
+        nsd=float((both <= TOLERANCE).mean()),
+    )
+    return overlap | surface | volumes
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Bounding box of an XYZ mask that is not empty."""
+    sides = [np.flatnonzero(mask.any(axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
+    return tuple(slice(side[0], side[-1] + 1) for side in sides)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the device."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device):
+            yield device
+    finally:
+        model.train(training)
+
+
+def _logits(
+    model: nn.Module, bank: SliceBank, slices: Tensor, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits [B,C,H,W] float32, labels [B,H,W] and cases [B] of slices [n] in their order, on the model's device."""
+    for index in slices.split(batch) if len(slices) else ():
+        images, labels = bank.batch(index)
+        images = images.to(device, memory_format=torch.channels_last)
+        logits = model(images, reconstruct=False).segmentation.float()
+        yield logits, labels.to(device), bank.case_index[index].to(device)
+
+
+def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[str, Tensor]:
+    """Probabilities of every case of the bank: name -> [C,D,H,W] in the slice grid, on the model's device.
+
+    C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
+    """
+    slices = torch.arange(len(bank), device=bank.images.device)
+    with _inference(model) as device:
+        scores = torch.cat([probabilities(logits) for logits, *_ in _logits(model, bank, slices, batch, device)])
+    owner = bank.case_index.to(scores.device)
+    return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
+
+
+def volume_dice(
+    model: nn.Module, bank: SliceBank, batch: int = 32, threshold: float = 0.5, pooled: bool = False
+) -> float:
+    """Dice of every volume and class in the slice grid, then their mean; empty masks as in `case_metrics`.
+
+    Args:
+        threshold: probability above which a pixel of a one-channel model is foreground.
+        pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
+    """
+    own = ranks.deal(torch.arange(len(bank.cases), device=bank.case_index.device))
+    slices = torch.isin(bank.case_index, own).nonzero()[:, 0]
+    with _inference(model) as device:
+        # of every class and volume: both masks, prediction, truth
+        volumes = torch.zeros(len(bank.classes), 3, len(bank.cases), dtype=torch.int64, device=device)
+        for logits, labels, cases in _logits(model, bank, slices, batch, device):
+            guess = predict(logits, threshold)
+            masks = [(guess == value, labels == value) for value in range(1, len(bank.classes) + 1)]
+            sums = [torch.stack([(p & t).sum((1, 2)), p.sum((1, 2)), t.sum((1, 2))]) for p, t in masks]
+            volumes.index_add_(2, cases, torch.stack(sums))
+    volumes = ranks.total(volumes)
+    if pooled:
+        volumes = volumes.sum(2, keepdim=True)
+    both, predicted, true = volumes.double().unbind(1)
+    return float(torch.where(predicted + true > 0, 2 * both / (predicted + true), 1.0).mean())
+
+
+def evaluate(
+    model: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str], threshold: float = 0.5
+) -> tuple[pd.DataFrame, list[dict]]:
+    """Metrics of `cases` in the grid of their label files, which the truth is read from.
+
+    Probabilities, not labels, go back to the file's grid; there one class is cut at the threshold, and of several the
+    most probable wins.
+
+    Args:
+        bank: slices of at least these cases.
+        dataset: where the label files and their spacing are.
+        threshold: probability above which a voxel of a one-channel model is foreground.
+
+    Returns:
+        a table with columns case, class, metric and value; and for every case the slice (in the slice grid) with the
+        largest true area, as a dict of name, and image, truth and prediction (uint8 HW).
+
+    Raises:
+        InputError: a case that the bank or the data set does not hold.
+    """
+    tables, examples = [], []
+    for name in cases:  # one at a time: the probabilities of many classes fill the memory
+        part, case = bank.select([name]), dataset.case(name)
+        scores = predict_cases(model, part)[name]
+        prediction = _labels(restore(scores, part.geometry[name]), threshold).cpu().numpy()
+        file = np.asarray(nib.load(case.label).dataobj).round().astype(int)
+        truth = np.zeros_like(file)
+        for value, label in enumerate(bank.classes, start=1):
+            truth[file == dataset.labels[label]] = value
+        tables.append(case_metrics(prediction, truth, bank.classes, case.spacing).assign(case=name))
+        largest = int((part.labels > 0).sum((1, 2)).argmax())
+        guess = _labels(scores[:, largest], threshold)
+        shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=guess)
+        examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})
+    return pd.concat(tables, ignore_index=True)[["case", "class", "metric", "value"]], examples
+
+
+def _labels(scores: Tensor, threshold: float = 0.5) -> Tensor:
+    """Class indices of probabilities whose first axis is the channel."""
+    return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()

@@ -1,0 +1,224 @@
+"""What the figures of method, features and pairs are drawn from: small tables and arrays of runs, made with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from kdlib.config import LOSS_NAMES, InputError, Run, derive_seed
+from kdlib.evaluation.agreement import sample_features
+from kdlib.experiments.runs import run_bank, run_source, trained
+from kdlib.losses import LOSSES
+from kdlib.losses._common import resize_labels
+from kdlib.models import count_parameters
+from kdlib.training.device import pick_device
+from kdlib.training.distiller import Distiller, _split, probe, scales_of
+from kdlib.training.loop import batch_indices, new_model
+
+
+def features(runs: Sequence[Run], results: Path | str = "results", device: str = "auto") -> dict[str, np.ndarray]:
+    """Features of the same test pixels in the best weights of finished runs of one fold; see `sample_features`.
+
+    Raises:
+        InputError: a run without weights.
+    """
+    results, place = Path(results).resolve(), pick_device(device)
+    fold = run_source(runs[0], results).folds[runs[0].fold]
+    bank = run_bank(runs[0], results).select(fold.test).to(place)
+    models = {run.name: trained(run, len(bank.classes), results, place) for run in runs}
+    return sample_features(models, bank)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
+    """Positive and negative pairs of a supervised contrastive loss in the run's first batch with target, before augmentation.
+
+    Of the run's labelled terms the one on the finest grid, with the positions that its loss draws. Two anchors lie on
+    the batch's slice with most target: one of its largest class and one of the background, of those drawn the nearest
+    to the middle of that class. Each is shown with its keys on three slices: its own, the one of another patient with
+    most target, and the one with least.
+
+    Args:
+        run: a distilled student; nothing of it needs to be trained.
+
+    Returns:
+        arrays with a row a panel (anchor by anchor): anchor (its class), shown (which slice it is), case, image and
+        labels [H,W] uint8, role [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left out),
+        row and column of the anchor on that grid (-1 where it lies on another slice), positives and negatives (of the
+        anchor in the whole batch), images (of the batch), step (of the batch, from 0) and term.
+
+    Raises:
+        InputError: the run has no supervised contrastive loss, or its training slices show no target.
+    """
+    labelled = [term for term in run.effective_recipe.terms if term.loss == "supcon"]
+    if not labelled:
+        raise InputError(
+            f"{run.name} ({run.effective_recipe.name}) has no supervised contrastive loss, so it has no pairs to show"
+        )
+    results = Path(results).resolve()
+    fold = run_source(run, results).folds[run.fold]
+    bank = run_bank(run, results).select(fold.subset(run.fraction))
+    model = new_model(run, len(bank.classes))
+    names = scales_of([run.effective_recipe])
+    shapes = probe(model, model.scales, names, size=run.preprocessing.size)
+    grids = {term.name: _grid(shapes, term.student_layers[0]) for term in labelled}
+    term = max(labelled, key=lambda term: grids[term.name][0])
+    if not bank.labels.any():
+        raise InputError(f"{run.name}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
+    batches = enumerate(batch_indices(len(bank), run.optimisation.batch, run.seed))
+    step, index = next((step, index) for step, index in batches if bank.labels[index].any())
+    images, labels = bank.images[index], bank.labels[index]
+    patients = bank.patient_of(index)
+    area = (labels > 0).flatten(1).sum(1)
+    loss = LOSSES[term.loss](**term.arguments)
+    coarse = resize_labels(labels.long(), torch.empty(len(labels), 1, *grids[term.name]), "supervised contrastive loss")
+    seed = derive_seed(derive_seed(run.seed, "terms", step), term.name)  # as the step and the distiller derive it
+    drawn = loss.draw(coarse, torch.Generator().manual_seed(seed))
+    first = int(area.argmax())
+    shown = _slices(area, patients, first)
+    panels = []
+    for anchor in _anchors(coarse, drawn, first):
+        relation = loss.relation(anchor[None], drawn, coarse, patients)[0]
+        role = torch.zeros(coarse.numel(), dtype=torch.int8)
+        role[drawn] = relation
+        role = role.view(coarse.shape)
+        value = int(coarse.flatten()[anchor])
+        place = [int(i) for i in np.unravel_index(int(anchor), coarse.shape)]
+        for image, title in shown.items():
+            panels.append(
+                dict(
+                    anchor=bank.classes[value - 1] if value else "background",
+                    shown=title,
+                    case=bank.cases[bank.case_index[index[image]]],
+                    image=images[image].numpy(),
+                    labels=labels[image].numpy(),
+                    role=role[image].numpy(),
+                    row=place[1] if image == first else -1,
+                    column=place[2] if image == first else -1,
+                    positives=int((relation > 0).sum()),
+                    negatives=int((relation < 0).sum()),
+                    images=len(index),
+                    step=step,
+                    term=term.name,
+                )  # fmt: skip
+            )
+    return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}
+
+
+def _grid(shapes: dict[str, torch.Size], place: str) -> list[int]:
+    name, factor = _split(place)
+    return [side // factor for side in shapes[name][1:]]
+
+
+def _slices(area: torch.Tensor, patients: torch.Tensor, first: int) -> dict[int, str]:
+    """Images to show and what they are: the anchor's, another patient's with most target, the one with least."""
+    ranked = area.argsort(descending=True, stable=True).tolist()
+    others = [image for image in ranked if patients[image] != patients[first]]
+    chosen = {ranked[-1]: "the slice with least target"} | {image: "another patient's slice" for image in others[:1]}
+    return {first: "the anchor's slice"} | {i: title for i, title in reversed(chosen.items()) if i != first}
+
+
+def _anchors(labels: torch.Tensor, drawn: torch.Tensor, image: int) -> list[torch.Tensor]:
+    """Of the drawn positions on an image, of its largest class and of the background those nearest to its middle."""
+    size = labels[0].numel()
+    own = labels[image]
+    value = int(own[own > 0].mode().values)
+    middle = (own == value).nonzero().float().mean(0)
+    here = drawn[drawn // size == image]
+    points = torch.stack([here % size // own.shape[1], here % own.shape[1]], 1)
+    distance = (points - middle).norm(dim=1)
+    found = [labels.flatten()[here] == wanted for wanted in (value, 0)]
+    return [here[mask][distance[mask].argmin()] for mask in found if mask.any()]
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+
+
+def plan(run: Run, classes: int = 1) -> pd.DataFrame:
+    """A distilled run's method as a table, read off its networks, its recipe and its distiller.
+
+    Args:
+        run: a distilled student with one teacher.
+        classes: foreground classes.
+
+    Returns:
+        a table with a column kind, and rows of these kinds:
+        "network": model, role ("teacher" or "student"), parameters and inference_parameters (without the
+        reconstruction decoder);
+        "stage", for each scale, and "reconstruction": also name, channels, stride (input pixels a side of one of its
+        own) and parameters (up-sampling included);
+        "loss", what a network learns from besides its teacher: also name and weight;
+        "term", what the teacher is_teacher: name, loss (as printed), weight, temperature, student_at, teacher_layers,
+        channels (that both are projected to), balance (of the recipe) and compared (see `Adapter`), a row a pair of
+        scales.
+
+    Raises:
+        InputError: the run has not one teacher.
+    """
+    if len(run.teacher_runs()) != 1:
+        raise InputError(f"{run.name}: the method is drawn for a student of one teacher")
+    ((_, teacher),) = run.teacher_runs().items()
+    size = run.preprocessing.size
+    rows, shapes = [], {}
+    for role, who in (("teacher", teacher), ("student", run)):
+        with torch.device("meta"):  # shapes and numbers alone
+            network = new_model(who, classes)
+        shapes[role] = probe(network, network.scales, network.scales, size=size)
+        label = dict(model=who.model, role=role)
+        rows += [label | row for row in _network(network, shapes[role], size)]
+        if "logits" not in shapes[role]:  # a network from elsewhere names scales only, but has logits all the same
+            channels = 1 if classes == 1 else classes + 1
+            rows.append(label | dict(kind="stage", name="logits", channels=channels, stride=1))
+        rows += [label | row for row in _losses(who, network)]
+    distiller = Distiller(run.effective_recipe, shapes["student"], {teacher.model: shapes["teacher"]}, run.seed)
+    for term in run.effective_recipe.terms:
+        made = distiller.terms[term.name]
+        projectors = [adapter.student for adapter in made.adapters if adapter.student is not None]
+        for at, teacher_layers in zip(term.student_layers, term.teacher_layers, strict=True):
+            rows.append(
+                dict(
+                    kind="term",
+                    name=term.name,
+                    loss=LOSS_NAMES[term.loss],
+                    weight=term.weight,
+                    temperature=getattr(made.loss, "temperature", None),
+                    student_at=at,
+                    teacher_layers=teacher_layers,
+                    channels=projectors[0].conv.out_channels if projectors else None,
+                    balance=run.effective_recipe.balance,
+                    compared=made.describe(),
+                )  # fmt: skip
+            )
+    whole = dict.fromkeys(["channels", "stride", "parameters", "inference_parameters"], "Int64")
+    table = pd.DataFrame(rows).astype(whole)
+    return table[["kind", *table.columns.drop("kind")]]
+
+
+def _network(network: nn.Module, shapes: dict[str, torch.Size], size: int) -> list[dict]:
+    whole, spared = count_parameters(network), 0
+    rows = []
+    if getattr(network, "reconstructs", False):
+        spared = count_parameters(network.reconstruction)
+        rows = [dict(kind="reconstruction", name="reconstruction", parameters=spared)]
+    stages = []
+    for name, shape in shapes.items():
+        paths = {network.scales[name], network.scales[name].replace(".decoder.", ".up.")}  # of a decoder: both
+        parameters = sum(count_parameters(network.get_submodule(path)) for path in paths)
+        stages.append(dict(kind="stage", name=name, channels=shape[0], stride=size // shape[1], parameters=parameters))
+    return [dict(kind="network", parameters=whole, inference_parameters=whole - spared), *stages, *rows]
+
+
+def _losses(run: Run, network: nn.Module) -> list[dict]:
+    recipe = run.effective_recipe
+    name = {"dice": "Dice", "dice+ce": "Dice + cross-entropy"}[recipe.segmentation]
+    rows = [dict(kind="loss", name=name, weight=recipe.segmentation_weight)]
+    if recipe.reconstruction_weight and getattr(network, "reconstructs", False):
+        rows.append(dict(kind="loss", name="reconstruction MSE", weight=recipe.reconstruction_weight))
+    return rows

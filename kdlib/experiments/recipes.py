@@ -1,0 +1,96 @@
+"""The recipes of the experiments: the thesis's, every distiller alone, and the negative controls."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kdlib.config import LOSS_NAMES, SCALES, InputError, Recipe, Run, Term, lookup
+from kdlib.losses import LOSSES
+
+WEIGHTS = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}  # of the thesis
+BALANCE = 0.5  # gradient of a distiller that is compared with others, as a multiple of the segmentation loss's
+DISTILLERS = tuple(name for name in LOSSES if name != "softmax_kl")  # all but the published term that is always 0
+QUICK = ("kl", "dkd", "fitnet", "at", "sp", "ifvd", "infonce", "supcon")  # two of each family, for a small comparison
+
+
+def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
+    """The thesis's four terms, with its weights and temperatures, for a chosen feature loss.
+
+    Args:
+        student: "S1" (contrastive temperature 0.4), "S2" or another (0.1).
+        loss: of the feature terms: "supcon" (supervised contrast on pixels), "infonce" as published, "fitnet", or any
+            other feature loss of `kdlib.losses.LOSSES`, which then keeps its own temperature.
+        only: the terms to keep, for an ablation.
+    """
+    unknown = [name for name in only if name not in WEIGHTS]
+    if unknown:
+        raise InputError(f"distillation terms {unknown}: choose from {', '.join(WEIGHTS)}")
+    temperature = _temperature(student, loss)
+    terms = tuple(
+        Term(name, "kl", weight, 4.0) if name == "PMD" else Term(name, loss, weight, temperature)
+        for name, weight in WEIGHTS.items()
+        if name in only
+    )
+    names = "+".join(term.name for term in terms)
+    return Recipe(f"{names} ({loss})" if names != "PMD" else names, terms=terms)
+
+
+def _temperature(student: str, loss: str) -> float | None:
+    return {"S1": 0.4}.get(student, 0.1) if loss in ("supcon", "infonce") else None
+
+
+def distiller(loss: str, student: str) -> Recipe:
+    """One distiller alone, where its paper puts it: prediction maps at the logits, features at E-E, B-B and D-D.
+
+    Papers scale their losses in all ways, so weights would compare scales, not distillers: here each distiller's
+    gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training.loop.balance`).
+
+    Args:
+        loss: one of `DISTILLERS`.
+        student: "S1" or "S2", for the thesis's temperature of its contrast.
+
+    Raises:
+        InputError: no such distiller.
+    """
+    made = lookup("distiller", loss, {name: LOSSES[name] for name in DISTILLERS})
+    if made.reads == "logits":
+        terms = (Term("PMD", loss, 1.0),)
+    elif made.adapt == "own":
+        terms = (Term("scales", loss, 1.0, student_layers=("encoder1", "encoder2", "bottleneck")),)
+    else:
+        features = [name for name, at in SCALES.items() if at != ("logits",)]
+        terms = tuple(Term(name, loss, WEIGHTS[name], _temperature(student, loss)) for name in features)
+    return Recipe(LOSS_NAMES[loss], terms=terms, balance=BALANCE)
+
+
+def controls(student: str, teacher: str, **setting) -> list[Run]:
+    """Negative controls of the thesis's recipe: if they do as well as it does, the teacher taught nothing.
+
+    All weights 0; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
+    random weights, or redrawn at every step; and, without a teacher, label smoothing and a student trained for the
+    teacher's steps and its own together; and the student's own like as teacher.
+
+    Args:
+        setting: the other fields of the runs.
+    """
+    recipe = thesis_recipe(student)
+    silent = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
+
+    def projected(kind: str) -> tuple[Term, ...]:
+        return tuple(t if t.name == "PMD" else dataclasses.replace(t, projector=kind) for t in recipe.terms)
+
+    taught = {
+        "all weights 0": dict(terms=silent),
+        "random teacher": dict(teacher="random"),
+        "shuffled teacher": dict(teacher="shuffled"),
+        "frozen projectors": dict(terms=projected("frozen")),
+        "redrawn projectors": dict(terms=projected("redrawn")),
+    }
+    runs = [
+        Run(model=student, teacher=teacher, recipe=dataclasses.replace(recipe, name=name, **change), **setting)
+        for name, change in taught.items()
+    ]
+    alone = [Recipe("label smoothing", smoothing=0.1), Recipe("both budgets", budget="both")]
+    runs += [Run(model=student, recipe=recipe, **setting) for recipe in alone]
+    own = dataclasses.replace(recipe, name="self-teacher")
+    return [*runs, Run(model=student, teacher=student, recipe=own, **setting)]

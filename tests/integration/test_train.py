@@ -1,0 +1,460 @@
+"""The loop: reproducible, the same alone and in a cohort, blind to the test part, loud about dead terms and NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdlib.config import PROTOCOLS, Preprocessing, Profile, Recipe, Run, Term, TrainingError
+from kdlib.data import SliceBank
+from kdlib.experiments.recipes import thesis_recipe
+from kdlib.losses import LOSSES
+from kdlib.training import loop as training
+from kdlib.training.loop import (
+    EpochLog,
+    batch_indices,
+    epochs_of,
+    gradient_of,
+    new_arm,
+    new_model,
+    steps_per_epoch,
+    train_cohort,
+)
+
+CPU = torch.device("cpu")
+TINY = Profile("tiny", Preprocessing(32), 0.125, 2, 2, 3, 3, folds=4)
+
+
+def blobs(cases: int = 2, slices: int = 6, seed: int = 0, classes: int = 1) -> SliceBank:
+    """Bright squares on noise: something a network can learn within a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    n = cases * slices
+    images = torch.randint(0, 80, (n, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.zeros(n, 32, 32, dtype=torch.uint8)
+    for i in range(n):
+        top, left = torch.randint(2, 18, (2,), generator=generator).tolist()
+        labels[i, top : top + 12, left : left + 12] = 1 + i % classes
+    images[labels > 0] += 120
+    index = torch.arange(n)
+    return SliceBank(
+        images, labels, index // slices, torch.stack([index, index], 1), tuple(f"c{i}" for i in range(cases)),
+        tuple(f"class{i}" for i in range(classes)), "repeat", {}, tuple(range(cases)),
+    )  # fmt: skip
+
+
+def run_of(model: str = "S1", **changes) -> Run:
+    return Run("phantom", "spleen", model, profile=TINY, **changes)
+
+
+def distilled(only=("E-E", "B-B", "D-D", "PMD"), loss="supcon", model="S1", seed=0) -> Run:
+    return run_of(model, teacher="T1", recipe=thesis_recipe(model, loss, only), fraction=0.5, seed=seed)
+
+
+def frozen_teacher() -> dict[str, torch.nn.Module]:
+    return {"T1": new_model(run_of("T1"), 1).eval().requires_grad_(False)}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train_one(run: Run, teachers=None, **kwargs):
+    return train_cohort([run], blobs(), blobs(1, seed=9), 3, CPU, teachers, **kwargs)[0]
+
+
+@pytest.mark.parametrize("run", [run_of("S1"), run_of("T1"), distilled()], ids=["baseline", "teacher", "distilled"])
+def test_same_seed_same_weights_to_the_bit(run):
+    teacher = frozen_teacher() if run.teacher else None
+    first, second = (train_one(run, teacher) for _ in range(2))
+    assert same(first.model.state_dict(), second.model.state_dict()) and same(first.best, second.best)
+    other = train_one(dataclasses.replace(run, seed=1), teacher)
+    assert not same(first.model.state_dict(), other.model.state_dict())
+
+
+def test_cohort_and_alone_give_the_same_weights():
+    runs = [
+        distilled(),
+        distilled(("PMD",)),
+        distilled(("B-B", "D-D"), "infonce"),
+        distilled(("E-E",), "fitnet"),
+        distilled(model="S2"),
+    ]
+    teacher = frozen_teacher()
+    together = train_cohort(runs, blobs(), blobs(1, seed=9), 3, CPU, teacher)
+    for run, arm in zip(runs, together, strict=True):
+        alone = train_one(run, teacher)
+        assert same(arm.model.state_dict(), alone.model.state_dict()), run.recipe.name
+        assert arm.history == alone.history
+
+
+def test_the_teacher_is_untouched_by_a_cohort():
+    teacher = frozen_teacher()
+    before = {name: tensor.clone() for name, tensor in teacher["T1"].state_dict().items()}
+    train_cohort([distilled()], blobs(), blobs(1), 3, CPU, teacher)
+    assert same(before, teacher["T1"].state_dict())
+    assert not any(module._forward_hooks for module in teacher["T1"].modules())
+
+
+def test_order_is_shuffled_passes_and_depends_on_the_seed_alone():
+    batches = batch_indices(10, 4, seed=3)
+    drawn = torch.cat([next(batches) for _ in range(5)])
+    assert sorted(drawn[:10].tolist()) == list(range(10)) == sorted(drawn[10:].tolist())
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+    again = batch_indices(10, 4, seed=3)
+    assert torch.equal(drawn, torch.cat([next(again) for _ in range(5)]))
+    assert not torch.equal(drawn[:4], next(batch_indices(10, 4, seed=4)))
+    assert len(next(batch_indices(3, 8, seed=0))) == 8, "a batch larger than the data is filled from further passes"
+
+
+def test_initial_weights_do_not_depend_on_the_recipe():
+    assert same(new_model(run_of("S1"), 1).state_dict(), new_model(distilled(), 1).state_dict())
+
+
+def test_students_of_every_fraction_have_the_same_budget():
+    free = dataclasses.replace(TINY, teacher_steps=None, student_steps=None)
+    whole, half = (Run("phantom", "spleen", "S1", fraction=f, profile=free) for f in (1.0, 0.5))
+    assert steps_per_epoch(whole, 320) == steps_per_epoch(half, 320) == 10
+    assert steps_per_epoch(Run("phantom", "spleen", "T1", profile=free), 320) == 20
+    assert steps_per_epoch(run_of("S1"), 320) == 3
+
+
+def test_schedule_warms_up_and_decays():
+    arm = new_arm(run_of("S1"), 1, 100, CPU, {})
+    factor = arm.schedule.lr_lambdas[0]
+    assert factor(0) == pytest.approx(0.2) and factor(4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.04)))
+    assert factor(50) == pytest.approx(0.5) and factor(99) < 0.001
+    thesis = new_arm(run_of("S1", protocol=PROTOCOLS["thesis"]), 1, 100, CPU, {})
+    assert {thesis.schedule.lr_lambdas[0](step) for step in range(100)} == {1.0}
+
+
+def test_protocols_choose_the_optimiser():
+    thesis = PROTOCOLS["thesis"]
+    student = Run("phantom", "spleen", "S1", teacher="T1", recipe=thesis_recipe("S1"), profile=TINY, protocol=thesis)
+    arm = new_arm(student, 1, 10, CPU, frozen_teacher())
+    assert isinstance(arm.optimiser, torch.optim.RMSprop) and arm.optimiser.defaults["lr"] == 1e-2
+    arm = new_arm(run_of("T1", protocol=thesis), 1, 10, CPU, {})
+    assert isinstance(arm.optimiser, torch.optim.AdamW) and arm.optimiser.defaults["betas"] == (0.9, 0.95)
+
+
+def test_projectors_are_in_the_optimiser_and_move():
+    arm = new_arm(distilled(), 1, 10, CPU, frozen_teacher())
+    optimised = {id(parameter) for group in arm.optimiser.param_groups for parameter in group["params"]}
+    assert all(id(parameter) in optimised for parameter in arm.distiller.parameters())
+    trained = train_one(distilled(), frozen_teacher())
+    for name, parameter in trained.distiller.named_parameters():
+        assert not torch.equal(parameter, dict(arm.distiller.named_parameters())[name]), name
+
+
+def test_a_baseline_learns_and_the_best_epoch_is_kept():
+    profile = dataclasses.replace(TINY, student_epochs=6, student_steps=15)
+    arm = train_cohort([Run("phantom", "spleen", "S1", profile=profile)], blobs(4), blobs(2, seed=9), 15, CPU)[0]
+    dice = {row["epoch"]: row["value"] for row in arm.history if row["name"] == "val_dice"}
+    assert arm.best_dice == max(dice.values()) == dice[arm.best_epoch] > 0.6
+    assert arm.best_epoch == min(epoch for epoch, value in dice.items() if value == arm.best_dice)
+
+
+def test_history_has_every_term_and_its_gradient():
+    names = {row["name"] for row in train_one(distilled(), frozen_teacher()).history}
+    terms = {"segmentation", "E-E", "B-B", "D-D", "PMD"}
+    measured = {f"{kind}/{term}" for kind in ("grad", "share", "cosine") for term in terms}
+    assert names == terms | measured | {f"projector_change/{term}" for term in ("E-E", "B-B", "D-D")} | {
+        "loss",
+        "val_dice",
+        "lr",
+    }
+    assert "reconstruction" in {row["name"] for row in train_one(run_of("T1")).history}
+
+
+def test_a_term_that_passes_no_gradient_stops_its_arm_and_no_other(monkeypatch):
+    class Constant(torch.nn.Module):
+        reads, adapt = "features", "both"
+
+        def __init__(self, temperature=None):
+            super().__init__()
+
+        def forward(self, student, teacher, labels=None, context=None):
+            return torch.tensor(3.0)
+
+    monkeypatch.setitem(LOSSES, "infonce", Constant)
+    arms = train_cohort([distilled(("B-B",), "infonce"), distilled()], blobs(), blobs(1), 3, CPU, frozen_teacher())
+    assert "B-B (infonce) passed no gradient" in str(arms[0].failure) and "epoch 1" in str(arms[0].failure)
+    assert arms[1].failure is None and arms[1].best
+
+
+def test_the_published_prediction_term_would_be_caught():
+    """Fault 2: a softmax over one channel is exactly 1, so the term and its gradient are exactly 0."""
+    arm = new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher())
+    log, logits = EpochLog(arm), torch.randn(2, 1, 8, 8, requires_grad=True)
+    published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="sum")
+    log.add(
+        {"loss": published, "segmentation": published, "PMD": published},
+        {"segmentation": torch.ones(3), "PMD": torch.zeros(3)},
+    )
+    with pytest.raises(TrainingError, match="PMD .* was exactly zero in epoch 4"):
+        log.rows(4)
+
+
+def test_gradients_are_measured_twice_and_again_while_they_are_zero():
+    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
+    assert log.unmeasured() == ["segmentation", "PMD"]
+    for _ in range(2):
+        log.add({"PMD": torch.ones(())}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
+    assert log.unmeasured() == ["PMD"]
+    log.add({"PMD": torch.ones(())}, {"PMD": torch.ones(3)})
+    assert log.unmeasured() == []
+    assert EpochLog(new_arm(run_of("S1"), 1, 10, CPU, {})).unmeasured() == [], "nothing to compare in a baseline"
+
+
+def test_a_term_that_is_known_to_be_dead_is_not_measured_for_ever():
+    thesis = dataclasses.replace(distilled(("PMD",)), protocol=PROTOCOLS["thesis"])
+    log = EpochLog(new_arm(thesis, 1, 10, CPU, frozen_teacher()))
+    for _ in range(2):
+        log.add({}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
+    assert log.unmeasured() == []
+
+
+def test_shares_and_cosines_of_gradients():
+    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
+    losses = {name: torch.ones(()) for name in ("loss", "segmentation", "PMD")}
+    log.add(losses, {"segmentation": torch.tensor([1.0, 0.0]), "PMD": torch.tensor([0.0, 1.0])})
+    log.add(losses, {"segmentation": torch.tensor([3.0, 0.0]), "PMD": torch.tensor([3.0, 3.0])})
+    rows = {row["name"]: row["value"] for row in log.rows(1)}
+    assert rows["grad/segmentation"] == pytest.approx(0.4) and rows["grad/PMD"] == pytest.approx(0.2)
+    assert rows["share/segmentation"] == pytest.approx(0.4 / 0.6)
+    assert rows["cosine/segmentation"] == pytest.approx(1) and rows["cosine/PMD"] == pytest.approx(0.5**0.5)
+
+
+def test_infonce_is_logged_against_chance():
+    history = train_one(distilled(("B-B",), "infonce"), frozen_teacher()).history
+    value, chance = (
+        next(row["value"] for row in history if row["name"] == name) for name in ("B-B", "infonce_over_chance/B-B")
+    )
+    assert chance == pytest.approx(value / math.log(16))
+
+
+def test_a_learned_projector_that_does_not_move_stops_its_arm(monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def only_the_model(self, closure=None):
+        step(self, closure)
+        for parameter, kept in frozen.items():
+            parameter.data.copy_(kept)
+
+    original, frozen = training.new_arm, {}
+
+    def remember(*args, **kwargs):
+        arm = original(*args, **kwargs)
+        frozen.update({parameter: parameter.detach().clone() for parameter in arm.distiller.parameters()})
+        return arm
+
+    monkeypatch.setattr(training, "new_arm", remember)
+    monkeypatch.setattr(torch.optim.AdamW, "step", only_the_model)
+    failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
+    assert "B-B (supcon) did not move one of its learned projectors in epoch 1" in str(failure)
+
+
+def test_weight_decay_alone_is_no_movement(monkeypatch):
+    """A teacher's projector that gets no gradient still reduced_from_thesis by weight decay."""
+    original = training.new_arm
+
+    def without_gradient(*args, **kwargs):
+        arm = original(*args, **kwargs)
+        arm.distiller.terms["B-B"].adapters[0].teacher.conv.weight.register_hook(torch.zeros_like)
+        return arm
+
+    monkeypatch.setattr(training, "new_arm", without_gradient)
+    failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
+    assert "did not move one of its learned projectors" in str(failure)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "redrawn"])
+def test_controls_on_projectors(kind):
+    terms = (Term("B-B", "infonce", 0.2, 0.4, projector=kind),)
+    run = run_of("S1", teacher="T1", recipe=Recipe(kind, terms=terms), fraction=0.5)
+    start = new_arm(run, 1, 6, CPU, frozen_teacher()).distiller.state_dict()
+    first, second = (train_one(run, frozen_teacher()) for _ in range(2))
+    assert first.failure is None and same(first.model.state_dict(), second.model.state_dict())
+    assert same(start, first.distiller.state_dict()) == (kind == "frozen")
+    optimised = {id(parameter) for group in first.optimiser.param_groups for parameter in group["params"]}
+    assert not any(id(parameter) in optimised and parameter.requires_grad for parameter in first.distiller.parameters())
+    assert not any(row["name"].startswith("projector_change/") for row in first.history)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(0, 100))
+def test_a_shuffled_teacher_gives_everybody_another_patients_features(owners, seed):
+    patients, images = torch.tensor(owners), torch.arange(float(len(owners)))[:, None]
+    mixed = training.shuffle({"bottleneck": images, "logits": images * 10}, patients, seed)
+    other = mixed["bottleneck"][:, 0].long()
+    assert sorted(other.tolist()) == list(range(len(owners))), "each once"
+    assert (other != torch.arange(len(owners))).all()
+    assert torch.equal(mixed["logits"], mixed["bottleneck"] * 10), "the same other image at every scale"
+    if 2 * patients.bincount().max() <= len(owners):
+        assert (patients[other] != patients).all()
+
+
+def test_all_weights_zero_is_no_distillation():
+    recipe = thesis_recipe("S1")
+    terms = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
+    nothing = run_of("S1", teacher="T1", recipe=dataclasses.replace(recipe, terms=terms), fraction=0.5)
+    alone = run_of("S1", fraction=0.5)
+    trained, baseline = train_one(nothing, frozen_teacher()), train_one(alone)
+    assert trained.failure is None
+    for name, tensor in baseline.model.state_dict().items():
+        torch.testing.assert_close(trained.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():
+    terms = (Term("B-B", "fitnet", 1.0), Term("PMD", "kl", 3.0, 4.0))
+    run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
+    # one step an epoch, so that what is logged is what the weights were set from
+    arm = train_cohort([run], blobs(), blobs(1, seed=9), 1, CPU, frozen_teacher())[0]
+    for epoch in (1, 2):
+        rows = {row["name"]: row["value"] for row in arm.history if row["epoch"] == epoch}
+        assert rows["grad/B-B"] == pytest.approx(0.5 * rows["grad/segmentation"] / 4, rel=1e-4)
+        assert rows["grad/PMD"] == pytest.approx(0.5 * rows["grad/segmentation"] * 3 / 4, rel=1e-4)
+        assert rows["weight/PMD"] * rows["PMD"] > 0
+
+
+def test_a_batch_without_foreground_balances_nothing():
+    terms = (Term("B-B", "fitnet", 1.0),)
+    run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
+    arm = new_arm(run, 1, 6, CPU, frozen_teacher())
+    images, labels = blobs().batch(torch.arange(4))
+    teacher = frozen_teacher()["T1"]
+    taught = {"T1": training.teacher_forward(training.FeatureHooks(teacher, teacher.scales, ["bottleneck"]), images)}
+    batch = training.Batch(images, labels, torch.zeros(4, dtype=torch.long), taught, 0)
+    names = ["segmentation", "B-B"]
+    training.training_step(arm, dataclasses.replace(batch, labels=torch.zeros_like(labels)), names)
+    assert arm.weights["B-B"] == 1.0 and not arm.balanced
+    assert EpochLog(arm).unmeasured() == names, "measured until it is balanced"
+    training.training_step(arm, batch, names)
+    assert arm.weights["B-B"] != 1.0 and arm.balanced
+
+
+def test_a_memory_takes_in_the_training_patients_alone():
+    terms = (Term("B-B", "supcon", 0.2, 0.1, options={"memory": 64, "hard": 0.5, "same_patient": True}),)
+    run = run_of("S1", teacher="T1", recipe=Recipe("memory", terms=terms), fraction=0.5)
+    bank = dataclasses.replace(blobs(3), patients=(7, 7, 9))
+    assert bank.patient_of(torch.tensor([0, 6, 12])).tolist() == [7, 7, 9]
+    arm = train_cohort([run], bank, blobs(1, seed=9), 3, CPU, frozen_teacher())[0]
+    memory = arm.distiller.terms["B-B"].loss.bank
+    assert arm.failure is None and len(memory) == 64 and memory.admitted.tolist() == [7, 9]
+    assert set(memory.entries()[2].tolist()) <= {7, 9}
+
+
+def test_label_smoothing_changes_the_targets_alone():
+    plain, smooth = run_of("S1"), run_of("S1", recipe=Recipe("smooth", smoothing=0.1))
+    a, b = train_one(plain), train_one(smooth)
+    assert not same(a.model.state_dict(), b.model.state_dict())
+    assert same(new_model(plain, 1).state_dict(), new_model(smooth, 1).state_dict())
+
+
+def test_two_teachers_teach_one_student():
+    teachers = frozen_teacher() | {"T2": new_model(run_of("T2"), 1).eval().requires_grad_(False)}
+    run = run_of("S1", teacher="T1+T2", recipe=thesis_recipe("S1"), fraction=0.5)
+    arm = train_one(run, teachers)
+    assert arm.failure is None and run.name == "KD(T1+T2, S1)"
+    assert arm.weights["T1 PMD"] == arm.weights["T2 PMD"] == 0.1
+    assert {"T1 B-B", "share/T2 D-D"} <= {row["name"] for row in arm.history}
+
+
+def test_a_student_teaches_itself():
+    run = run_of("S1", teacher="S1", recipe=thesis_recipe("S1"), fraction=0.5)
+    (teacher,) = run.teacher_runs().values()
+    assert (teacher.model, teacher.fraction, teacher.teacher, teacher.is_teacher) == ("S1", 0.5, None, False)
+    assert teacher != run_of("S1", fraction=0.5), "not the baseline that it is compared with"
+    assert train_one(run, {"S1": new_model(teacher, 1).eval().requires_grad_(False)}).failure is None
+
+
+def test_budget_of_both_is_teachers_and_students_steps():
+    profile = dataclasses.replace(TINY, teacher_epochs=4, teacher_steps=30, student_epochs=5, student_steps=10)
+    both = Run("phantom", "spleen", "S1", profile=profile, recipe=Recipe("longer", budget="both"))
+    assert epochs_of(both, 320) * steps_per_epoch(both, 320) == 4 * 30 + 5 * 10
+    free = dataclasses.replace(both, profile=dataclasses.replace(profile, teacher_steps=None, student_steps=None))
+    assert epochs_of(free, 320) * steps_per_epoch(free, 320) == 4 * 20 + 5 * 10
+    assert epochs_of(run_of("S1"), 320) == TINY.student_epochs and epochs_of(run_of("T1"), 320) == TINY.teacher_epochs
+
+
+def test_the_thesis_protocol_trains_with_its_dead_term():
+    run = dataclasses.replace(distilled(), protocol=PROTOCOLS["thesis"])
+    arm = train_one(run, frozen_teacher())
+    assert arm.failure is None
+    rows = {row["name"]: row["value"] for row in arm.history}
+    assert rows["PMD"] == 0 and rows["grad/PMD"] == 0
+    assert abs(rows["cosine/B-B"]) < 0.9 and not any(name.startswith("projector_change/") for name in rows)
+
+
+def test_nan_stops_with_arm_epoch_and_loss(monkeypatch):
+    bank = blobs()
+    arms = train_cohort([run_of("S1")], bank, blobs(1), 3, CPU)
+    assert arms[0].failure is None
+    monkeypatch.setattr(training, "augment", lambda images, labels, generator: (images * float("nan"), labels))
+    failure = train_cohort([run_of("S1")], bank, blobs(1), 3, CPU)[0].failure
+    assert isinstance(failure, TrainingError)
+    assert "S1, fold 0, seed 0" in str(failure) and "nan in epoch 1" in str(failure)
+
+
+def test_gradient_is_a_vector_over_all_parameters():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    unused = torch.nn.Parameter(torch.ones(2))
+    assert gradient_of((weight**2).sum() / 2, [weight, unused]).tolist() == [3, 4, 0, 0]
+    assert gradient_of(torch.tensor(1.0), [weight]).tolist() == [0, 0]
+
+
+def test_weights_of_the_recipe_scale_the_logged_gradient():
+    recipe = Recipe("p", terms=(Term("PMD", "kl", 0.2, 4.0),))
+    double = Recipe("p", terms=(Term("PMD", "kl", 0.4, 4.0),))
+    logged = []
+    for chosen in (recipe, double):
+        run = run_of("S1", teacher="T1", recipe=chosen, fraction=0.5)
+        logged.append(
+            next(row["value"] for row in train_one(run, frozen_teacher()).history if row["name"] == "grad/PMD")
+        )
+    assert logged[1] == pytest.approx(2 * logged[0], rel=1e-5)
+
+
+def test_plain_lines_where_asked(monkeypatch, capsys):
+    monkeypatch.setenv("KDLIB_PROGRESS", "plain")
+    train_one(run_of("S1"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == TINY.student_epochs and "epoch 1/2" in lines[0] and "validation Dice" in lines[0]
+
+
+@pytest.mark.gpu
+def test_gpu_trains_in_bf16_channels_last():
+    device = torch.device("cuda")
+    teacher = {name: model.to(device, memory_format=torch.channels_last) for name, model in frozen_teacher().items()}
+    arms = train_cohort(
+        [distilled(), distilled(model="S2")], blobs().to(device), blobs(1).to(device), 3, device, teacher
+    )
+    for arm in arms:
+        assert arm.failure is None
+        assert all(math.isfinite(row["value"]) for row in arm.history)
+        assert next(arm.model.parameters()).is_cuda
+
+
+def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
+    """Without batch statistics and with a loss that is a mean over images, the parts add up to the whole."""
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x)
+    monkeypatch.setattr(
+        training.SegmentationLoss, "forward", lambda self, logits, labels: (logits[:, 0] - labels).square().mean()
+    )
+    monkeypatch.setattr(training, "autocast", lambda device: nullcontext())
+    whole, split = (new_arm(run_of("S1"), 1, 10, CPU, {}) for _ in range(2))
+    whole.model.double(), split.model.double()
+    split.micro_batches = 3
+    images, labels = blobs().batch(torch.arange(8))
+    batch = training.Batch(images.double(), labels, torch.zeros(8, dtype=torch.long), {}, 0)
+    losses = [training.training_step(arm, batch, ["segmentation"]) for arm in (whole, split)]
+    for first, second in zip(*losses, strict=True):
+        for name in first:
+            torch.testing.assert_close(first[name], second[name])
+    for mine, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert [len(part.images) for part in batch.split(3)] == [3, 3, 2]

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+import kdlib
+from kdlib.apps.notebooks import (
+    EXPERIMENTS,
+    NotebookError,
+    check_parameters,
+    convert,
+    execute,
+    main,
+    read_parameters,
+    run_study,
+    study_parameters,
+)  # fmt: skip
+from kdlib.config import InputError, TrainingError
+
+
+def write_notebook(path: Path, parameters: str, *cells: str, tags: tuple[str, ...] = ("parameters",)) -> Path:
+    """A notebook whose first cell declares parameters."""
+    first = v4.new_code_cell(parameters, metadata={"tags": list(tags)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[first, *map(v4.new_code_cell, cells)]), path)
+    return path
+
+
+def outputs(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- conversion
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        ("3", "int", 3),
+        (3, "int", 3),
+        ("1e-4", "float", 1e-4),
+        (2, "float", 2.0),
+        ("spleen", "str", "spleen"),
+        ("3", "str", "3"),
+        ("false", "bool", False),
+        ("True", "bool", True),
+        (True, "bool", True),
+        ("0 1", "list[int]", [0, 1]),
+        ("[0, 1]", "list[int]", [0, 1]),
+        ("", "list[int]", []),
+        ((0, 1), "list[int]", [0, 1]),
+        ("0.5,1", "list[float]", [0.5, 1.0]),
+        ("None", "str | None", None),
+        (None, "str | None", None),
+        ("violin", "str | None", "violin"),
+        ('{"spacing": 2.0}', "dict[str, object]", {"spacing": 2.0}),
+        ({}, "dict", {}),
+    ],
+)
+def test_a_value_becomes_what_its_annotation_says(value, annotation, expected):
+    converted = convert(value, annotation)
+    assert converted == expected
+    assert type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        ("abc", "int"),
+        ("1.5", "int"),
+        (1.5, "int"),
+        (True, "int"),
+        (None, "int"),
+        ("much", "float"),
+        (True, "float"),
+        (3, "str"),
+        ("maybe", "bool"),
+        (1, "bool"),
+        ("0 x", "list[int]"),
+        (0, "list[int]"),
+        ([0.5], "list[int]"),
+        (3, "str | None"),
+        ("[1]", "dict"),
+        ("{", "dict"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(value, annotation):
+    with pytest.raises(ValueError):
+        convert(value, annotation)
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+DECLARED = """\
+# what to run
+data: str = None  # folder, must be given
+folds: list[int] = [0]  # outer folds, a = b
+weight: float = 1e-4
+figure: str | None = None
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    return write_notebook(tmp_path / "01_baseline.ipynb", DECLARED)
+
+
+def test_parameters_are_read_with_type_and_need(notebook):
+    declared = read_parameters(notebook)
+    assert {name: (found.annotation, found.required) for name, found in declared.items()} == {
+        "data": ("str", True),
+        "folds": ("list[int]", False),
+        "weight": ("float", False),
+        "figure": ("str | None", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"data": "x", "fold": "0"}, ["01_baseline.ipynb", "'fold'", "did you mean 'folds'", "data, folds, weight"]),
+        ({"data": "x", "zzz": "0"}, ["'zzz'", "data, folds, weight, figure"]),
+        ({"data": "x", "weight": "abc"}, ["'weight'", "float", "'abc'"]),
+        ({"folds": "0"}, ["required", "data"]),
+    ],
+)
+def test_parameters_that_do_not_fit_name_what_is_wrong(notebook, given, words):
+    with pytest.raises(InputError) as caught:
+        check_parameters(notebook, given)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_is_converted_and_defaults_are_left_to_the_notebook(notebook):
+    assert check_parameters(notebook, {"data": "phantom", "folds": "0 1"}) == {"data": "phantom", "folds": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("source", "tags", "word"),
+    [
+        ("fold: int = 0", (), "0 cells are tagged"),
+        ("fold = 0", ("parameters",), "no type"),
+        ("fold: int = ", ("parameters",), "line 1"),
+    ],
+)
+def test_a_bad_parameters_cell_is_an_error(tmp_path, source, tags, word):
+    path = write_notebook(tmp_path / "a.ipynb", source, tags=tags)
+    with pytest.raises(InputError, match=word):
+        read_parameters(path)
+
+
+def test_an_unknown_annotation_is_an_error(tmp_path):
+    path = write_notebook(tmp_path / "a.ipynb", "fold: Path = 0")
+    with pytest.raises(InputError, match="'Path'.*int, float, str, bool"):
+        check_parameters(path, {"fold": "0"})
+
+
+def test_two_parameter_cells_are_an_error(tmp_path):
+    cell = v4.new_code_cell("fold: int = 0", metadata={"tags": ["parameters"]})
+    nbformat.write(v4.new_notebook(cells=[cell, v4.new_code_cell("", metadata=cell.metadata)]), tmp_path / "a.ipynb")
+    with pytest.raises(InputError, match="2 cells"):
+        read_parameters(tmp_path / "a.ipynb")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"cells": [', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{}]}', "\xff"],
+)
+def test_a_file_that_is_no_notebook_is_an_error(tmp_path, text):
+    path = tmp_path / "a.ipynb"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="not a readable notebook") as caught:
+        read_parameters(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_notebook_lists_those_there_are(notebook):
+    with pytest.raises(InputError, match="does not exist.*01_baseline.ipynb"):
+        read_parameters(notebook.with_name("01_base.ipynb"))
+
+
+# ---------------------------------------------------------------------------------------------------------- execution
+
+
+def test_an_executed_copy_is_saved_and_its_lines_reach_the_terminal(tmp_path, capsys):
+    path = write_notebook(
+        tmp_path / "note {books}" / "a.ipynb",
+        DECLARED,
+        "import os\nprint(data, folds, weight, figure, os.environ['KDLIB_PROGRESS'])",
+        "print(os.path.basename(os.getcwd()))",
+    )
+    before, output = path.read_bytes(), tmp_path / "out {0}" / "b.ipynb"
+    output.parent.mkdir()
+    output.with_name("b.failed.ipynb").touch()  # of an earlier, failed run
+    execute(path, output, {"data": "it's $HOME", "folds": "0 1"})
+    printed = "it's $HOME [0, 1] 0.0001 None plain\nnote {books}\n"
+    assert capsys.readouterr().out == printed
+    assert outputs(output) == printed
+    assert names(output.parent) == ["b.ipynb"]
+    assert path.read_bytes() == before
+    assert "KDLIB_PROGRESS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        (
+            "from kdlib.config import InputError\nraise InputError('label x: choose spleen')",
+            InputError,
+            "^label x: choose spleen$",
+        ),
+        ("from kdlib.config import TrainingError\nraise TrainingError('S1 is NaN')", TrainingError, "^S1 is NaN$"),
+        ("1 / 0", NotebookError, r"(?s)a\.ipynb stopped in cell \[3\].*Error: division by zero.*b\.failed\.ipynb$"),
+        ("import os\nos._exit(1)", NotebookError, "(?i)kernel died"),
+    ],
+)
+def test_a_notebook_that_stops_is_kept_beside_the_last_good_one(tmp_path, cell, error, message):
+    path = write_notebook(tmp_path / "a.ipynb", "fold: int = 0", cell)
+    output = tmp_path / "out" / "b.ipynb"
+    output.parent.mkdir()
+    output.write_text("finished earlier")
+    with pytest.raises(error, match=message) as caught:
+        execute(path, output, {"fold": 1})
+    assert "\x1b" not in str(caught.value)
+    assert names(output.parent) == ["b.failed.ipynb", "b.ipynb"]
+    assert output.read_text() == "finished earlier"
+    assert cell.splitlines()[-1] in output.with_name("b.failed.ipynb").read_text().replace("\\n", "\n")
+
+
+def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path):
+    path = write_notebook(tmp_path / "a.ipynb", "fold: int = 0")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="could not be saved"):
+        execute(path, tmp_path / "file" / "b.ipynb", {})
+
+
+def test_ctrl_c_stops_the_kernel_and_says_how_to_go_on(tmp_path):
+    path = write_notebook(
+        tmp_path / "a.ipynb", "seconds: int = 1", "import os, time\nprint('kernel', os.getpid())\ntime.sleep(seconds)"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "kdlib.apps.notebooks",
+        "run",
+        path,
+        "-o",
+        tmp_path / "b.ipynb",
+        "-p",
+        "seconds",
+        "600",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        kernel = int(process.stdout.readline().split()[1])
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "stopped: finished trainings are kept, the same command goes on from them\n"
+    assert names(tmp_path) == ["a.ipynb", "b.failed.ipynb"]
+    for _ in range(100):  # the kernel may need a moment to leave
+        if not Path(f"/proc/{kernel}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"kernel {kernel} is still running")
+
+
+# -------------------------------------------------------------------------------------------------------------- study
+
+SHARED = """\
+data: str = "phantom"
+target: str = "spleen"
+profile: str = "quick"
+protocol: str = "corrected"
+folds: list[int] = [0]
+seeds: list[int] = [0]
+device: str = "auto"
+results: str = "../results"
+study: str = "phantom-spleen-quick"
+"""
+
+
+def parameters(tmp_path: Path, **changes) -> dict:
+    given = {
+        "data": "phantom", "target": "spleen", "profile": "quick", "protocol": "corrected", "folds": [0], "seeds": [0],
+        "device": "cpu", "results": str(tmp_path / "my results"),
+    }  # fmt: skip
+    return study_parameters(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "phantom-spleen-quick"),
+        ({"protocol": "thesis"}, "phantom-spleen-quick-thesis"),
+        ({"data": "Task09 Spleen/", "profile": "ct128"}, "task09-spleen-spleen-ct128"),
+        ({"study": "My_study.2"}, "My_study.2"),
+    ],
+)
+def test_a_study_is_named_after_what_it_is_made_of(tmp_path, monkeypatch, changes, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Task09 Spleen").mkdir()
+    shared = parameters(tmp_path, **changes)
+    assert shared["study"] == name
+    assert Path(shared["results"]).is_absolute()
+    assert shared["data"] in ("phantom", str(tmp_path / "Task09 Spleen"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"study": "../elsewhere"}, "study name"),
+        ({"study": ".."}, "study name"),
+        ({"study": "a/b"}, "study name"),
+        ({"study": "runs"}, "study name"),
+        ({"data": "no-such-folder"}, "does not exist"),
+        ({"profile": "fast"}, "quick, hippocampus"),
+        ({"protocol": "old"}, "corrected, thesis"),
+        ({"folds": [0, 4]}, "folds 0 to 3"),
+        ({"folds": [-1]}, "folds 0 to 3"),
+        ({"seeds": []}, "seeds"),
+        ({"target": " "}, "target ' ': it must not be empty"),
+        ({"device": "--help"}, "device '--help'.*begin with '-'"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_it_starts(tmp_path, changes, word):
+    with pytest.raises(InputError, match=word):
+        parameters(tmp_path, **changes)
+
+
+def test_nothing_runs_when_one_notebook_cannot_take_the_parameters(tmp_path):
+    for name in EXPERIMENTS:
+        write_notebook(tmp_path / f"{name}.ipynb", SHARED)
+    write_notebook(tmp_path / "03_ablation.ipynb", SHARED.replace("list[int]", "int"))
+    with pytest.raises(InputError, match="03_ablation.ipynb: parameter 'folds' is int"):
+        run_study(parameters(tmp_path), notebooks=tmp_path)
+    assert not (tmp_path / "my results").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (["run", "{notebook}", "-o", "b.ipynb", "-p", "fold", "0"], "did you mean 'folds'"),
+        (["run", "{notebook}", "-o", "b.ipynb", "-p", "folds", "0", "-p", "folds", "1"], "given twice"),
+        (["run", "nowhere.ipynb", "-o", "b.ipynb"], "does not exist"),
+        (["study", "--folds", "0 x"], "whole numbers"),
+        (["study", "--only", "01_base"], "00_data, 01_baseline"),
+        (["study", "--data", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_input_errors_are_one_line_and_status_2(notebook, monkeypatch, capsys, command, word):
+    monkeypatch.chdir(notebook.parent)
+    assert main([part.format(notebook=notebook) for part in command]) == 2
+    printed, errors = capsys.readouterr()
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and word in errors
+    assert printed == ""
+
+
+def test_the_wrapper_waits_for_neither_torch_nor_training_code():
+    code = "import sys, kdlib.apps.notebooks; print({'torch', 'monai', 'pandas', 'kdlib.experiments.runs'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_every_name_of_the_package_is_there():
+    assert {name for name in kdlib.__all__ if not hasattr(kdlib, name)} == set()
+    with pytest.raises(AttributeError, match="no attribute 'studdy'"):
+        kdlib.studdy

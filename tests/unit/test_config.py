@@ -1,0 +1,198 @@
+"""Descriptions of runs are strict: what cannot be meant is refused with a word on what can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kdlib.config import (
+    BASELINE,
+    PROFILES,
+    PROTOCOLS,
+    SWITCHES,
+    TEACHER_RECIPE,
+    InputError,
+    Optimisation,
+    Preprocessing,
+    Profile,
+    Recipe,
+    Run,
+    Term,
+    cumulative_correction,
+    derive_seed,
+    lookup,
+    override_profile,
+)  # fmt: skip
+from kdlib.experiments.recipes import DISTILLERS, distiller, thesis_recipe
+from kdlib.losses import LOSSES
+from kdlib.training.distiller import check_recipe
+
+
+@pytest.mark.parametrize(
+    "build, word",
+    [
+        (lambda: Preprocessing(size=100), "multiple of 16"),
+        (lambda: Preprocessing(size=8), "multiple of 16"),
+        (lambda: Preprocessing(spacing=0), "spacing"),
+        (lambda: Preprocessing(channels="rgb"), "neighbours"),
+        (lambda: Preprocessing(window=(10, 10)), "window"),
+        (lambda: Preprocessing(percentiles=(50, 101)), "percentiles"),
+        (lambda: Term("E-B", "fitnet", 0.1), "say where it reads .*'E-E', 'B-B', 'D-D' or 'PMD'"),
+        (lambda: Term("E-E", "fitnet", -0.1), "weight -0.1"),
+        (lambda: Term("E-E", "fitnet", 0.1, projector="fixed"), "learned, frozen or redrawn"),
+        (
+            lambda: Term("x", "fitnet", 0.1, student_layers="a", teacher_layers=("a", "b")),
+            "1 scales of the student, 2 of the teacher",
+        ),
+        (lambda: Recipe("x", smoothing=1.0), "smoothing 1.0"),
+        (lambda: Recipe("x", teacher="absent"), "'trained', 'random' or 'shuffled'"),
+        (lambda: Recipe("x", budget="all"), "'student' or 'both'"),
+        (lambda: Recipe("x", balance=0.5), "give a positive one, and terms"),
+        (lambda: Term("E-E", "fitnet", 0.1, 0.0), "temperature"),
+        (lambda: Recipe("twice", terms=(Term("E-E", "fitnet", 0.1), Term("E-E", "fitnet", 0.2))), "twice"),
+        (lambda: Recipe("x", segmentation="focal"), "dice"),
+        (lambda: Optimisation("sgd"), "adamw"),
+        (lambda: Optimisation(schedule="step"), "cosine"),
+        (lambda: Run("phantom", "spleen", "S1", teacher="T1"), "both or neither"),
+        (lambda: Run("phantom", "spleen", "S1", recipe=thesis_recipe("S1")), "both or neither"),
+        (lambda: Run("phantom", "spleen", "S1", fraction=0.0), "fraction"),
+        (lambda: Run("phantom", "spleen", "S1", fold=9), "has 0 to 3"),
+        (lambda: thesis_recipe("S1", only=("E-D",)), "E-E"),
+        (lambda: lookup("profile", "fast", PROFILES), "quick"),
+    ],
+)
+def test_refused_with_a_word_on_what_can_be_meant(build, word):
+    with pytest.raises(InputError, match=word):
+        build()
+
+
+def test_unknown_key_is_an_error():
+    with pytest.raises(TypeError):
+        Profile("x", Preprocessing(), learning_rate=1.0)
+
+
+def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
+    small, large = thesis_recipe("S1"), thesis_recipe("S2")
+    assert {t.name: t.weight for t in small.terms} == {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}
+    assert small.segmentation_weight == 0.4 and small.segmentation == "dice"
+    assert {t.temperature for t in small.terms if t.name != "PMD"} == {0.4}
+    assert {t.temperature for t in large.terms if t.name != "PMD"} == {0.1}
+    assert {t.temperature for t in large.terms if t.name == "PMD"} == {4.0}
+
+
+def test_a_term_takes_options_and_scales_as_they_are_easy_to_write():
+    term = Term("x", "supcon", 0.1, options={"samples": 64, "hard": 0.5}, student_layers="decoder1")
+    assert term.options == (("hard", 0.5), ("samples", 64)) and hash(term)
+    assert hash(Term("x", "cirkd", 0.1, options={"weights": [1, 0, 0]}, student_layers="decoder1"))
+    assert term.student_layers == term.teacher_layers == ("decoder1",)
+    assert term.arguments == {"hard": 0.5, "samples": 64}
+    assert Term("PMD", "kl", 0.2, 4.0).arguments == {"temperature": 4.0} and Term("B-B", "fitnet", 1.0).arguments == {}
+
+
+def arms(protocol: str) -> list[Run]:
+    taught = dict(teacher="T1", recipe=thesis_recipe("S1"), fraction=0.5)
+    models = [("T1", {}), ("S1", {}), ("S1", taught)]
+    return [Run("phantom", "spleen", model, protocol=PROTOCOLS[protocol], **more) for model, more in models]
+
+
+def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
+    assert len({run.optimisation for run in arms("corrected")}) == 1
+    teacher, baseline, distilled = (run.optimisation for run in arms("thesis"))
+    assert (baseline.optimiser, baseline.lr, baseline.batch) == ("adamw", 1.5e-4, 16)
+    assert (distilled.optimiser, distilled.lr, distilled.batch) == ("rmsprop", 1e-2, 20)
+    assert (teacher.lr, teacher.betas, teacher.weight_decay) == (1e-4, (0.9, 0.95), 0.05)
+
+
+def test_the_lesson_keeps_the_published_faults():
+    corrected, thesis = arms("corrected")[2], arms("thesis")[2]
+    assert (
+        corrected.effective_recipe == corrected.recipe
+        and corrected.threshold == 0.5
+        and not corrected.preprocessing.published
+    )
+    assert {term.name: term.loss for term in thesis.effective_recipe.terms} == {
+        "E-E": "infonce", "B-B": "infonce", "D-D": "infonce", "PMD": "softmax_kl",
+    }  # fmt: skip
+    assert {term.projector for term in thesis.effective_recipe.terms[:3]} == {"redrawn"}
+    assert thesis.preprocessing.published and thesis.threshold == pytest.approx(0.6225, abs=1e-4)
+    weights = [(term.weight, term.temperature) for term in thesis.recipe.terms]
+    assert [(term.weight, term.temperature) for term in thesis.effective_recipe.terms] == weights
+
+
+@pytest.mark.parametrize("loss", DISTILLERS)
+def test_every_distiller_can_be_had_with_the_published_faults(loss):
+    run = Run("phantom", "spleen", "S1", teacher="T1", recipe=distiller(loss, "S1"), protocol=PROTOCOLS["thesis"])
+    check_recipe(run.effective_recipe)
+    redrawn = {term.projector == "redrawn" for term in run.effective_recipe.terms}
+    assert redrawn == {LOSSES[loss].adapt in ("both", "student") and LOSSES[loss].reads == "features"}
+
+
+def test_options_of_labels_are_dropped_where_labels_are():
+    terms = (Term("B-B", "supcon", 0.1, 0.1, options={"samples": 64, "same_patient": True}),)
+    run = Run("phantom", "spleen", "S1", teacher="T1", recipe=Recipe("r", terms=terms), protocol=PROTOCOLS["thesis"])
+    assert run.effective_recipe.terms[0].loss == "infonce" and run.effective_recipe.terms[0].options == (
+        ("same_patient", True),
+    )
+
+
+def test_the_bridge_mends_one_fault_at_a_time():
+    protocols = cumulative_correction()
+    assert protocols[0] == PROTOCOLS["thesis"]
+    faults = [[getattr(protocol, switch) for switch in SWITCHES] for protocol in protocols]
+    assert [sum(row) for row in faults] == list(range(len(SWITCHES), -1, -1))
+    fields = {field.name for field in dataclasses.fields(protocols[0])}
+    assert fields == {"name", *SWITCHES}, "a protocol is its switches and nothing else"
+
+
+def test_thesis_profile_is_the_thesis_size():
+    profile = PROFILES["thesis"]
+    assert (profile.preprocessing.size, profile.width, profile.teacher_epochs, profile.student_epochs) == (
+        256,
+        1.0,
+        200,
+        120,
+    )
+
+
+def test_a_profile_is_tailored_strictly():
+    profile = override_profile("quick", {"spacing": 2.0, "window": [-160, 240], "folds": 3})
+    assert (profile.preprocessing.spacing, profile.preprocessing.window, profile.folds) == (2.0, (-160, 240), 3)
+    assert (profile.preprocessing.size, profile.width) == (
+        PROFILES["quick"].preprocessing.size,
+        PROFILES["quick"].width,
+    )
+    assert override_profile("thesis") == PROFILES["thesis"]
+    with pytest.raises(InputError, match="'epoch' does not exist.*student_epochs"):
+        override_profile("quick", {"epoch": 3})
+    with pytest.raises(InputError, match="multiple of 16"):
+        override_profile("quick", {"size": 100})
+
+
+def test_run_names_recipe_and_teacher_run():
+    student = Run(
+        "phantom", "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), seed=3, teacher_seed=1
+    )
+    assert student.name == "KD(T1, S1)"
+    assert Run("phantom", "spleen", "S2", fraction=0.5).name == "S2 (50 %)"
+    assert Run("phantom", "spleen", "S2").recipe == BASELINE
+    (teacher,) = student.teacher_runs().values()
+    assert (teacher.model, teacher.fraction, teacher.seed, teacher.recipe) == ("T1", 1.0, 1, TEACHER_RECIPE)
+    assert teacher == Run("phantom", "spleen", "T1", seed=1)
+
+
+def test_runs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Run("phantom", "spleen", "S1").seed = 2
+
+
+def test_derived_seeds_differ_and_repeat():
+    seeds = {
+        derive_seed(seed, stream, step) for seed in range(3) for stream in ("order", "augment") for step in range(50)
+    }
+    assert len(seeds) == 300
+    assert derive_seed(1, "order") == derive_seed(1, "order")
+
+
+def test_errors_show_as_one_line_in_jupyter():
+    assert InputError("no such fold")._render_traceback_() == ["InputError: no such fold"]

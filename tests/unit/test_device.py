@@ -1,0 +1,32 @@
+"""A device is found or refused in one line; bfloat16 is used only where it is native."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdlib.config import InputError
+from kdlib.training.device import autocast, computes_bf16, pick_device
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_a_gpu_where_there_is_one():
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_gpu_that_is_not_there():
+    assert pick_device("cpu") == CPU
+    with pytest.raises(InputError, match="is not there"):
+        pick_device(f"cuda:{torch.cuda.device_count()}")
+    with pytest.raises(InputError, match="'tpux' does not exist"):
+        pick_device("tpux")
+
+
+@pytest.mark.parametrize("able, expected", [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)])
+def test_cpu_precision_follows_the_processor(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert computes_bf16(CPU) is expected
+    with autocast(CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if expected else torch.float32)

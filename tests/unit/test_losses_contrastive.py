@@ -1,0 +1,537 @@
+"""Contrastive terms beyond the thesis's: patients, boundaries, memory, prototypes and CRD, each against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from info_nce import InfoNCE as PublicInfoNCE
+from pytorch_metric_learning.losses import SupConLoss
+from torch.nn import functional as F
+
+from kdlib.config import InputError
+from kdlib.losses import Context, InfoNCE, SupervisedContrastiveLoss
+from kdlib.losses.contrastive import CRD, PrototypeContrast, near_boundary
+from kdlib.losses.memory import MemoryBank
+
+PATIENTS = torch.tensor([4, 4, 7, 9])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def maps(*shape, seed=0, dtype=torch.float64):
+    return [torch.randn(shape, generator=seeded(seed + 9 * i), dtype=dtype).requires_grad_() for i in range(2)]
+
+
+def labels_like(x, classes, seed=0):
+    return torch.randint(classes, (len(x), *x.shape[2:]), generator=seeded(seed))
+
+
+def admitted(term, patients=range(20)):
+    for module in term.modules():
+        if isinstance(module, MemoryBank):
+            module.allow_patients(patients)
+    return term
+
+
+def pixels(x):
+    """Unit vectors of all positions, [positions, channels]."""
+    return F.normalize(x.movedim(1, -1).flatten(0, -2), dim=1)
+
+
+def gradients(loss, student, teacher):
+    return torch.autograd.grad(loss, (student, teacher), allow_unused=True)
+
+
+def agree(found, expected, student, teacher):
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, student, teacher), gradients(expected, student, teacher))
+
+
+# --- what all share ---------------------------------------------------------------------------------------------------
+
+TERMS = {
+    "infonce": lambda: InfoNCE(0.4, same_patient=True),
+    "supcon": lambda: SupervisedContrastiveLoss(0.4, samples=32, hard=0.5, memory=40, same_patient=True),
+    "all positions": lambda: SupervisedContrastiveLoss(0.4, samples=None),
+    "prototypes": lambda: PrototypeContrast(0.4),
+    "prototypes of images": lambda: PrototypeContrast(0.4, per_image=True),
+    "prototypes and pixels": lambda: PrototypeContrast(0.4, anchors="pixels"),
+    "crd": lambda: CRD(0.4, memory=8),
+    "crd of a batch": lambda: CRD(0.4, memory=0, same_patient=True),
+}
+
+
+def made(name, dims=2, channels=3, steps=2):
+    """The term after `steps` training steps, for what it remembers."""
+    term = admitted(TERMS[name]())
+    for step in range(steps):
+        student, teacher = maps(4, channels, *[4] * dims, seed=50 + step)
+        term(student, teacher, labels_like(student, 3), Context(seeded(), PATIENTS + 5, step))
+    return term
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("shape", [(4, 3, 4, 2), (4, 3, 2, 2, 2)])
+def test_gradients_are_right(name, shape):
+    term = made(name, len(shape) - 2).eval()
+    student, teacher = maps(*shape)
+    labels = labels_like(student, 3)
+    assert torch.autograd.gradcheck(
+        lambda s, t: term(s, t, labels, Context(seeded(), PATIENTS)), (student, teacher), fast_mode=True
+    )
+    term(student, teacher.detach(), labels, Context(seeded(), PATIENTS)).backward()
+    assert student.grad.abs().max() > 1e-6 and teacher.grad is None
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_finite_and_loses_nothing_inside(name, dtype):
+    term = made(name).eval()
+    student, teacher = maps(4, 3, 4, 4, dtype=torch.float32)
+    labels = labels_like(student, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = term(student.to(dtype), teacher.to(dtype), labels, Context(seeded(), PATIENTS))
+    exact = term(student.to(dtype).double(), teacher.to(dtype).double(), labels, Context(seeded(), PATIENTS))
+    half.backward()
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert student.grad.isfinite().all() and teacher.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(("student", "teacher"), [(0.0, 0.0), (0.0, 1.0), (1e4, -1e4), (1e-30, 1e-30)])
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("patients", [PATIENTS, torch.zeros_like(PATIENTS)])
+def test_constant_maps_one_class_and_one_patient_are_finite(name, student, teacher, classes, patients):
+    student, teacher = (torch.full((4, 3, 4, 4), value, requires_grad=True) for value in (student, teacher))
+    term = made(name)
+    loss = term(student, teacher, labels_like(student, classes), Context(seeded(), patients))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and teacher.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "infonce"])
+def test_a_batch_of_one_is_finite(name):
+    student, teacher = maps(1, 3, 4, 4)
+    for term in (made(name), made(name, steps=0)):
+        loss = term(student, teacher, labels_like(student, 3), Context(seeded(), PATIENTS[:1]))
+        loss.backward()
+        assert loss.isfinite() and student.grad.isfinite().all() and teacher.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_order_of_the_images_does_not_matter(name):
+    term = made(name).eval()
+    if name == "supcon":
+        term.samples, term.hard = None, 0.0  # what is drawn depends on the order
+    student, teacher = maps(4, 3, 4, 4)
+    labels, order = labels_like(student, 3), torch.tensor([2, 0, 3, 1])
+    expected = term(student, teacher, labels, Context(seeded(), PATIENTS))
+    found = term(student[order], teacher[order], labels[order], Context(seeded(), PATIENTS[order]))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_common_rotation_of_the_channels_does_not_matter(name):
+    term = made(name, steps=0).eval()
+    student, teacher = maps(4, 3, 4, 4)
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=seeded(), dtype=torch.float64)).Q
+    turned = [torch.einsum("ij,bjhw->bihw", rotation, x) for x in (student, teacher)]
+    labels, context = labels_like(student, 3), lambda: Context(seeded(), PATIENTS)
+    torch.testing.assert_close(term(*turned, labels, context()), term(student, teacher, labels, context()))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_shapes_that_differ(name):
+    with pytest.raises(InputError, match="differ in shape"):
+        made(name)(torch.ones(4, 3, 4, 4), torch.ones(4, 3, 2, 4), torch.ones(4, 4, 4).long(), Context(None, PATIENTS))
+
+
+@pytest.mark.parametrize("name", ["infonce", "supcon", "crd", "crd of a batch"])
+@pytest.mark.parametrize(("patients", "message"), [(None, "patient of each image"), (PATIENTS[:3], "one patient")])
+def test_patients_must_be_known(name, patients, message):
+    student, teacher = maps(4, 3, 4, 4)
+    with pytest.raises(InputError, match=message):
+        made(name)(student, teacher, labels_like(student, 3), Context(None, patients))
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if "supcon" in name or "prototypes" in name])
+def test_labels_must_be_given(name):
+    with pytest.raises(InputError, match="needs labels"):
+        made(name)(*maps(4, 3, 4, 4), None, Context(None, PATIENTS))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InfoNCE(0.0), "temperature"),
+        (lambda: SupervisedContrastiveLoss(-1.0), "temperature"),
+        (lambda: CRD(float("nan")), "temperature"),
+        (lambda: PrototypeContrast(0.0), "temperature"),
+        (lambda: SupervisedContrastiveLoss(0.1, hard=1.5), "between 0 and 1"),
+        (lambda: SupervisedContrastiveLoss(0.1, samples=None, hard=0.5), "give samples"),
+        (lambda: SupervisedContrastiveLoss(0.1, radius=0), "radius"),
+        (lambda: SupervisedContrastiveLoss(0.1, memory=-1), "memory bank"),
+        (lambda: PrototypeContrast(anchors="pixel"), "regions, pixels"),
+    ],
+)
+def test_options_that_make_no_sense(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TERMS)
+def test_gpu_agrees_with_cpu(name):
+    student, teacher = maps(4, 3, 4, 4)
+    labels = labels_like(student, 3)
+    found = [
+        made(name)
+        .to(device)
+        .eval()(student.to(device), teacher.to(device), labels.to(device), Context(seeded(), PATIENTS))
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(found[1].cpu(), found[0])
+
+
+# --- InfoNCE ----------------------------------------------------------------------------------------------------------
+
+
+def test_infonce_agrees_with_the_public_one():
+    student, teacher = maps(5, 3, 4, 4)
+    agree(InfoNCE(0.2)(student, teacher), PublicInfoNCE(0.2)(student.flatten(1), teacher.flatten(1)), student, teacher)
+
+
+def test_infonce_without_the_same_patient_is_its_formula():
+    student, teacher = maps(4, 3, 4, 4)
+    z, k = (F.normalize(x.flatten(1), dim=1) for x in (student, teacher))
+    total = 0.0
+    for i in range(4):
+        keys = [j for j in range(4) if j == i or PATIENTS[j] != PATIENTS[i]]
+        total = total - torch.log((z[i] @ k[i] / 0.4).exp() / sum((z[i] @ k[j] / 0.4).exp() for j in keys))
+    term = InfoNCE(0.4, same_patient=True)
+    agree(term(student, teacher, None, Context(None, PATIENTS)), total / 4, student, teacher)
+
+
+def test_infonce_of_images_alike_is_the_logarithm_of_the_keys():
+    alike, context = torch.ones(4, 3, 4, 4), Context(None, PATIENTS)
+    assert InfoNCE(0.4)(alike, alike).item() == pytest.approx(math.log(4))
+    expected = (2 * math.log(3) + 2 * math.log(4)) / 4
+    assert InfoNCE(0.4, same_patient=True)(alike, alike, None, context).item() == pytest.approx(expected)
+
+
+def test_infonce_of_one_patient_alone_is_zero():
+    student, teacher = maps(3, 3, 4, 4)
+    loss = InfoNCE(0.4, same_patient=True)(student, teacher, None, Context(None, torch.ones(3).long()))
+    assert loss.item() == 0 and not gradients(loss, student, teacher)[0].any()
+
+
+# --- supervised contrastive loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_labelled_contrast_of_all_positions_agrees_with_the_public_one(temperature):
+    student, teacher = maps(2, 5, 6, 6)
+    labels = torch.arange(72).reshape(2, 6, 6) % 3  # as many of each class: the mean over anchors is that over classes
+    found = SupervisedContrastiveLoss(temperature, samples=None)(student, teacher, labels)
+    flat = labels.flatten()
+    expected = SupConLoss(temperature)(pixels(student), flat, ref_emb=pixels(teacher), ref_labels=flat.clone())
+    agree(found, expected, student, teacher)
+
+
+def labelled_oracle(student, teacher, labels, temperature, patients=None, bank=None):
+    """Equation 2 of Khosla 2020 anchor by anchor; keys of the bank, without the anchor's patient where given."""
+    z, k, flat = pixels(student), pixels(teacher), labels.flatten()
+    of = torch.arange(len(labels)) if patients is None else patients
+    of = of.repeat_interleave(labels[0].numel())
+    keys, key_labels, key_patients = k, flat, of
+    if bank is not None and len(bank):
+        vectors, bank_labels, bank_patients, _ = bank.entries()
+        keys, key_labels = torch.cat([k, vectors.double()]), torch.cat([flat, bank_labels])
+        key_patients = torch.cat([of, bank_patients])
+    losses = {int(label): [] for label in flat.unique()}
+    for i in range(len(z)):
+        kept = torch.ones(len(keys), dtype=torch.bool) if patients is None else key_patients != of[i]
+        kept[i] = True
+        similarity = keys[kept] @ z[i] / temperature
+        positives = similarity[key_labels[kept] == flat[i]]
+        losses[int(flat[i])].append(torch.log(similarity.exp().sum()) - positives.mean())
+    return torch.stack([torch.stack(of_class).mean() for of_class in losses.values()]).mean()
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("patients", [PATIENTS, torch.zeros_like(PATIENTS), torch.arange(4)])
+@pytest.mark.parametrize("memory", [0, 16])
+def test_labelled_contrast_without_the_same_patient_is_its_formula(classes, patients, memory):
+    term = admitted(SupervisedContrastiveLoss(0.3, samples=None, memory=memory, same_patient=True))
+    student, teacher = maps(4, 3, 2, 2, seed=3)
+    term(student, teacher, labels_like(student, 4, seed=5), Context(None, PATIENTS))
+    student, teacher = maps(4, 3, 2, 2)
+    labels = labels_like(student, classes)
+    expected = labelled_oracle(student, teacher, labels, 0.3, patients, term.bank)
+    agree(term(student, teacher, labels, Context(None, patients)), expected, student, teacher)
+
+
+def test_one_voxel_of_another_patient_keeps_its_digits():
+    # in single precision, a class of which all keys but one are the anchor's patient's own
+    student, teacher = maps(2, 8, 48, 48, dtype=torch.float32)
+    labels = torch.zeros(2, 48, 48).long()
+    labels[1] = 1
+    labels[1, 0, 0] = 0
+    context = Context(None, torch.tensor([0, 1]))
+    term = SupervisedContrastiveLoss(0.1, samples=None, same_patient=True)
+    exact = term(student.double(), teacher.double(), labels, context)
+    assert term(student, teacher, labels, context).item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("same_patient", [False, True])
+def test_memory_holds_what_came_before_and_is_not_read_by_the_step_that_fills_it(same_patient):
+    term = admitted(SupervisedContrastiveLoss(0.3, samples=None, memory=40, same_patient=same_patient))
+    for step in range(4):
+        student, teacher = maps(4, 3, 2, 2, seed=step)
+        labels = labels_like(student, 3, seed=step)
+        patients = PATIENTS + step % 2
+        expected = labelled_oracle(student, teacher, labels, 0.3, patients if same_patient else None, term.bank)
+        agree(term(student, teacher, labels, Context(None, patients, step)), expected, student, teacher)
+    vectors, bank_labels, bank_patients, steps = term.bank.entries()
+    assert sorted(steps.unique(return_counts=True)[1].tolist()) == [8, 16, 16]
+    newest = steps == 3
+    rows = {tuple(x) for x in pixels(teacher).float().tolist()}
+    assert {tuple(x) for x in vectors[newest].tolist()} == rows
+    assert bank_labels[newest].bincount().tolist() == labels.flatten().bincount().tolist()
+    assert bank_patients[newest].unique().tolist() == [5, 8, 10]
+
+
+def test_a_small_memory_keeps_the_classes_balanced():
+    term = admitted(SupervisedContrastiveLoss(0.3, samples=64, memory=8))
+    student, teacher = maps(4, 3, 8, 8)
+    labels = torch.zeros(4, 8, 8).long()
+    labels[:, :4] = 2
+    term(student, teacher, labels, Context(seeded(), PATIENTS))
+    assert term.bank.entries()[1].bincount().tolist() == [4, 0, 4]
+
+
+@pytest.mark.parametrize("name", ["supcon", "crd"])
+def test_evaluation_leaves_the_memory_alone(name):
+    term = made(name).eval()
+    before = {key: value.clone() for key, value in term.state_dict().items()}
+    student, teacher = maps(4, 3, 4, 4)
+    term(student, teacher, labels_like(student, 3), Context(seeded(), PATIENTS))
+    assert all(torch.equal(value, before[key]) for key, value in term.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["supcon", "crd"])
+def test_a_checkpoint_restores_the_term(name):
+    term = made(name)
+    other = TERMS[name]()
+    other.load_state_dict(term.state_dict())
+    student, teacher = maps(4, 3, 4, 4)
+    found = [t(student, teacher, labels_like(student, 3), Context(seeded(), PATIENTS)) for t in (term, other)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["supcon", "crd"])
+def test_a_patient_who_is_not_of_the_training_stops_it(name):
+    term = admitted(TERMS[name](), [4, 7])
+    student, teacher = maps(4, 3, 4, 4)
+    with pytest.raises(InputError, match=r"\[9\]"):
+        term(student, teacher, labels_like(student, 3), Context(seeded(), PATIENTS))
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (5, 4, 3), (9,)])
+@pytest.mark.parametrize("radius", [1, 2])
+def test_near_a_boundary_is_another_label_within_the_radius(shape, radius):
+    labels = torch.zeros(2, *shape).long()
+    labels[(0, *(n // 2 for n in shape))] = 3
+    labels[(1, *(0 for _ in shape))] = 1
+    found = near_boundary(labels, radius)
+    positions = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"), -1).reshape(
+        -1, len(shape)
+    )
+    for image, truth in zip(labels, found, strict=True):
+        for a in positions:
+            window = [b for b in positions if (a - b).abs().max() <= radius]
+            assert truth[tuple(a)] == any(image[tuple(b)] != image[tuple(a)] for b in window)
+
+
+def drawn(term, labels, seed=0):
+    positions = term.draw(labels, seeded(seed))
+    assert len(positions.unique()) == len(positions)
+    return positions
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_positions_lies_near_boundaries(hard):
+    labels = torch.zeros(2, 32, 32).long()
+    labels[:, :, 16:] = 1
+    term = SupervisedContrastiveLoss(0.1, samples=64, hard=hard)
+    near = near_boundary(labels, 1).flatten()
+    counts = [near[drawn(term, labels, seed)].sum().item() for seed in range(20)]
+    rest = (64 - 64 * hard) / 16 * (1 - hard)  # of the rest one in 16 is near a boundary, or fewer
+    assert min(counts) >= 64 * hard and sum(counts) / 20 <= 64 * hard + rest + 2
+    for label in (0, 1):
+        assert (labels.flatten()[drawn(term, labels)] == label).sum() == 32
+
+
+def test_where_few_positions_are_near_a_boundary_the_rest_makes_up():
+    labels = torch.zeros(1, 16, 16).long()
+    labels[0, 0, 0] = 1
+    positions = drawn(SupervisedContrastiveLoss(0.1, samples=40, hard=1.0), labels)
+    flat, near = labels.flatten()[positions], near_boundary(labels, 1).flatten()[positions]
+    assert flat.bincount().tolist() == [20, 1] and near[flat == 0].sum() >= 3
+    alone = drawn(SupervisedContrastiveLoss(0.1, samples=40, hard=1.0), torch.zeros(1, 16, 16).long())
+    assert len(alone) == 40
+
+
+# --- prototypes -------------------------------------------------------------------------------------------------------
+
+
+def prototype_oracle(student, teacher, labels, temperature, anchors, per_image):
+    images = range(len(labels)) if per_image else [slice(None)]
+    losses = {int(label): [] for label in labels.unique()}
+    for image in images:
+        z, k = (F.normalize(x[image].movedim(0 if per_image else 1, -1), dim=-1) for x in (student, teacher))
+        present = [int(label) for label in labels[image].unique()]
+        keys = {label: F.normalize(k[labels[image] == label].mean(0), dim=0) for label in present}
+        for label in present:
+            region = z[labels[image] == label]
+            for anchor in [F.normalize(region.mean(0), dim=0)] if anchors == "regions" else region:
+                similarity = torch.stack([anchor @ keys[other] / temperature for other in present])
+                losses[label].append(similarity.exp().sum().log() - anchor @ keys[label] / temperature)
+    return torch.stack([torch.stack(found).mean() for found in losses.values()]).mean()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 4), (3, 3, 2, 3, 2)])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("anchors", ["regions", "pixels"])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_prototype_contrast_is_its_formula(shape, classes, anchors, per_image):
+    student, teacher = maps(*shape)
+    labels = labels_like(student, classes)
+    labels[0] = 0  # an image without some of the classes
+    found = PrototypeContrast(0.2, anchors, per_image)(student, teacher, labels)
+    agree(found, prototype_oracle(student, teacher, labels, 0.2, anchors, per_image), student, teacher)
+
+
+@pytest.mark.parametrize("anchors", ["regions", "pixels"])
+def test_prototypes_by_hand(anchors):
+    x = torch.eye(2, dtype=torch.float64)[None, :, None]  # two pixels, orthogonal
+    labels = torch.tensor([[[0, 5]]])
+    term = PrototypeContrast(1.0, anchors)
+    assert term(x, x, labels).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert term(x, x.flip(3), labels).item() == pytest.approx(math.log(1 + math.exp(1)))
+    assert term(torch.ones_like(x), torch.ones_like(x), labels).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("anchors", ["regions", "pixels"])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_prototypes_of_one_class_alone_are_zero_with_no_gradient(anchors, per_image):
+    student, teacher = maps(2, 3, 4, 4)
+    loss = PrototypeContrast(0.1, anchors, per_image)(student, teacher, torch.full((2, 4, 4), 2))
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients(loss, student, teacher))
+
+
+def test_prototypes_ignore_the_names_of_classes_and_where_in_its_region_a_vector_lies():
+    student, teacher = maps(2, 3, 4, 4)
+    labels = labels_like(student, 3)
+    term, expected = PrototypeContrast(0.2), PrototypeContrast(0.2)(student, teacher, labels)
+    torch.testing.assert_close(term(student, teacher, 9 - labels), expected)
+    order = torch.randperm(16, generator=seeded())
+    moved = teacher.flatten(2)[:, :, order].reshape(teacher.shape)
+    moved_labels = labels.flatten(1)[:, order].reshape(labels.shape)
+    keys = [
+        F.normalize(pixels(x)[y.flatten() == 1].sum(0), dim=0) for x, y in ((teacher, labels), (moved, moved_labels))
+    ]
+    torch.testing.assert_close(*keys)
+    student_moved = student.flatten(2)[:, :, order].reshape(student.shape)
+    torch.testing.assert_close(term(student_moved, moved, moved_labels), expected)
+
+
+# --- CRD --------------------------------------------------------------------------------------------------------------
+
+
+def crd_oracle(student, teacher, temperature, patients, banks, normalisers, same_patient=False):
+    """- log h of the pair, - log(1 - h) of every negative, in both directions; banks are (teacher's, student's)."""
+    z, k = (F.normalize(x.flatten(2).mean(2), dim=1) for x in (student, teacher))
+    total = 0.0
+    for anchors, keys, bank, normaliser in zip((z, k), (k, z), banks, normalisers, strict=True):
+        for i in range(len(anchors)):
+            negatives = [
+                keys[j] for j in range(len(keys)) if j != i and not (same_patient and patients[j] == patients[i])
+            ]
+            if bank is not None:
+                negatives += [v.double() for v, p in zip(*bank.entries()[0:3:2], strict=True) if p != patients[i]]
+            noise = max(len(negatives), 1) * normaliser
+
+            def h(key, anchor=anchors[i], noise=noise):
+                return (anchor @ key / temperature).exp() / ((anchor @ key / temperature).exp() + noise)
+
+            loss = -torch.log(h(keys[i])) - sum(torch.log(1 - h(negative)) for negative in negatives)
+            total = total + loss / len(anchors)
+    return total
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 4, 4), (4, 3, 2, 2, 3)])
+@pytest.mark.parametrize(("memory", "same_patient"), [(0, False), (6, False), (6, True)])
+def test_crd_is_its_formula(shape, memory, same_patient):
+    term = admitted(CRD(0.3, memory, same_patient))
+    for step in range(3):
+        student, teacher = maps(*shape, seed=step)
+        patients = PATIENTS + 3 * (step % 2)  # 7 comes twice
+        normalisers = [x.exp() for x in term.log_normaliser]
+        if step == 0:
+            z, k = (F.normalize(x.flatten(2).mean(2), dim=1) for x in (student, teacher))
+            pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+            pairs = [(i, j) for i, j in pairs if not (same_patient and patients[i] == patients[j])]
+            normalisers = [
+                torch.stack([(a[i] @ b[j] / 0.3).exp() for i, j in pairs]).mean().detach() for a, b in ((z, k), (k, z))
+            ]
+        banks = [term.teacher_bank, term.student_bank]
+        expected = crd_oracle(student, teacher, 0.3, patients, banks, normalisers, same_patient)
+        found = term(student, teacher, None, Context(None, patients, step))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # the normaliser is kept in single precision
+        torch.testing.assert_close(*[gradients(x, student, teacher) for x in (found, expected)], rtol=1e-4, atol=1e-6)
+        if memory:
+            assert len(term.teacher_bank) == len(term.student_bank) == min(6, 4 * (step + 1))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_crd_of_images_alike_is_chance(temperature):
+    alike = torch.ones(4, 3, 2, 2)
+    loss = CRD(temperature, memory=0)(alike, alike)
+    assert loss.item() == pytest.approx(2 * math.log(4) + 6 * math.log(4 / 3), rel=1e-5)
+
+
+def test_crd_is_less_where_the_images_agree():
+    student, teacher = maps(6, 8, 4, 4)
+    assert CRD(memory=0)(teacher, teacher) < CRD(memory=0)(student, teacher)
+
+
+def test_the_normaliser_of_crd_is_kept_from_the_first_training_step_that_has_a_negative():
+    term = CRD(0.5, memory=0)
+    one, batch, later = ([x[: 1 + 3 * (i > 0)] for x in maps(4, 3, 2, 2, seed=i)] for i in range(3))
+    term(*one)
+    assert term.log_normaliser.isinf().all()
+    term.eval()(*batch)
+    assert term.log_normaliser.isinf().all()
+    term.train()(*batch)
+    kept = term.log_normaliser.clone()
+    assert kept.isfinite().all()
+    term(*later)
+    assert torch.equal(term.log_normaliser, kept)
+
+
+@pytest.mark.parametrize("anchors", ["regions", "pixels"])
+def test_a_nearly_solved_prototype_contrast_is_small_but_alive(anchors):
+    """Opposite regions at temperature 0.1: log(1 + exp(-20)), which 1 + exp(-20) = 1 in float32 would make a zero."""
+    labels = torch.tensor([[[0, 0], [1, 1]]])
+    maps = torch.where(labels[:, None] > 0, 1.0, -1.0) * torch.tensor([1.0, 0.5]).reshape(1, 2, 1, 1)
+    student = (maps + 1e-3 * torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)).requires_grad_()
+    loss = PrototypeContrast(0.1, anchors)(student, maps, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-20)), rel=1e-2)
+    assert student.grad.any()

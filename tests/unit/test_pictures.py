@@ -1,0 +1,301 @@
+"""Figures of features and pairs, the arrays they are drawn from, and the qualitative grid on bright tissue."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from torch.nn import functional as F
+
+from kdlib.analysis.figures import DOUBLE, features, pairs, qualitative
+from kdlib.config import PROTOCOLS, InputError, Run, Term, derive_seed, override_profile
+from kdlib.data import make_phantom
+from kdlib.experiments.illustrate import pairs as pairs_of
+from kdlib.experiments.recipes import thesis_recipe
+from kdlib.experiments.runs import load_arrays, run_bank, run_source, save_arrays
+from kdlib.losses import Context, SupervisedContrastiveLoss
+from kdlib.training.distiller import FeatureHooks
+from kdlib.training.loop import batch_indices, new_arm, new_model
+
+ROLES = {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of results, and a distilled run on a small phantom in it; nothing is trained."""
+    root = tmp_path_factory.mktemp("pictures")
+    profile = override_profile("quick", {"width": 0.125, "folds": 3})
+    data = str(make_phantom(root / "phantom", patients=9))
+    return root, Run(data, "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), profile=profile)
+
+
+def check(figure, width) -> None:
+    """At printed width, within the page, without overlaps, empty panels or tiny text."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    assert figure.get_size_inches()[0] == pytest.approx(width)
+    page = figure.bbox.padded(2)
+    boxes = [item.get_window_extent(renderer) for item in figure.legends]
+    boxes += [ax.get_tightbbox(renderer) for ax in figure.axes]
+    for box in boxes:
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, "something is cut"
+    for one, two in itertools.combinations(boxes, 2):
+        assert not one.padded(-1).overlaps(two), "panels or legend overlap"
+    assert all(ax.has_data() for ax in figure.axes)
+    assert all(text.get_fontsize() >= 6 for text in figure.findobj(matplotlib.text.Text) if text.get_text())
+
+
+# ---------------------------------------------------------------------------------------------- the pairs of a contrast
+
+
+@pytest.mark.parametrize("same_patient", [False, True])
+def test_the_pairs_spelt_out_give_the_loss(same_patient):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 5, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(3, (4, 6, 6), generator=generator)
+    patients = torch.tensor([4, 4, 7, 9])
+    loss = SupervisedContrastiveLoss(0.4, samples=60, same_patient=same_patient)
+    drawn = loss.draw(labels, torch.Generator().manual_seed(1))
+    relation = loss.relation(drawn, drawn, labels, patients)
+    anchors, keys = (F.normalize(x.movedim(1, -1).flatten(0, 2)[drawn], dim=1) for x in (student, teacher))
+    similarity = anchors @ keys.T / 0.4
+    everything = similarity.masked_fill(relation == 0, -torch.inf).logsumexp(1)
+    each = everything - (similarity * (relation > 0)).sum(1) / (relation > 0).sum(1)
+    own = labels.flatten()[drawn]
+    expected = torch.stack([each[own == value].mean() for value in own.unique()]).mean()
+    found = loss(student, teacher, labels, Context(torch.Generator().manual_seed(1), patients))
+    torch.testing.assert_close(found, expected)
+    assert (relation.diagonal() == 1).all(), "the key at the anchor's own position is a positive"
+    assert (relation == 0).any() == same_patient
+
+
+def test_pairs_by_hand():
+    labels = torch.tensor([[[0, 1], [1, 2]], [[0, 0], [1, 1]]])
+    keys = torch.tensor([0, 1, 3, 4, 6])
+    loss = SupervisedContrastiveLoss(samples=None)
+    assert loss.relation(torch.tensor([1, 0]), keys, labels).tolist() == [[-1, 1, -1, -1, 1], [1, -1, -1, 1, -1]]
+    alone = SupervisedContrastiveLoss(samples=None, same_patient=True)
+    patients = torch.tensor([5, 5])
+    assert alone.relation(torch.tensor([1]), keys, labels, patients).tolist() == [[0, 1, 0, 0, 0]]
+    with pytest.raises(InputError, match="needs to know the patient"):
+        alone.relation(torch.tensor([1]), keys, labels)
+
+
+def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
+    results, run = place
+    panels = pairs_of(run, results)
+    # the same batch through the distiller of the run, with the seed of that step
+    fold = run_source(run, results).folds[0]
+    bank = run_bank(run, results).select(fold.subset(0.5))
+    index = next(i for i in batch_indices(len(bank), 16, run.seed) if bank.labels[i].any())
+    step = int(panels["step"][0])
+    images, labels = bank.batch(index)
+    (teacher_run,) = run.teacher_runs().values()
+    teacher = new_model(teacher_run, 1).eval()
+    arm = new_arm(run, 1, 1, torch.device("cpu"), {"T1": teacher})
+    seen = []
+    draw = SupervisedContrastiveLoss.draw
+
+    def recorded(self, labels, generator=None):
+        seen.append((labels.shape, draw(self, labels, generator)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(SupervisedContrastiveLoss, "draw", recorded)
+    _, own = arm.taps(images)
+    _, taught = FeatureHooks(teacher, teacher.scales, list(own))(images)
+    seed = derive_seed(run.seed, "terms", step)
+    terms = {name: term for name, term in arm.distiller.terms.items() if name == "D-D"}
+    arm.distiller.terms = torch.nn.ModuleDict(terms)
+    arm.distiller(own, {"T1": taught}, labels, seed)
+    ((shape, drawn),) = seen
+    role = torch.zeros(shape, dtype=torch.bool).flatten()
+    role[drawn] = True
+    role = role.view(shape)
+    for number in range(len(panels["case"])):
+        picture = torch.from_numpy(panels["image"][number])
+        same = [i for i in range(len(index)) if torch.equal(bank.images[index[i]], picture)]
+        assert same and any(np.array_equal(panels["role"][number] != 0, role[i]) for i in same)
+    assert panels["positives"][0] + panels["negatives"][0] == len(drawn)
+
+
+def test_the_panels_show_an_organ_s_and_a_background_anchor_on_slices_of_the_batch(place):
+    results, run = place
+    panels = pairs_of(run, results)
+    assert panels["anchor"].tolist() == ["spleen"] * 3 + ["background"] * 3
+    assert panels["image"].shape == panels["labels"].shape == panels["role"].shape == (6, 64, 64)
+    assert (panels["row"] >= 0).tolist() == [True, False, False] * 2, "the anchor is on its own slice alone"
+    patients = run_source(run, results).folds[0].groups
+    assert patients[panels["case"][0]] != patients[panels["case"][1]]
+    for number, anchor in enumerate(panels["anchor"]):
+        role, target = panels["role"][number], panels["labels"][number] == 1
+        wanted = target if anchor == "spleen" else ~target
+        assert wanted[role == 1].all() and not wanted[role == -1].any()
+    for number in (0, 3):
+        assert panels["role"][number][panels["row"][number], panels["column"][number]] == 1
+    assert (panels["labels"] > 0).sum((1, 2)).tolist()[:3] == sorted((panels["labels"][:3] > 0).sum((1, 2)))[::-1]
+    assert set(panels["term"]) == {"D-D"}, "the labelled term on the finest grid"
+
+
+def test_pairs_of_a_coarse_term_are_on_its_grid(place):
+    results, run = place
+    recipe = dataclasses.replace(run.recipe, terms=(Term("E-E", "supcon", 0.1),))
+    panels = pairs_of(dataclasses.replace(run, recipe=recipe), results)
+    assert panels["role"].shape == (6, 16, 16) and panels["image"].shape == (6, 64, 64)
+    figure = pairs(as_table(panels))
+    star = figure.axes[0].lines[-1]
+    row, column = panels["row"][0], panels["column"][0]
+    assert star.get_xdata() == [4 * column + 1.5] and star.get_ydata() == [4 * row + 1.5], "the middle of 4 x 4 pixels"
+
+
+def test_pairs_need_a_contrast_with_labels(place):
+    results, run = place
+    for changed in (
+        dataclasses.replace(run, recipe=thesis_recipe("S1", "fitnet")),
+        dataclasses.replace(run, protocol=PROTOCOLS["thesis"]),
+    ):
+        with pytest.raises(InputError, match="no supervised contrastive loss"):
+            pairs_of(changed, results)
+
+
+def as_table(arrays) -> pd.DataFrame:
+    return pd.DataFrame({name: list(values) for name, values in arrays.items()})
+
+
+def test_the_figure_of_pairs_marks_what_was_drawn(place, tmp_path):
+    results, run = place
+    save_arrays(tmp_path / "pairs.npz", pairs_of(run, results))
+    panels = load_arrays(tmp_path / "pairs.npz")
+    figure = pairs(panels)
+    check(figure, DOUBLE)
+    assert len(figure.axes) == 6
+    for ax, panel in zip(figure.axes, panels.itertuples(), strict=True):
+        positive, negative = (c for c in ax.collections if isinstance(c, PathCollection))
+        assert len(positive.get_offsets()) == (panel.role == 1).sum()
+        assert len(negative.get_offsets()) == (panel.role == -1).sum()
+        for x, y in negative.get_offsets():
+            assert panel.role[round(y), round(x)] == -1
+        assert f"{(panel.role == 1).sum()} positive, {(panel.role == -1).sum()} negative" in ax.get_xlabel()
+    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n") and "16 slices of the batch" in figure.get_label()
+    with pytest.raises(InputError, match="no role in the table"):
+        pairs(panels.drop(columns="role"))
+
+
+# ------------------------------------------------------------------------------------------------------------- features
+
+
+def sampled(classes=("background", "spleen"), pixels=40, constant=False):
+    """Three arms; the classes lie further apart from arm to arm."""
+    random = np.random.default_rng(0)
+    names = np.repeat(classes, pixels)
+    shift = np.repeat(np.arange(len(classes)), pixels)[:, None]
+    arrays = {"case": np.array(["a", "b"] * (len(names) // 2)), "class": names}
+    for number, (arm, channels) in enumerate(zip(ROLES.values(), (16, 4, 4), strict=True)):
+        values = random.normal(size=(len(names), channels)) + 4 * number * shift
+        arrays[arm] = np.zeros_like(values) if constant else values
+    return as_table(arrays)
+
+
+def similar(scales=("encoder1", "bottleneck", "decoder1", "logits"), more=("encoder2", "decoder2")):
+    rows = [
+        dict(arm=arm, fold=fold, scale_student=a, scale_teacher=b, value=0.2 + 0.1 * fold + 0.3 * (arm == "KD(T1, S1)"))
+        for arm in ("S1 (50 %)", "KD(T1, S1)") for fold in (0, 1)
+        for a in scales for b in (*reversed(scales), *more)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("classes", [("background", "spleen"), ("a", "background", "b", *"cdefgh")])
+def test_features_by_class_before_and_after(classes):
+    samples = sampled(classes)
+    figure = features(samples, similar(), ROLES)
+    check(figure, DOUBLE)
+    axes = np.array(figure.axes).reshape(3, 3)
+    assert [ax.get_title() for ax in axes[0]] == [f"{role}\n{arm}" for role, arm in ROLES.items()]
+    for ax in axes[:2].flat:
+        assert sum(len(dots.get_offsets()) for dots in ax.collections) == len(samples)
+        assert len(ax.collections) == len(classes)
+    found = [float(ax.get_xlabel().split()[-1]) for ax in axes[1]]
+    assert found == sorted(found) and found[0] < 0.1 < 0.3 < found[2], "silhouettes follow how far classes lie apart"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(legend) == sorted(classes) and legend[-1] == "background"
+    assert f"n = {len(samples)} pixels of 2 test cases" in figure.get_label()
+
+
+def test_the_cka_matrices_are_in_forward_order_and_average_folds():
+    axes = np.array(features(sampled(), similar(), ROLES).axes).reshape(3, 3)
+    for ax, expected in zip(axes[2], ("+30", "25", "55"), strict=True):
+        assert {text.get_text() for text in ax.texts} == {expected} and len(ax.texts) == 4 * 6
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["E1", "E2", "B", "D2", "D1", "L"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["E1", "B", "D1", "L"]
+    assert [ax.get_title() for ax in axes[2]] == ["KD(T1, S1) less S1 (50 %)", "S1 (50 %)", "KD(T1, S1)"]
+
+
+def test_the_same_features_give_the_same_picture():
+    one, two = (features(sampled(), similar(), ROLES) for _ in range(2))
+    for a, b in zip(one.axes[:6], two.axes[:6], strict=True):
+        for left, right in zip(a.collections, b.collections, strict=True):
+            assert np.array_equal(left.get_offsets(), right.get_offsets())
+
+
+def test_features_refuse():
+    with pytest.raises(InputError, match=r"no KD\(T1, S1\) in the table"):
+        features(sampled().drop(columns="KD(T1, S1)"), similar(), ROLES)
+    with pytest.raises(InputError, match=r"no similarity of 'KD\(T1, S1\)'; the table has S1 \(50 %\)"):
+        features(sampled(), similar()[lambda t: t["arm"] == "S1 (50 %)"], ROLES)
+    with pytest.raises(InputError, match="2 arms"):
+        features(sampled(), similar(), {"teacher": "T1", "student": "S1 (50 %)"})
+    with pytest.raises(InputError, match="those of T1 are the same in every pixel"):
+        features(sampled(constant=True), similar(), ROLES)
+
+
+# ---------------------------------------------------------------------------------------------------------- qualitative
+
+
+def example(image, truth, prediction):
+    return pd.DataFrame([dict(arm="S1", case="a", seed=0, image=image, truth=truth, prediction=prediction)])
+
+
+def test_the_outline_of_the_truth_is_seen_on_white_tissue():
+    truth = np.zeros((48, 48), np.uint8)
+    truth[16:32, 16:32] = 1
+    figure = qualitative(example(np.full((48, 48), 255, np.uint8), truth, truth), {"student": "S1"}, {"only": "a"})
+    figure.set_dpi(300)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
+    box = figure.axes[1].get_window_extent()
+    top, bottom, left, right = (int(edge) for edge in (len(pixels) - box.y1, len(pixels) - box.y0, box.x0, box.x1))
+    seen = pixels[top + 2 : bottom - 2, left + 2 : right - 2]
+    assert (seen < 128).sum() > 4 * 16, "a dark rim about the white line"
+
+
+def test_the_kinds_of_error_are_hatched_each_its_own_way():
+    truth, said = np.zeros((2, 48, 48), np.uint8)
+    truth[10:20, 10:40], truth[20:30, 10:40] = 1, 2
+    said[15:35, 10:40] = 1
+    figure = qualitative(example(truth * 60, truth, said), {"student": "S1"}, {"only": "a"})
+    hatches = [c.hatches[0] for c in figure.axes[2].collections if getattr(c, "hatches", [None])[0]]
+    legend = {patch.get_hatch() for patch in figure.legends[0].get_patches()}
+    assert len(set(hatches)) == 3 == len(legend) and set(hatches) == legend
+
+
+def test_the_input_is_trimmed_to_what_is_not_black():
+    image, mask = np.zeros((2, 64, 64), np.uint8)
+    image[10:50, 12:52], mask[24:30, 24:30] = 90, 1
+    figure = qualitative(example(image, mask, mask), {"student": "S1"}, {"only": "a"})
+    assert figure.axes[0].get_xlim() == (11.5, 51.5) and figure.axes[0].get_ylim() == (49.5, 9.5)
