@@ -80,17 +80,25 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
         return tuple(t if t.name == "PMD" else dataclasses.replace(t, projector=kind) for t in recipe.terms)
 
     taught = {
-        "all weights 0": dict(terms=silent),
-        "random teacher": dict(teacher="random"),
-        "shuffled teacher": dict(teacher="shuffled"),
-        "frozen projectors": dict(terms=projected("frozen")),
-        "redrawn projectors": dict(terms=projected("redrawn")),
+        "zero_weights": dict(terms=silent),
+        "random_teacher": dict(teacher="random"),
+        "shuffled_teacher": dict(teacher="shuffled"),
+        "frozen_projectors": dict(terms=projected("frozen")),
+        "redrawn_projectors": dict(redrawn_projectors=True),
     }
     runs = [
-        Run(model=student, teacher=teacher, recipe=dataclasses.replace(recipe, name=name, **change), **setting)
+        Run(
+            model=student,
+            teacher=teacher,
+            recipe=dataclasses.replace(recipe, name=name, control=name, **change),
+            **setting,
+        )
         for name, change in taught.items()
     ]
-    alone = [Recipe("label smoothing", smoothing=0.1), Recipe("both budgets", budget="both")]
+    alone = [
+        Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
+        Recipe("longer_training", budget="both", control="longer_training"),
+    ]
     runs += [Run(model=student, recipe=recipe, **setting) for recipe in alone]
-    own = dataclasses.replace(recipe, name="self-teacher")
+    own = dataclasses.replace(recipe, name="self_distillation", control="self_distillation")
     return [*runs, Run(model=student, teacher=student, recipe=own, **setting)]
