@@ -12,7 +12,7 @@ HOMES = {
     ),
     "data": ("case_table", "download", "largest_slices", "split_table"),
     "evaluation.agreement": ("expected_calibration_error",),
-    "experiments.recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
+    "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.runs": ("Results", "teacher_agreement", "manifest", "run_bank", "run_source", "study"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)

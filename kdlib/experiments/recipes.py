@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from kdlib.config import LOSS_NAMES, SCALES, InputError, Recipe, Run, Term, lookup
+from kdlib.config import SCALES, InputError, Recipe, Run, Term, lookup
 from kdlib.losses import LOSSES
 
 WEIGHTS = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}  # of the thesis
 BALANCE = 0.5  # gradient of a distiller that is compared with others, as a multiple of the segmentation loss's
-DISTILLERS = tuple(name for name in LOSSES if name != "softmax_kl")  # all but the published term that is always 0
 QUICK = ("kl", "dkd", "fitnet", "at", "sp", "ifvd", "infonce", "supcon")  # two of each family, for a small comparison
+
+
+def comparison_losses() -> tuple[str, ...]:
+    """Names of the losses to compare, by family: all but the published one that is always 0 on one channel."""
+    return tuple(name for name in LOSSES if name != "softmax_kl")
 
 
 def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
@@ -46,13 +50,13 @@ def distiller(loss: str, student: str) -> Recipe:
     gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training.loop.balance`).
 
     Args:
-        loss: one of `DISTILLERS`.
+        loss: one of `comparison_losses()`.
         student: "S1" or "S2", for the thesis's temperature of its contrast.
 
     Raises:
         InputError: no such distiller.
     """
-    made = lookup("distiller", loss, {name: LOSSES[name] for name in DISTILLERS})
+    made = lookup("distiller", loss, {name: LOSSES[name] for name in comparison_losses()})
     if made.reads == "logits":
         terms = (Term("PMD", loss, 1.0),)
     elif made.adapt == "own":
@@ -60,7 +64,7 @@ def distiller(loss: str, student: str) -> Recipe:
     else:
         features = [name for name, at in SCALES.items() if at != ("logits",)]
         terms = tuple(Term(name, loss, WEIGHTS[name], _temperature(student, loss)) for name in features)
-    return Recipe(LOSS_NAMES[loss], terms=terms, balance=BALANCE)
+    return Recipe(LOSSES[loss].label, terms=terms, balance=BALANCE)
 
 
 def controls(student: str, teacher: str, **setting) -> list[Run]:

@@ -34,11 +34,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Preprocessing, Run, TrainingError, lookup
+from kdlib.config import BASELINE, STUDENTS, TEACHERS, InputError, Preprocessing, Run, TrainingError, lookup
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
 from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
 from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.recipes import WEIGHTS
+from kdlib.losses import LOSSES
 from kdlib.models import MODELS, count_parameters
 from kdlib.training import ranks
 from kdlib.training.checkpoint import (
@@ -501,7 +502,7 @@ class Results:
         """`cases` (or `history`) with the recipe as the arm, as printed; a student without any is "no distillation"."""
         table = getattr(self, part)
         full = "+".join(WEIGHTS)
-        names = {f"{full} ({loss})": f"thesis terms, {name}" for loss, name in LOSS_NAMES.items()}
+        names = {f"{full} ({name})": f"thesis terms, {loss.label}" for name, loss in LOSSES.items()}
         return table.assign(arm=table["recipe"].replace(names | {BASELINE.name: "no distillation"}))
 
     def parameters(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch import nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import as_float
+from kdlib.losses.base import as_float
 
 
 def one_hot(labels: torch.Tensor, channels: int) -> torch.Tensor:
