@@ -19,6 +19,7 @@ from kdlib.strict import InputError, Range, TrainingError, check_fields, either,
 
 __all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
 
+UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
 STUDENTS = ("S1", "S2")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
@@ -140,10 +141,14 @@ class Recipe:
         terms: distillation terms; none for a baseline.
         smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
         teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
-        budget: "student", or, as a control, "both": the teacher's steps and the student's together.
+        budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
+            steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
             step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
         redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
+        unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
+            terms see them, the segmentation loss does not.
+        pseudo_labels: the teacher's masks take the place of the labels that are missing; needs `unlabelled`.
         control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes.controls`).
     """
 
@@ -154,13 +159,17 @@ class Recipe:
     terms: tuple[Term, ...] = ()
     smoothing: Annotated[float, Range(0, below=1)] = 0.0
     teacher: Literal["trained", "random", "shuffled"] = "trained"
-    budget: Literal["student", "both"] = "student"
+    budget: Literal["student", "teacher+student", "wall_clock"] = "student"
     balance: Positive | None = None
     redrawn_projectors: bool = False
+    unlabelled: bool = False
+    pseudo_labels: bool = False
     control: str = ""
 
     def __post_init__(self):
         check_fields(self)
+        if self.pseudo_labels and not self.unlabelled:
+            raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
         if self.balance is not None and not any(term.weight for term in self.terms):
             raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
         names = [term.name for term in self.terms]
@@ -174,7 +183,13 @@ BASELINE = Recipe("baseline")
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Optimiser and schedule of one training."""
+    """Optimiser and schedule of one training.
+
+    Args:
+        batch: slices per step.
+        warmup: share of the steps in which the learning rate rises.
+        target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
+    """
 
     optimiser: Literal["adamw", "rmsprop"] = "adamw"
     lr: Positive = 1e-3
@@ -183,6 +198,7 @@ class Optimisation:
     weight_decay: NotNegative = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Annotated[float, Range(0, below=1)] = 0.05
+    target_share: Annotated[float, Range(0, 1)] | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -261,6 +277,8 @@ class Profile:
             students (of every label fraction, so that all have the same budget) over half of it.
         folds: number of outer folds the patients are split into.
         reduced_from_thesis: what a reader must know before comparing with the thesis.
+        step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
+            student's step without teacher (measured).
     """
 
     name: str
@@ -272,6 +290,7 @@ class Profile:
     student_steps: AtLeastOne | None = None
     folds: Annotated[int, Range(2)] = 5
     reduced_from_thesis: str = "nothing"
+    step_cost: Annotated[float, Range(1)] = 3.0
 
     def __post_init__(self):
         check_fields(self)
@@ -317,11 +336,13 @@ class Run:
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
         teacher: the model that a distilled student learns from, several joined by "+", else None. A student
-            (`STUDENTS`) as teacher was trained alone, on the same fraction.
+            (`STUDENTS`) as teacher was trained alone, on the same fraction. "self" is the student as it stands, on the
+            same slices with other noise (the consistency control).
         recipe: what the model learns from; None means `TEACHER_RECIPE` for T1 and T2 and `BASELINE` for others.
         seed: of initial weights, data order and augmentation.
         teacher_seed: seed of the teacher that a distilled student learns from.
         profile, protocol: size, and the published faults that are kept.
+        length: factor on the profile's steps; each length is a full schedule of its own.
         on_defect: "raise" stops at defective cases of the data, "drop" leaves them out and reports them.
         group: how cases are grouped into patients (see `kdlib.data.index`).
     """
@@ -335,6 +356,7 @@ class Run:
     recipe: Recipe | None = None
     seed: Seed = 0
     teacher_seed: Seed = 0
+    length: Positive = 1.0
     profile: Profile = PROFILES["quick"]
     protocol: Protocol = PROTOCOLS["corrected"]
     on_defect: Literal["raise", "drop"] = "raise"
@@ -344,8 +366,10 @@ class Run:
         if self.recipe is None:
             object.__setattr__(self, "recipe", TEACHER_RECIPE if self.model in TEACHERS else BASELINE)
         check_fields(self)
-        if (self.teacher is None) != (not self.recipe.terms):
+        if (self.teacher is None) != (not self.recipe.terms and not self.recipe.pseudo_labels):
             raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
+        if self.recipe.unlabelled and self.fraction == 1:
+            raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
         if not 0 <= self.fold < self.profile.folds:
             raise InputError(
                 f"fold {self.fold} does not exist: profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
@@ -421,7 +445,7 @@ class Run:
         A student as teacher is trained alone, at a student's length, on the fraction of the student that learns from it.
         """
         found = {}
-        for model in self.teacher.split("+") if self.teacher else ():
+        for model in self.teacher.split("+") if self.teacher not in (None, "self") else ():
             peer = model in STUDENTS
             found[model] = dataclasses.replace(
                 self,
@@ -429,6 +453,7 @@ class Run:
                 fraction=self.fraction if peer else 1.0,
                 teacher=None,
                 recipe=BASELINE if peer else TEACHER_RECIPE,
+                length=1.0,
                 # in self-distillation the teacher must not be the student's own baseline
                 seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
                 teacher_seed=0,

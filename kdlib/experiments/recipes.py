@@ -101,7 +101,7 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
     ]
     alone = [
         Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
-        Recipe("longer_training", budget="both", control="longer_training"),
+        Recipe("longer_training", budget="teacher+student", control="longer_training"),
     ]
     runs += [Run(model=student, recipe=recipe, **setting) for recipe in alone]
     own = dataclasses.replace(recipe, name="self_distillation", control="self_distillation")

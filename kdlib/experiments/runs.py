@@ -116,14 +116,15 @@ def describe(run: Run, results: Path) -> dict[str, object]:
         length = [
             profile.student_epochs,
             profile.student_steps,
-            *(length if run.effective_recipe.budget == "both" else ()),
+            *(length if run.effective_recipe.budget == "teacher+student" else ()),
+            *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
         ]
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": dataclasses.asdict(run.effective_recipe) | {"name": ""},
         "preprocessing": dataclasses.asdict(run.preprocessing),
-        "length": length,
+        "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
         "network": _architecture(run.model),
         "optimisation": dataclasses.asdict(run.optimisation),
@@ -377,7 +378,10 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.teacher_seed,
             run.recipe.teacher == "random",
             run.recipe.budget,
+            run.recipe.unlabelled,
+            run.length,
             how.batch,
+            how.target_share,
             alone,
         )
         groups.setdefault(key, []).append(run)
@@ -422,7 +426,10 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
     found = run_source(run, results)
     fold = found.folds[run.fold]
     bank = run_bank(run, results)
-    train, val = bank.select(fold.subset(run.fraction)), bank.select(fold.val)
+    labelled = fold.subset(run.fraction)
+    train, val = bank.select(labelled), bank.select(fold.val)
+    if run.recipe.unlabelled:
+        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
     if run.protocol.test_selection:
         val = bank.select(fold.test)
     slices = len(bank.select(fold.train))
