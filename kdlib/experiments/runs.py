@@ -38,6 +38,7 @@ from kdlib.config import BASELINE, STUDENTS, TEACHERS, InputError, Preprocessing
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
 from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
 from kdlib.evaluation.cases import evaluate
+from kdlib.experiments.identity import identity
 from kdlib.experiments.recipes import WEIGHTS
 from kdlib.losses import LOSSES
 from kdlib.models import MODELS, count_parameters
@@ -694,7 +695,7 @@ def teacher_agreement(
             for name, path in files.items():
                 write(path, lambda partial, name=name: missing[name].to_csv(partial, index=False))
         for name, path in files.items():
-            label = dict(arm=run.name, model=run.model, recipe=run.recipe.name, fold=run.fold, seed=run.seed)
+            label = {"arm": run.name} | identity(run)
             tables[name].append(pd.read_csv(path, dtype={"case": str, "patient": str}).assign(run=folder.name, **label))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
 
@@ -712,19 +713,14 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
     for run in runs:
         folder = run_folder(run, results)
         record = manifest(run, results)
-        label = {
-            "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
-            "recipe": run.recipe.name, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
-        }  # fmt: skip
+        label = {"run": folder.name, "arm": run.name} | identity(run)  # arm: until analysis reads the columns
         cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
         history.append(pd.read_csv(folder / "history.csv").assign(**label))
         rows.append(
             label | {"parameters": record["parameters"]} | record["best"]
             | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
         )  # fmt: skip
-        examples.append(
-            load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher")
-        )
+        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
     return Results(
         pd.concat(cases, ignore_index=True)[order],
