@@ -8,7 +8,7 @@ import torch
 from monai.networks.layers.factories import Conv, Norm, Pool
 from torch import nn
 
-from kdlib.models.unet import Output, UNet
+from kdlib.models.unet import UNet
 
 
 class SeparableBlock(nn.Module):
