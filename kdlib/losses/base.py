@@ -137,14 +137,14 @@ def l2_normalize(vectors: Tensor, dim: int = 1) -> Tensor:
 
 
 def mean_over(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Mean of BH[WD] or BNH[WD] values that are 0 where not `kept` (BH[WD])."""
+    """Mean of BH[WD] or BNH[WD] values over the positions that are `kept` (BH[WD] bool; None: all)."""
     if kept is None:
         return values.mean()
-    return values.sum() / (kept.sum() * (values.numel() // kept.numel()))
+    return (values if values.dim() == kept.dim() else values.movedim(1, -1))[kept].mean()
 
 
 def mean_square(a: Tensor, b: Tensor, kept: Tensor | None) -> Tensor:
-    """Mean squared difference of BNH[WD] or BH[WD] values that are 0 in both where not `kept` (BH[WD])."""
+    """Mean squared difference of BNH[WD] or BH[WD] values over the positions that are `kept` (see `mean_over`)."""
     return F.mse_loss(a, b) if kept is None else mean_over((a - b).pow(2), kept)
 
 

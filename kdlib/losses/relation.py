@@ -94,7 +94,7 @@ class IFVD(DistillationLoss):
     def compare(self, student, teacher, labels, kept, context):
         members = _members(labels, _classes(labels))
         of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
-        return mean_square(of_student, of_teacher, kept)  # an ignored pixel is of no class, hence 0
+        return mean_square(of_student, of_teacher, None if kept is None else kept.flatten(1))
 
     @staticmethod
     def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ def test_infonce_needs_a_negative():
         InfoNCE(0.4)(torch.rand(1, 3, 2, 2), torch.rand(1, 3, 2, 2))
 
 
-# --- supervised contrastive loss -----------------------------------------------------------------------------------------
+# --- supervised contrastive loss --------------------------------------------------------------------------------------
 
 
 def labelled_oracle(student, teacher, labels, temperature):

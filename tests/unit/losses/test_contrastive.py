@@ -216,7 +216,7 @@ def test_infonce_of_one_patient_alone_is_zero():
     assert loss.item() == 0 and not gradients(loss, student, teacher)[0].any()
 
 
-# --- supervised contrastive loss -----------------------------------------------------------------------------------------
+# --- supervised contrastive loss --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
