@@ -14,7 +14,9 @@ def verdict_sentences(comparisons: pd.DataFrame) -> list[str]:
         change = {"better": "raises", "worse": "lowers"}.get(row.verdict)
         size = f"{row.n} patients, adjusted p {row.p_holm:.2g}"
         if change:
-            text = f"{row.a} {change} Dice by {abs(row.difference):.3f} [{row.low:+.3f}, {row.high:+.3f}] against {row.b}"
+            text = (
+                f"{row.a} {change} Dice by {abs(row.difference):.3f} [{row.low:+.3f}, {row.high:+.3f}] against {row.b}"
+            )
             sentences.append(f"{text} ({size}).")
         else:
             text = f"Dice differs by {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"

@@ -56,9 +56,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m kdlib", description="Knowledge distillation for medical image segmentation.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    line = Parser(prog="python -m kdlib", description="Knowledge distillation for medical image segmentation.")
+    commands = line.add_subparsers(dest="command", required=True)
     study = argparse.ArgumentParser(add_help=False)
     study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
     study.add_argument("--target", default="spleen", help="label names joined by ',', or 'all'")
@@ -88,7 +88,7 @@ def _parser() -> Parser:
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
     for command in (run, report):
         command.add_argument("--record", type=Path, help="file that says the job is done; for the Snakefile")
-    return parser
+    return line
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -282,7 +282,17 @@ def _snakemake(folder: Path, config: Mapping[str, object], words: Sequence[str],
     it and its jobs once, as SIGINT."""
     write_text(folder / "jobs" / "study.json", json.dumps(config, indent=1))
     command = [sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(ROOT / "Snakefile"), "--nolock"]
-    command += ["--directory", str(folder), "--configfile", str(folder / "jobs" / "study.json"), *words]
+    # what is finished stays, whatever ONLY leaves out and whatever became of the code; a job that was killed runs again
+    command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--retries", "1"]
+    command += [
+        "--scheduler",
+        "greedy",
+        "--directory",
+        str(folder),
+        "--configfile",
+        str(folder / "jobs" / "study.json"),
+        *words,
+    ]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs run in other folders
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, pass_fds=[lock], process_group=0,
@@ -341,7 +351,12 @@ def _recorded(done: Path | None, folder: Path) -> Iterator[None]:
     own = "[a-z]*" if name == "06_figures" else f"{name[:3]}*"  # experiments side by side write into one folder
     made = [path for part in ("tables", "figures", "slices") for path in folder.glob(f"{part}/{own}")]
     made += folder.glob("report.html") if name == "report" else []
-    write_text(done, json.dumps({"made": sorted(os.path.relpath(path, done.parent) for path in made)}, indent=1))
+    write_text(
+        done,
+        json.dumps(
+            {"finished": time.time(), "made": sorted(os.path.relpath(path, done.parent) for path in made)}, indent=1
+        ),
+    )
     failed.unlink()
 
 
@@ -396,20 +411,22 @@ def main(command: Sequence[str]) -> int:
         The exit status: 0, 1 for a job that failed, 2 for input that cannot be used, 130 when stopped by Ctrl-C, 143
         when stopped by SIGTERM.
     """
+    recorded = False
     try:
         for word in command:
             if re.search("[\0\ud800-\udfff]", word):
                 raise InputError(f"{ascii(word)}: no text (NUL, or bytes that are no UTF-8); rename the file")
-        options = _parser().parse_args(command)
+        options = parser().parse_args(command)
+        recorded = getattr(options, "record", None) is not None
         if options.command == "study":
             return _study(options, command)
         return {"run": _run, "report": _report, "dry-run": _dry_run}[options.command](options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingError, NotebookError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (InputError, TrainingError, NotebookError) as error:
+        # a study prints the causes of its failed jobs when all have ended
+        if not recorded or isinstance(error, NotebookError):
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as stop:
-        print("stopped: finished trainings are kept, the same command resumes from them", file=sys.stderr)
+        if not recorded:
+            print("stopped: finished trainings are kept, the same command resumes from them", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
