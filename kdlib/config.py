@@ -20,7 +20,7 @@ from kdlib.strict import InputError, Range, TrainingError, check_fields, either,
 __all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
 
 UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
-STUDENTS = ("S1", "S2")
+STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
