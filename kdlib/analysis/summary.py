@@ -1,27 +1,10 @@
-"""A study in a few sentences and facts: what its report begins with."""
+"""The facts of a study that its report ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 import pandas as pd
-
-
-def verdict_sentences(comparisons: pd.DataFrame) -> list[str]:
-    """One sentence per row of `kdlib.analysis.statistics.compare`: the difference, its interval and what follows."""
-    sentences = []
-    for row in comparisons.itertuples():
-        change = {"better": "raises", "worse": "lowers"}.get(row.verdict)
-        size = f"{row.n} patients, adjusted p {row.p_holm:.2g}"
-        if change:
-            text = (
-                f"{row.a} {change} Dice by {abs(row.difference):.3f} [{row.low:+.3f}, {row.high:+.3f}] against {row.b}"
-            )
-            sentences.append(f"{text} ({size}).")
-        else:
-            text = f"Dice differs by {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-            sentences.append(f"{row.a} against {row.b}: {text}, which is no verdict either way ({size}).")
-    return sentences
 
 
 def facts(manifests: Iterable[Mapping], wanted: int) -> dict[str, str]:
