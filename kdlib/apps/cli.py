@@ -28,6 +28,7 @@ from kdlib.apps.notebooks import (
     Stopped,
     as_text,
     check_parameters,
+    check_study,
     convert,
     execute,
     read_parameters,
@@ -96,16 +97,6 @@ def _numbers(name: str, text: str) -> list[int]:
         return convert(text, "list[int]")
     except ValueError:
         raise InputError(f"{name} {text!r}: give whole numbers, e.g. '0 1'") from None
-
-
-def check_study(name: str) -> None:
-    """Raises InputError where a study's name is not that of a folder in results, and of one that is free."""
-    if name in ("data", "runs", "splits"):
-        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
 
 
 def study_parameters(options: argparse.Namespace) -> dict[str, object]:

@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -105,6 +106,16 @@ def convert(value: object, annotation: str) -> object:
     return value
 
 
+def check_study(name: str) -> None:
+    """Raises InputError where a study's name is not that of a folder in results, and of one that is free."""
+    if name in ("data", "runs", "splits"):
+        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+
+
 def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
     """The given values, converted to the types that the notebook declares.
 
@@ -123,6 +134,8 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
             raise InputError(f"{path}: parameter {name!r}: {error}") from None
         except ValueError:
             raise InputError(f"{path}: parameter {name!r} is {declared[name]}, not {value!r}") from None
+    for part in str(values.get("study", "x")).split("/"):  # a per-fold job lies in its study's folder
+        check_study(part)
     return values
 
 
