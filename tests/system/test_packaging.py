@@ -333,7 +333,7 @@ def test_ci_goes_on_where_a_browser_and_slurm_cannot_be_installed(tmp_path):
     tools.mkdir()
     script = (ROOT / ".ci" / "run").read_text()
     (folder / "run").write_text(script.replace(":/usr/sbin:/sbin", ""))
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "mktemp", "tee", "grep", "rm"):
         (tools / name).symlink_to(shutil.which(name))
     stubs = {"make": "echo made $*", "git": "", "python3.13": "", "id": "echo 0", "apt-get": "exit 100"}
     for name, does in stubs.items():
@@ -343,6 +343,22 @@ def test_ci_goes_on_where_a_browser_and_slurm_cannot_be_installed(tmp_path):
     done = subprocess.run([folder / "run"], env={"PATH": str(tools)}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("+ make test\nmade test\n"), done.stderr
     assert "warning: chromium slurm-wlm munge could not be installed" in done.stderr
+
+
+@pytest.mark.parametrize("reason, status", [("needs a CUDA device", 0), ("no Chromium: x", 1), ("no reason", 1)])
+def test_ci_fails_on_a_skip_that_it_does_not_know(tmp_path, reason, status):
+    (tmp_path / "repo" / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / "repo" / ".ci")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    stubs = dict.fromkeys(("git", "python3.13", "chromium", "slurmctld", "munged"), "")
+    for name, does in (stubs | {"make": f"echo 'SKIPPED [1] tests/test_x.py:1: {reason}'"}).items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin"}
+    done = subprocess.run([tmp_path / "repo" / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert ("for a reason that CI does not know" in done.stderr) == bool(status)
 
 
 @pytest.mark.parametrize("path", ["Makefile", ".ci/run", "requirements.lock", "environment.yml", "pyproject.toml"])
