@@ -15,7 +15,7 @@ from kdlib.apps.notebooks import EXPERIMENTS, NOTEBOOKS, execute, main, run_stud
 from kdlib.config import SWITCHES, InputError, override_profile
 from kdlib.experiments import dry_run as plan
 from kdlib.experiments.recipes import QUICK, thesis_recipe
-from kdlib.experiments.runs import is_done, run_key
+from kdlib.experiments.store import is_done, run_key
 from kdlib.losses import LOSSES
 
 TINY = {
