@@ -122,4 +122,4 @@ def teacher_agreement(
 def _read(path: Path) -> pd.DataFrame:
     table = read_csv(path)
     texts = [name for name in ("teacher", "terms", "loss", "loss_label", "family", "control") if name in table]
-    return table.assign(**{name: table[name].fillna("") for name in texts})
+    return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})

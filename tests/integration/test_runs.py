@@ -115,15 +115,15 @@ def test_a_run_without_result_has_no_manifest(finished):
 
 def test_teacher_agreement_is_computed_once_and_kept(finished, monkeypatch):
     results, runs, _ = finished
-    tables = tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu")
-    agreement, similarity, confidence = tables
+    found = tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu")
+    agreement, similarity, confidence = found
     assert set(agreement["metric"]) == {"agreement", "band_agreement", "error_overlap"}
     assert set(agreement["method"]) == {runs[0].method, runs[1].method} and agreement["patient"].nunique() == 3
     assert {"encoder2", "bottleneck", "decoder1"} <= set(similarity["scale_student"])
     assert confidence["count"].sum() > 0
     monkeypatch.setattr(tables, "trained", lambda *args: pytest.fail("compared the same runs again"))
     for first, again in zip(
-        tables, tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
+        found, tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
     ):
         pd.testing.assert_frame_equal(first, again)
 
