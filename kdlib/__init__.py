@@ -13,7 +13,7 @@ HOMES = {
     ),
     "data": ("case_table", "download", "largest_slices", "split_table"),
     "evaluation.agreement": ("expected_calibration_error",),
-    "experiments.recipes": ("QUICK", "comparison_losses", "distiller", "negative_controls", "thesis_recipe"),
+    "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.designs": ("EXPERIMENTS", "Setting"),
     "experiments.runner": ("study",),
     "experiments.source": ("run_bank", "run_source"),

@@ -20,7 +20,7 @@ from kdlib.strict import InputError, Range, TrainingError, check_fields, either,
 __all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
 
 UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
-STUDENTS = ("S1", "S2")
+STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
@@ -135,7 +135,7 @@ class Recipe:
 
     Args:
         name: free, and unique among the recipes of one student and teacher.
-        segmentation: "dice", or "dice+ce" (plus binary or softmax cross entropy).
+        segmentation: "dice+ce" (Dice plus binary or softmax cross entropy), or "dice" alone.
         segmentation_weight: factor of the segmentation loss.
         reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
         terms: distillation terms; none for a baseline.
@@ -153,7 +153,7 @@ class Recipe:
     """
 
     name: str
-    segmentation: Literal["dice", "dice+ce"] = "dice"
+    segmentation: Literal["dice", "dice+ce"] = "dice+ce"
     segmentation_weight: NotNegative = 0.4
     reconstruction_weight: NotNegative = 0.0
     terms: tuple[Term, ...] = ()
@@ -177,7 +177,7 @@ class Recipe:
             raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
 
 
-TEACHER_RECIPE = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
+TEACHER_RECIPE = Recipe("teacher", segmentation_weight=1.0, reconstruction_weight=0.2)
 BASELINE = Recipe("baseline")
 
 
@@ -212,7 +212,7 @@ class Protocol:
         redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
         one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
         own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, and baselines the teachers' Dice + cross entropy (fault 4).
+            schedule and batch, slices drawn at random, and distilled students Dice alone without cross entropy (fault 4).
         test_selection: the best epoch is chosen on the test patients (fault 5).
         pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
         logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
@@ -249,7 +249,6 @@ PROTOCOLS = {
     "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
 }
 LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
-SHARED_OPTIMISATION = Optimisation()  # for every method: they differ in nothing but what they learn from
 PUBLISHED_OPTIMISATION = {
     "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
     "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
@@ -277,6 +276,8 @@ class Profile:
             students (of every label fraction, so that all have the same budget) over half of it.
         folds: number of outer folds the patients are split into.
         reduced_from_thesis: what a reader must know before comparing with the thesis.
+        teacher, student: optimisation of all teachers, and of all students whatever they learn from; chosen on
+            validation patients (docs/recipe.md).
         step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
             student's step without teacher (measured).
     """
@@ -290,6 +291,8 @@ class Profile:
     student_steps: AtLeastOne | None = None
     folds: Annotated[int, Range(2)] = 5
     reduced_from_thesis: str = "nothing"
+    teacher: Optimisation = Optimisation(lr=2e-3, target_share=1 / 3)
+    student: Optimisation = Optimisation(lr=8e-3, target_share=1 / 3)
     step_cost: Annotated[float, Range(1)] = 3.0
 
     def __post_init__(self):
@@ -386,6 +389,7 @@ class Run:
         """Which row of a table the run belongs to: all about it but data, protocol, fold and seed, by the names of its
         model, teacher and recipe. To be compared with other runs' and with nothing else."""
         model = self.model if self.fraction == 1 else f"{self.model}@{100 * self.fraction:g}"
+        model += "" if self.length == 1 else f"x{self.length:g}"
         head = f"KD({self.teacher},{self.model}){model.removeprefix(self.model)}" if self.teacher else model
         return head if self.recipe in (TEACHER_RECIPE, BASELINE) else f"{head}:{self.recipe.name}"
 
@@ -405,8 +409,10 @@ class Run:
     def effective_recipe(self) -> Recipe:
         """The recipe with the faults that the protocol keeps."""
         protocol, recipe = self.protocol, self.recipe
-        if protocol.own_optimisers and not self.teacher:
-            recipe = dataclasses.replace(recipe, segmentation="dice+ce", segmentation_weight=1.0)
+        if protocol.own_optimisers and self.teacher:
+            recipe = dataclasses.replace(recipe, segmentation="dice")
+        elif protocol.own_optimisers:
+            recipe = dataclasses.replace(recipe, segmentation_weight=1.0)
         published = {}
         if protocol.one_channel_softmax:
             published["kl"] = "softmax_kl"
@@ -431,7 +437,7 @@ class Run:
     @property
     def optimisation(self) -> Optimisation:
         if not self.protocol.own_optimisers:
-            return SHARED_OPTIMISATION
+            return self.profile.teacher if self.is_teacher else self.profile.student
         return PUBLISHED_OPTIMISATION["teacher" if self.is_teacher else "distilled" if self.teacher else "baseline"]
 
     @property
@@ -506,7 +512,7 @@ def _converter() -> cattrs.Converter:
     for kind, known in (
         (Profile, PROFILES),
         (Protocol, PROTOCOLS),
-        *((k, {}) for k in (Run, Recipe, Term, Preprocessing)),
+        *((k, {}) for k in (Run, Recipe, Term, Preprocessing, Optimisation)),
     ):
         read = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
 

@@ -1,19 +1,31 @@
-"""The experiments: each is a function from a `Setting` to its list of runs, which `kdlib.study` trains."""
+"""Runs, where they are kept, and the experiments that ask for them."""
 
 from kdlib.experiments.designs import (
     EXPERIMENTS,
     Setting,
     ablation,
     baseline,
-    controls,
     correction,
     distillation,
     external_network,
+    label_fractions,
     loss_comparison,
+    negative_controls,
     requested_runs,
+    training_length,
 )
 
 __all__ = [
-    "EXPERIMENTS", "Setting", "ablation", "baseline", "controls", "correction", "distillation", "external_network",
-    "loss_comparison", "requested_runs",
-]  # fmt: skip
+    "EXPERIMENTS",
+    "Setting",
+    "ablation",
+    "baseline",
+    "correction",
+    "distillation",
+    "external_network",
+    "label_fractions",
+    "loss_comparison",
+    "negative_controls",
+    "requested_runs",
+    "training_length",
+]

@@ -1,9 +1,11 @@
-"""The experiments: each is a function from a setting to its list of runs."""
+"""The experiments: each is a function from a setting to the list of runs that answer its question."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,54 +14,53 @@ from typing import Annotated, Literal
 
 from monai.networks.nets import SegResNet
 
-from kdlib.config import (
-    PROTOCOLS,
-    TEACHERS,
-    InputError,
-    Profile,
-    Protocol,
-    Run,
-    cumulative_correction,
-    lookup,
-    override_profile,
+from kdlib.config import PROTOCOLS, InputError, Profile, Recipe, Run, cumulative_correction, lookup, override_profile
+from kdlib.experiments.recipes import (
+    WEIGHTS,
+    comparison_losses,
+    consistency,
+    controls,
+    distiller,
+    prediction_recipe,
+    pseudo_labels,
+    thesis_recipe,
+    unlabelled,
 )
-from kdlib.experiments.recipes import QUICK, WEIGHTS, comparison_losses, distiller, negative_controls, thesis_recipe
 from kdlib.experiments.source import run_source
 from kdlib.models import MODELS, ExternalModel
 from kdlib.strict import Range, check_fields
 from kdlib.training.device import pick_device
 
-HALF = 0.5  # of the training patients: whose labels the students may use
+STUDENTS, TEACHERS = ("S1", "S2"), ("T1", "T2")  # of the thesis's tables
+LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
+LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 Number = Annotated[int, Range(0)]
+RESERVED = ("data", "runs", "splits")  # folders of `results` that are no study
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a study share, checked once.
+    """What the experiments of a study share: the parameters of every notebook, checked once.
 
     Args:
-        data: a folder of scans, or "phantom".
+        data: a folder in Decathlon or nnU-Net layout, or "phantom".
         target: label names joined by ",", or "all".
-        profile: how large the study is: a name in `kdlib.config.PROFILES`, or a profile.
-        changes: fields of the profile, or of its preprocessing, to change.
-        protocol: a name in `kdlib.config.PROTOCOLS`, or a protocol.
-        folds: outer folds whose patients are tested.
-        seeds: of the students.
-        on_defect: "raise" stops at defective cases, "drop" leaves them out and reports them.
-        group: how cases are grouped into patients (see `kdlib.data.index`).
+        profile: name in `kdlib.PROFILES`; `changes`: fields of it to change.
+        protocol: name in `kdlib.PROTOCOLS`.
+        folds, seeds: outer folds whose patients are tested, and seeds of the students.
+        on_defect: "raise" or "drop", see `kdlib.data.index`; `group`: how cases are grouped into patients.
         device: "auto", "cpu" or "cuda".
-        results: folder that keeps runs and studies.
-        study: folder in `results` for this study's tables and figures.
+        results: folder that keeps runs and studies; `study`: folder in it for this study's tables and figures.
 
     Raises:
-        InputError: names the field, its value and what is allowed.
+        InputError: names the parameter, its value and what is allowed.
     """
 
     data: str = "phantom"
     target: str = "spleen"
-    profile: Profile = "quick"
+    profile: str = "quick"
     changes: dict = field(default_factory=dict)
-    protocol: Protocol = "corrected"
+    protocol: str = "corrected"
     folds: tuple[Number, ...] = (0,)
     seeds: tuple[Number, ...] = (0,)
     on_defect: Literal["raise", "drop"] = "raise"
@@ -69,115 +70,110 @@ class Setting:
     study: str = "phantom-spleen-quick"
 
     def __post_init__(self):
-        for name in ("data", "results"):
-            if isinstance(getattr(self, name), os.PathLike | str):
-                kind = str if name == "data" else Path
+        for name, kind in (("data", str), ("results", Path)):
+            if isinstance(getattr(self, name), str | os.PathLike):
                 object.__setattr__(self, name, kind(getattr(self, name)))
-        if not isinstance(self.profile, Profile):
-            object.__setattr__(self, "profile", override_profile(self.profile, self.changes))
-        if not isinstance(self.protocol, Protocol):
-            object.__setattr__(self, "protocol", lookup("protocol", self.protocol, PROTOCOLS))
         check_fields(self)
-        for name in ("folds", "seeds"):
-            given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
-                raise InputError(f"{name} {list(given)}: give at least one, and each once")
-        if not self.study or Path(self.study).name != self.study or self.study in (".", ".."):
-            raise InputError(f"study {self.study!r}: give the name of one folder in {self.results}")
+        for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
+        check_study(self.study.split("/")[0])
         pick_device(self.device)
-        for fold in self.folds:
-            self.run(model="S1", fold=fold)
+        self.run("S1")  # whatever a run refuses
+        for fold, seed in self.places:
+            self.run("S1", fold=fold, seed=seed)
 
     @property
-    def folder(self) -> Path:
-        """Where the study's tables and figures belong."""
-        return self.results / self.study
-
-    @property
-    def repeats(self) -> list[dict[str, int]]:
-        """Fold and seed of each repetition of a student."""
-        return [dict(fold=fold, seed=seed) for fold in self.folds for seed in self.seeds]
+    def sized(self) -> Profile:
+        """The profile with its changes."""
+        return override_profile(self.profile, dict(self.changes))
 
     @property
     def classes(self) -> list[str]:
         """Names of the target classes; reads the data set."""
-        return list(run_source(self.run(model="S1"), self.results).classes)
+        return list(run_source(self.run("S1"), self.results).classes)
 
-    def run(self, **fields: object) -> Run:
-        """A run of this setting, of its first fold where the fields name none."""
-        shared = dict(data=self.data, target=self.target, profile=self.profile, protocol=self.protocol)
-        shared |= dict(on_defect=self.on_defect, group=self.group, fold=self.folds[0])
-        return Run(**(shared | fields))
+    @property
+    def folder(self) -> Path:
+        """Where the study's tables and figures are."""
+        return self.results / self.study
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Every fold with every seed."""
+        return [(fold, seed) for fold in self.folds for seed in self.seeds]
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """The fields of `kdlib.Run` that all runs share."""
+        shared = dict(data=self.data, target=self.target, profile=self.sized, on_defect=self.on_defect)
+        return shared | dict(protocol=lookup("protocol", self.protocol, PROTOCOLS), group=self.group)
+
+    def run(self, model: str, **fields: object) -> Run:
+        """A run of this setting, of its first fold unless `fields`, further fields of `kdlib.Run`, say otherwise."""
+        return Run(model=model, **(self.fields | dict(fold=self.folds[0]) | fields))
+
+    def everywhere(self, model: str, **fields: object) -> list[Run]:
+        """The same run in every fold and seed."""
+        return [self.run(model, fold=fold, seed=seed, **fields) for fold, seed in self.places]
 
 
-def baseline(setting: Setting, networks: Sequence[str] = ("T1", "T2", "S1", "S2")) -> list[Run]:
-    """Teachers, and students alone from all of the labels and from half of them."""
-    for model in networks:
+def check_study(name: str) -> None:
+    """Raises InputError where a study's name is not that of a folder in results, or of one that is taken."""
+    if name in RESERVED:
+        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+
+
+def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
+    """The teachers of every fold, trained on all labels with the first seed of teachers."""
+    return [setting.run(model, fold=fold) for fold in setting.folds for model in models]
+
+
+def baseline(setting: Setting, models: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
+    """Teachers, and students without distillation on all and on half of the labels."""
+    for model in models:
         lookup("network", model, MODELS)
-    teachers = [setting.run(model=m, fold=fold) for fold in setting.folds for m in networks if m in TEACHERS]
-    students = [model for model in networks if model not in TEACHERS]
-    return teachers + [
-        setting.run(model=model, fraction=fraction, **repeat)
-        for repeat in setting.repeats
-        for fraction in (1.0, HALF)
+    students = [model for model in models if model not in TEACHERS]
+    runs = teachers(setting, [model for model in models if model in TEACHERS])
+    return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
+
+
+def pairs(setting: Setting, students: Sequence[str] = STUDENTS) -> list[Run]:
+    """The thesis's recipe for every teacher and student, on half of the labels."""
+    return [
+        run
+        for teacher in TEACHERS
         for model in students
+        for run in setting.everywhere(model, fraction=0.5, teacher=teacher, recipe=thesis_recipe(model))
     ]
-
-
-def distilled(setting: Setting, student: str, teacher: str, **fields: object) -> list[Run]:
-    """One student on half of the labels, distilled from a teacher by the thesis's recipe, per repetition."""
-    shared = dict(model=student, teacher=teacher, fraction=HALF, recipe=thesis_recipe(student)) | fields
-    return [setting.run(**(shared | repeat)) for repeat in setting.repeats]
 
 
 def distillation(setting: Setting) -> list[Run]:
-    """The baselines, and both students distilled from both teachers."""
-    pairs = [(teacher, student) for teacher in ("T1", "T2") for student in ("S1", "S2")]
-    taught = [
-        setting.run(model=student, teacher=teacher, fraction=HALF, recipe=thesis_recipe(student), **repeat)
-        for repeat in setting.repeats
-        for teacher, student in pairs
-    ]
-    return baseline(setting) + taught
+    """The thesis's Table 4.2: teachers, students, and every teacher with every student."""
+    return baseline(setting) + pairs(setting)
 
 
-def controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
-    """The student alone and distilled, and its negative controls (see `kdlib.experiments.recipes`)."""
-    shared = {name: value for name, value in _shared(setting).items() if name != "fold"}
-    own = [setting.run(model=student, fraction=HALF, **repeat) for repeat in setting.repeats]
-    negative = [
-        run
-        for repeat in setting.repeats
-        for run in negative_controls(student, teacher, fraction=HALF, **repeat, **shared)
-    ]
-    return own + distilled(setting, student, teacher) + negative
-
-
-def _shared(setting: Setting) -> dict[str, object]:
-    names = ("data", "target", "profile", "protocol", "on_defect", "group")
-    return {name: getattr(setting, name) for name in names}
-
-
-def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
-    """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
-    layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
-
-    def build(dims: int, channels: int, classes: int) -> ExternalModel:
-        return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
-
-    MODELS.setdefault("SegResNet", build)
-    own = [setting.run(model="SegResNet", fraction=HALF, **repeat) for repeat in setting.repeats]
-    return own + distilled(setting, "SegResNet", teacher)
+def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
+    """Baseline, the thesis's recipe and its negative controls, on half of the labels."""
+    half = dict(fraction=0.5)
+    runs = setting.everywhere(student, **half)
+    for recipe in (thesis_recipe(student), prediction_recipe()):
+        runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+    for fold, seed in setting.places:
+        runs += controls(student, teacher, fold=fold, seed=seed, **half, **setting.fields)
+    return runs
 
 
 def ablation(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
-    """Every subset of the thesis's four terms, and the student without any."""
-    subsets = [only for size in range(1, len(WEIGHTS) + 1) for only in combinations(WEIGHTS, size)]
-    own = [setting.run(model=student, fraction=HALF, **repeat) for repeat in setting.repeats]
-    return own + [
-        setting.run(model=student, fraction=HALF, teacher=teacher, recipe=thesis_recipe(student, only=only), **repeat)
-        for repeat in setting.repeats
-        for only in subsets
+    """Every subset of the thesis's terms, on half of the labels, beside the baseline."""
+    subsets = [only for size in range(1, 5) for only in combinations(WEIGHTS, size)]
+    recipes = [thesis_recipe(student, only=only) for only in subsets]
+    return setting.everywhere(student, fraction=0.5) + [
+        run for recipe in recipes for run in setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
     ]
 
 
@@ -188,34 +184,29 @@ def loss_comparison(
     losses: Sequence[str] = (),
     shuffled_controls: bool = False,
 ) -> list[Run]:
-    """Every distillation loss alone, the thesis's terms with three feature losses, and the negative controls.
+    """Every distillation loss alone under one training setup, the thesis's terms with three losses, and the controls.
 
     Args:
-        losses: to compare; by default all, or two of each family in the quick profile. Of one class DKD equals KL, and
-            is left out where it is not named.
-        shuffled_controls: train every loss also with a shuffled teacher, as its own control.
+        losses: names in `kdlib.losses.LOSSES`; none: all, or two of each family in profile quick. DKD
+            equals KL where there is one class, and is left out where it is not named.
+        shuffled_controls: every loss also with a shuffled teacher, as its own control.
     """
-    names = list(losses or (QUICK if setting.profile.name == "quick" else comparison_losses()))
+    names = list(losses or comparison_losses(quick=setting.profile == "quick"))
     if not losses and len(setting.classes) == 1:
         names.remove("dkd")
-    single = [distiller(loss, student) for loss in names]
-    shuffled = [
-        dataclasses.replace(recipe, teacher="shuffled", name=f"{recipe.name}:shuffled", control="shuffled_teacher")
-        for recipe in single
-        if shuffled_controls
-    ]
-    thesis = [thesis_recipe(student, loss) for loss in ("fitnet", "infonce", "supcon")]
-    others = [run for run in controls(setting, student, teacher) if run.recipe not in thesis]
-    return others + [
-        setting.run(model=student, fraction=HALF, teacher=teacher, recipe=recipe, **repeat)
-        for repeat in setting.repeats
-        for recipe in thesis + single + shuffled
-    ]
+    recipes = [thesis_recipe(student, loss) for loss in ("fitnet", "infonce", "supcon")]
+    recipes += [distiller(loss, student) for loss in names]
+    if shuffled_controls:
+        shuffled = dict(teacher="shuffled", control="shuffled_teacher")
+        recipes += [dataclasses.replace(r, name=f"{r.name} shuffled", **shuffled) for r in recipes[3:]]
+    runs = negative_controls(setting, student, teacher)
+    for recipe in recipes:
+        runs += setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
+    return list(dict.fromkeys(runs))
 
 
 def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
-    """From the published protocol to the corrected one: at each stage the student alone, distilled, and distilled with
-    zero weights.
+    """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol.
 
     Raises:
         InputError: the target has several classes.
@@ -224,26 +215,58 @@ def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> li
         raise InputError(
             f"target {setting.target!r} has several classes: pooled Dice and the one-channel softmax need one; name it"
         )
+    zero = thesis_recipe(student)
+    silent = tuple(dataclasses.replace(term, weight=0.0) for term in zero.terms)
+    zero = dataclasses.replace(zero, name="zero_weights", terms=silent, control="zero_weights")
     runs = []
     for protocol in cumulative_correction():
-        stage = dataclasses.replace(setting, protocol=protocol)
-        for run in controls(stage, student, teacher):
-            if run.role in ("baseline", "distilled") or run.recipe.control == "zero_weights":
-                runs.append(run)
+        shared = dict(fraction=0.5, protocol=protocol)
+        runs += setting.everywhere(student, **shared)
+        for recipe in (thesis_recipe(student), zero):
+            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **shared)
     return runs
 
 
-def _distillation(setting: Setting) -> list[Run]:
-    return distillation(setting) + controls(setting) + external_network(setting)
+def label_fractions(
+    setting: Setting, student: str = "S1", teacher: str = "T1", fractions: Sequence[float] = LABEL_FRACTIONS
+) -> list[Run]:
+    """With how few labels does distillation help? Baseline, distilled, distilled with unlabelled images and its two
+    controls at every label fraction, and the teacher, which has all labels."""
+    runs = teachers(setting, [teacher])
+    for fraction in fractions:
+        runs += setting.everywhere(student, fraction=fraction)
+        taught: list[tuple[str, Recipe]] = [(teacher, prediction_recipe())]
+        if fraction < 1:
+            taught += [(teacher, unlabelled()), ("self", consistency()), (teacher, pseudo_labels())]
+        for name, recipe in taught:
+            runs += setting.everywhere(student, fraction=fraction, teacher=name, recipe=recipe)
+    return runs
 
 
-EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by the name of the notebook that shows it
-    "01_baseline": baseline,
-    "02_distillation": _distillation,
-    "03_ablation": ablation,
-    "04_loss_comparison": loss_comparison,
-    "05_correction": correction,
-}
+def training_length(
+    setting: Setting, student: str = "S1", teacher: str = "T1", lengths: Sequence[float] = LENGTHS
+) -> list[Run]:
+    """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own."""
+    runs = []
+    for length in lengths:
+        half = dict(fraction=0.5, length=length)
+        runs += setting.everywhere(student, **half)
+        for recipe in (prediction_recipe(), unlabelled()):
+            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+    return runs
+
+
+def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
+    """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
+    layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
+
+    def build(dims: int, channels: int, classes: int) -> ExternalModel:
+        return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
+
+    MODELS.setdefault("SegResNet", build)
+    half = dict(fraction=0.5)
+    taught = dict(teacher=teacher, recipe=thesis_recipe("SegResNet"))
+    return setting.everywhere("SegResNet", **half) + setting.everywhere("SegResNet", **half, **taught)
 
 
 def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:
@@ -256,9 +279,23 @@ def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:
         return []
     fields = {field.name for field in dataclasses.fields(Setting)}
     setting = Setting(**{key: value for key, value in parameters.items() if key in fields})
-    try:
-        runs = EXPERIMENTS[name](setting, **{key: value for key, value in parameters.items() if key not in fields})
-    except TypeError as error:
-        raise InputError(f"{name}: {error}") from None
+    own = {key: value for key, value in parameters.items() if key not in fields}
+    known = list(inspect.signature(EXPERIMENTS[name]).parameters)[1:]
+    for key in own:
+        lookup(f"parameter of {name}", key, dict.fromkeys([*fields, *known]))
+    runs = EXPERIMENTS[name](setting, **own)
     teachers = [teacher for run in runs for teacher in run.teacher_runs().values()]
     return list(dict.fromkeys(teachers + runs))
+
+
+EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
+    "01_baseline": baseline,
+    "02_distillation": lambda setting: list(
+        dict.fromkeys(distillation(setting) + negative_controls(setting) + external_network(setting))
+    ),
+    "03_ablation": ablation,
+    "04_loss_comparison": loss_comparison,
+    "05_correction": correction,
+    "07_fractions": label_fractions,
+    "08_length": training_length,
+}

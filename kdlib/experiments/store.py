@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, lookup, to_json
+from kdlib.experiments.identity import identity
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
-from kdlib.losses import LOSSES
 from kdlib.models import MODELS
 from kdlib.training import ranks
 from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint
@@ -45,35 +45,6 @@ OUTPUTS = (
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------- what
-
-
-def identity(run: Run, results: Path | str = "results") -> dict[str, object]:
-    """The columns by which tables tell runs apart: of cases, history, runs and examples alike.
-
-    `loss` is that of the recipe's feature terms, else of its only term; a protocol may put another in its place.
-    """
-    terms = run.recipe.terms
-    features = [term.loss for term in terms if LOSSES[term.loss].reads == "features"]
-    losses = [LOSSES[name] for name in dict.fromkeys(features or [term.loss for term in terms])]
-    return {
-        "run": run_key(run, Path(results).resolve()),
-        "method": run.method,
-        "model": run.model,
-        "role": run.role,
-        "teacher": run.teacher or "",
-        "fraction": run.fraction,
-        "recipe": run.recipe.name,
-        "terms": "+".join(term.name for term in terms),
-        "loss": "+".join(loss.name for loss in losses),
-        "loss_label": " + ".join(loss.label for loss in losses),
-        "family": "+".join(dict.fromkeys(loss.family for loss in losses)),
-        "control": run.recipe.control,
-        "unlabelled": run.recipe.unlabelled,
-        "length": run.length,
-        "protocol": run.protocol.name,
-        "fold": run.fold,
-        "seed": run.seed,
-    }
 
 
 def run_key(run: Run, results: Path) -> str:
@@ -175,7 +146,7 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
     return {
         "format": FORMAT,
         "key": run_key(run, results),
-        "identity": identity(run, results),
+        "identity": identity(run),
         "run": to_json(run) | {"data": found.dataset.name},
         "effective_recipe": dataclasses.asdict(run.effective_recipe),
         "seeds": {"run": run.seed, "teacher": run.teacher_seed},

@@ -12,8 +12,9 @@ import pandas as pd
 
 from kdlib.config import InputError, Run
 from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
+from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import identity, manifest, run_folder, run_key, trained, verified
+from kdlib.experiments.store import manifest, run_folder, run_key, trained, verified
 from kdlib.files import read_arrays, read_csv, write_arrays, write_csv
 from kdlib.training.device import pick_device
 
@@ -22,7 +23,7 @@ PARTS = ("cases", "history", "runs")
 
 @dataclass(frozen=True)
 class Results:
-    """Tables of a list of runs; all have the columns of `kdlib.experiments.store.identity`.
+    """Tables of a list of runs; all have the columns of `kdlib.experiments.identity`.
 
     Args:
         cases: tidy, one row per run, case, class and metric: with patient, case, class, metric and value.
@@ -65,7 +66,7 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
     for run in runs:
         folder = run_folder(run, results)
         record = manifest(run, results)
-        label = identity(run, results)
+        label = _columns(run, results)
         cases.append(read_csv(verified(folder / "metrics.csv")).assign(**label))
         history.append(read_csv(verified(folder / "history.csv")).assign(**label))
         rows.append(
@@ -115,7 +116,7 @@ def teacher_agreement(
             for name, path in files.items():
                 write_csv(path, missing[name])
         for name, path in files.items():
-            tables[name].append(read_csv(path).assign(**identity(run, results)))
+            tables[name].append(read_csv(path).assign(**_columns(run, results)))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
 
 
@@ -123,3 +124,7 @@ def _read(path: Path) -> pd.DataFrame:
     table = read_csv(path)
     texts = [name for name in ("teacher", "terms", "loss", "loss_label", "family", "control") if name in table]
     return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
+
+
+def _columns(run: Run, results: Path) -> dict[str, object]:
+    return {"run": run_key(run, results), "arm": run.name} | identity(run)  # arm: until analysis reads the columns

@@ -449,7 +449,7 @@ def train_cohort(
     are brought together: the one that is further on waits.
 
     Args:
-        runs: of one cohort (see `kdlib.experiments.runs.cohorts`).
+        runs: of one cohort (see `kdlib.experiments.runner.cohorts`).
         train: slices of the training subset, on `device`; val: of the validation part. No test patient is in either.
         steps: optimiser steps an epoch.
         device: where the banks are.

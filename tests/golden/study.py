@@ -19,8 +19,8 @@ from kdlib import (
     PROTOCOLS,
     Run,
     comparison_losses,
+    controls,
     distiller,
-    negative_controls,
     override_profile,
     study,
     thesis_recipe,
@@ -47,7 +47,7 @@ def golden_runs() -> dict[str, Run]:
                 taught = dict(teacher=teacher, recipe=thesis_recipe(model), fraction=0.5)
                 runs[f"fold{fold} KD {teacher} {model}"] = Run(model=model, **taught, **setting)
     half = dict(whole, fraction=0.5)
-    for number, run in enumerate(negative_controls("S1", "T1", **half)):
+    for number, run in enumerate(controls("S1", "T1", **half)):
         runs[f"control {number}"] = run
     for loss in comparison_losses():
         runs[f"loss {loss}"] = Run(model="S1", teacher="T1", recipe=distiller(loss, "S1"), **half)

@@ -36,7 +36,7 @@ from kdlib.config import (
 )  # fmt: skip
 from kdlib.data import make_phantom
 from kdlib.experiments import runner, source, store, tables
-from kdlib.experiments.recipes import negative_controls, thesis_recipe
+from kdlib.experiments.recipes import controls, thesis_recipe
 from kdlib.experiments.runner import cohorts, study
 from kdlib.experiments.store import load_weights, run_folder, run_key
 from kdlib.experiments.tables import Results
@@ -444,7 +444,7 @@ def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
         Run(model="T2", **base),
         Run(model="S1", fraction=0.5, seed=3, **base),
         thesis,
-        negative_controls("S1", "T1", fraction=0.5, **base)[3],
+        controls("S1", "T1", fraction=0.5, **base)[3],
     ]
     keys = [run_key(run, Path(".")) for run in runs]
     assert keys == ["6b52258b02a25b7b", "79d62ae7d7df9a99", "fbfd20a3073a1616", "b25ebca80bf7c75e"]

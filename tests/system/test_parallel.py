@@ -38,7 +38,7 @@ from kdlib.config import (
 from kdlib.data import SliceBank, make_phantom
 from kdlib.experiments import parallel
 from kdlib.experiments.parallel import launch, main
-from kdlib.experiments.recipes import distiller, negative_controls, thesis_recipe
+from kdlib.experiments.recipes import distiller, controls, thesis_recipe
 from kdlib.experiments.runner import study
 from kdlib.experiments.store import manifest, run_folder
 from kdlib.training import ranks
@@ -309,7 +309,7 @@ def test_two_processes_of_which_one_is_killed_say_so_in_one_line_and_go_on_to_th
 def test_a_run_survives_its_description():
     view = dict(profile=override_profile("hippocampus", {"window": (-100.0, 200.0)}), data="folder", target="all")
     contrast = Term("B-B", "supcon", 0.1, 0.4, options={"hard": 0.5}, student_layers="bottleneck", projector="frozen")
-    runs = [*negative_controls("S1", "T1", **view), Run(model="T2", protocol=PROTOCOLS["thesis"], **view)]
+    runs = [*controls("S1", "T1", **view), Run(model="T2", protocol=PROTOCOLS["thesis"], **view)]
     runs.append(Run(model="S2", teacher="T1+T2", recipe=Recipe("own", terms=(contrast,), balance=0.5), **view))
     runs.append(Run(model="S1", teacher="T1", recipe=distiller("cirkd", "S1"), **view))
     assert [from_json(json.loads(json.dumps(to_json(run)))) for run in runs] == runs

@@ -79,7 +79,7 @@ def test_unknown_key_is_an_error():
 def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
     small, large = thesis_recipe("S1"), thesis_recipe("S2")
     assert {t.name: t.weight for t in small.terms} == {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}
-    assert small.segmentation_weight == 0.4 and small.segmentation == "dice"
+    assert small.segmentation_weight == 0.4 and small.segmentation == "dice+ce"
     assert {t.temperature for t in small.terms if t.name != "PMD"} == {0.4}
     assert {t.temperature for t in large.terms if t.name != "PMD"} == {0.1}
     assert {t.temperature for t in large.terms if t.name == "PMD"} == {4.0}
@@ -101,7 +101,9 @@ def arms(protocol: str) -> list[Run]:
 
 
 def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
-    assert len({run.optimisation for run in arms("corrected")}) == 1
+    teacher, *students = arms("corrected")
+    assert len({run.optimisation for run in students}) == 1 and teacher.optimisation == teacher.profile.teacher
+    assert {run.effective_recipe.segmentation for run in [teacher, *students]} == {"dice+ce"}
     teacher, baseline, distilled = (run.optimisation for run in arms("thesis"))
     assert (baseline.optimiser, baseline.lr, baseline.batch) == ("adamw", 1.5e-4, 16)
     assert (distilled.optimiser, distilled.lr, distilled.batch) == ("rmsprop", 1e-2, 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdlib.config import SWITCHES, InputError
-from kdlib.experiments import EXPERIMENTS, Setting, ablation, baseline, controls, distillation, requested_runs
+from kdlib.experiments import EXPERIMENTS, Setting, ablation, baseline, distillation, negative_controls, requested_runs
 from kdlib.experiments.dry_run import describe
 
 
@@ -18,10 +18,12 @@ from kdlib.experiments.dry_run import describe
         ({"folds": 0}, "setting, folds 0: give a list, each a whole number of 0 or more"),
         ({"seeds": [1, 1]}, "seeds .*: give at least one, and each once"),
         ({"seeds": ["a"]}, "setting, seeds .*: give a list, each a whole number"),
-        ({"study": "a/b"}, "study 'a/b': give the name of one folder"),
-        ({"study": ".."}, "give the name of one folder"),
+        ({"study": ".."}, "study name '..': use up to 100 letters"),
+        ({"study": "runs"}, "results keeps its runs under that name"),
+        ({"changes": [3]}, "setting, changes .3.: give a dict"),
         ({"profile": "fast"}, "profile 'fast' does not exist"),
-        ({"protocol": 3}, "protocol 3 does not exist: choose from corrected, thesis"),
+        ({"protocol": 3}, "setting, protocol 3: give a text"),
+        ({"protocol": "x"}, "protocol 'x' does not exist: choose from corrected, thesis"),
         ({"changes": {"folds": "three"}}, "folds 'three': give a whole number"),
         ({"on_defect": "ignore"}, "on_defect 'ignore': give 'raise' or 'drop'"),
         ({"target": 3}, "setting, target 3: give a text"),
@@ -35,7 +37,7 @@ def test_a_setting_that_cannot_be_is_one_clear_line(change, message):
 
 def test_a_setting_makes_runs_and_knows_its_folder():
     setting = Setting(changes={"folds": 5}, folds=[3], protocol="thesis", results="out", study="mine")
-    run = setting.run(model="S1", seed=2)
+    run = setting.run("S1", seed=2)
     assert (run.fold, run.seed, run.profile.folds, run.protocol.name) == (3, 2, 5, "thesis")
     assert str(setting.folder) == "out/mine"
 
@@ -45,8 +47,8 @@ def test_each_experiment_asks_for_its_runs(tmp_path):
     assert len(baseline(setting)) == 2 * 2 + 6 * 2 * 2 and len(baseline(setting, ["T1"])) == 2
     assert len(distillation(setting)) == len(baseline(setting)) + 6 * 4
     assert len(ablation(setting)) == 6 * 16 and len(set(ablation(setting))) == 6 * 16
-    roles = [run.role for run in controls(setting)]
-    assert (roles.count("baseline"), roles.count("distilled"), roles.count("control")) == (6, 6, 6 * 8)
+    roles = [run.role for run in negative_controls(setting)]
+    assert (roles.count("baseline"), roles.count("distilled"), roles.count("control")) == (6, 6 * 2, 6 * 9)
     with pytest.raises(InputError, match="network 'S9' does not exist"):
         baseline(setting, ["S9"])
 
@@ -56,12 +58,16 @@ def test_comparison_and_correction(tmp_path):
     methods = [run.method for run in runs if run.model == "S1" and run.seed == 0]
     assert len(methods) == len(set(methods)), "one row per method"
     losses = {run.recipe.name for run in runs}
-    assert "kl:shuffled" in losses and "dkd" not in losses, "of one class DKD is KL"
+    assert "kl shuffled" in losses and "dkd" not in losses, "of one class DKD is KL"
     assert "dkd" in {
         r.recipe.name for r in requested_runs("04_loss_comparison", {"results": tmp_path, "losses": ["dkd"]})
     }
     runs = [run for run in requested_runs("05_correction", {"results": tmp_path}) if run.model == "S1"]
     assert len(runs) == 3 * (len(SWITCHES) + 1)
+    with pytest.raises(
+        InputError, match="parameter of 03_ablation 'loss' does not exist: choose from .*student, teacher"
+    ):
+        requested_runs("03_ablation", {"results": tmp_path, "loss": "kl"})
     with pytest.raises(InputError, match="has several classes"):
         requested_runs("05_correction", {"results": tmp_path, "target": "all"})
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from kdlib.config import InputError
-from kdlib.experiments.recipes import BALANCE, QUICK, comparison_losses, distiller, negative_controls, thesis_recipe
+from kdlib.experiments.recipes import BALANCE, QUICK, comparison_losses, controls, distiller, thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.training.distiller import check_recipe
 
@@ -37,12 +37,10 @@ def test_a_feature_loss_keeps_its_own_temperature_but_for_the_thesis_contrasts()
 
 def test_each_control_differs_from_the_recipe_in_one_thing():
     recipe = thesis_recipe("S1")
-    runs = {
-        run.recipe.name: run for run in negative_controls("S1", "T1", data="phantom", target="spleen", fraction=0.5)
-    }
+    runs = {run.recipe.name: run for run in controls("S1", "T1", data="phantom", target="spleen", fraction=0.5)}
     assert list(runs) == [
         "zero_weights", "random_teacher", "shuffled_teacher", "frozen_projectors", "redrawn_projectors",
-        "label_smoothing", "longer_training", "self_distillation",
+        "label_smoothing", "longer_training", "equal_time", "self_distillation",
     ]  # fmt: skip
     taught = {name: run.recipe for name, run in runs.items() if run.teacher == "T1"}
     plain = {field.name for field in dataclasses.fields(recipe)} - {"name", "control"}
@@ -54,5 +52,5 @@ def test_each_control_differs_from_the_recipe_in_one_thing():
     assert all(term.weight == 0 for term in taught["zero_weights"].terms)
     assert [term.projector for term in taught["frozen_projectors"].terms] == ["frozen"] * 3 + ["learned"]
     assert runs["self_distillation"].teacher == "S1" and runs["self_distillation"].recipe.terms == recipe.terms
-    assert {runs[name].teacher for name in ("label_smoothing", "longer_training")} == {None}
+    assert {runs[name].teacher for name in ("label_smoothing", "longer_training", "equal_time")} == {None}
     assert {run.fraction for run in runs.values()} == {0.5}
