@@ -155,8 +155,8 @@ def plan(run: Run, classes: int = 1) -> pd.DataFrame:
         own) and parameters (up-sampling included);
         "loss", what a network learns from besides its teacher: also name and weight;
         "term", what the student learns from its teacher: name, loss (its label), weight, temperature, student_at,
-        teacher_layers, channels (that both are projected to), balance (of the recipe) and compared (see `Adapter`), a row a pair of
-        scales.
+        teacher_layers, channels (that both are projected to), balance (of the recipe) and compared (see
+        `Adapter`), one row per pair of scales.
 
     Raises:
         InputError: the run has not one teacher.
