@@ -19,7 +19,8 @@ from kdlib.strict import InputError, Range, TrainingError, check_fields, either,
 
 __all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
 
-STUDENTS = ("S1", "S2")
+UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
+STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
@@ -134,33 +135,41 @@ class Recipe:
 
     Args:
         name: free, and unique among the recipes of one student and teacher.
-        segmentation: "dice", or "dice+ce" (plus binary or softmax cross entropy).
+        segmentation: "dice+ce" (Dice plus binary or softmax cross entropy), or "dice" alone.
         segmentation_weight: factor of the segmentation loss.
         reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
         terms: distillation terms; none for a baseline.
         smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
         teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
-        budget: "student", or, as a control, "both": the teacher's steps and the student's together.
+        budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
+            steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
             step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
         redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
+        unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
+            terms see them, the segmentation loss does not.
+        pseudo_labels: the teacher's masks take the place of the labels that are missing; needs `unlabelled`.
         control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes.controls`).
     """
 
     name: str
-    segmentation: Literal["dice", "dice+ce"] = "dice"
+    segmentation: Literal["dice", "dice+ce"] = "dice+ce"
     segmentation_weight: NotNegative = 0.4
     reconstruction_weight: NotNegative = 0.0
     terms: tuple[Term, ...] = ()
     smoothing: Annotated[float, Range(0, below=1)] = 0.0
     teacher: Literal["trained", "random", "shuffled"] = "trained"
-    budget: Literal["student", "both"] = "student"
+    budget: Literal["student", "teacher+student", "wall_clock"] = "student"
     balance: Positive | None = None
     redrawn_projectors: bool = False
+    unlabelled: bool = False
+    pseudo_labels: bool = False
     control: str = ""
 
     def __post_init__(self):
         check_fields(self)
+        if self.pseudo_labels and not self.unlabelled:
+            raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
         if self.balance is not None and not any(term.weight for term in self.terms):
             raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
         names = [term.name for term in self.terms]
@@ -168,13 +177,19 @@ class Recipe:
             raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
 
 
-TEACHER_RECIPE = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
+TEACHER_RECIPE = Recipe("teacher", segmentation_weight=1.0, reconstruction_weight=0.2)
 BASELINE = Recipe("baseline")
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Optimiser and schedule of one training."""
+    """Optimiser and schedule of one training.
+
+    Args:
+        batch: slices per step.
+        warmup: share of the steps in which the learning rate rises.
+        target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
+    """
 
     optimiser: Literal["adamw", "rmsprop"] = "adamw"
     lr: Positive = 1e-3
@@ -183,6 +198,7 @@ class Optimisation:
     weight_decay: NotNegative = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Annotated[float, Range(0, below=1)] = 0.05
+    target_share: Annotated[float, Range(0, 1)] | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -196,7 +212,7 @@ class Protocol:
         redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
         one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
         own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, and baselines the teachers' Dice + cross entropy (fault 4).
+            schedule and batch, slices drawn at random, and distilled students Dice alone without cross entropy (fault 4).
         test_selection: the best epoch is chosen on the test patients (fault 5).
         pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
         logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
@@ -233,7 +249,6 @@ PROTOCOLS = {
     "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
 }
 LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
-SHARED_OPTIMISATION = Optimisation()  # for every method: they differ in nothing but what they learn from
 PUBLISHED_OPTIMISATION = {
     "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
     "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
@@ -261,6 +276,10 @@ class Profile:
             students (of every label fraction, so that all have the same budget) over half of it.
         folds: number of outer folds the patients are split into.
         reduced_from_thesis: what a reader must know before comparing with the thesis.
+        teacher, student: optimisation of all teachers, and of all students whatever they learn from; chosen on
+            validation patients (docs/recipe.md).
+        step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
+            student's step without teacher (measured).
     """
 
     name: str
@@ -272,6 +291,9 @@ class Profile:
     student_steps: AtLeastOne | None = None
     folds: Annotated[int, Range(2)] = 5
     reduced_from_thesis: str = "nothing"
+    teacher: Optimisation = Optimisation(lr=2e-3, target_share=1 / 3)
+    student: Optimisation = Optimisation(lr=8e-3, target_share=1 / 3)
+    step_cost: Annotated[float, Range(1)] = 3.0
 
     def __post_init__(self):
         check_fields(self)
@@ -317,11 +339,13 @@ class Run:
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
         teacher: the model that a distilled student learns from, several joined by "+", else None. A student
-            (`STUDENTS`) as teacher was trained alone, on the same fraction.
+            (`STUDENTS`) as teacher was trained alone, on the same fraction. "self" is the student as it stands, on the
+            same slices with other noise (the consistency control).
         recipe: what the model learns from; None means `TEACHER_RECIPE` for T1 and T2 and `BASELINE` for others.
         seed: of initial weights, data order and augmentation.
         teacher_seed: seed of the teacher that a distilled student learns from.
         profile, protocol: size, and the published faults that are kept.
+        length: factor on the profile's steps; each length is a full schedule of its own.
         on_defect: "raise" stops at defective cases of the data, "drop" leaves them out and reports them.
         group: how cases are grouped into patients (see `kdlib.data.index`).
     """
@@ -335,6 +359,7 @@ class Run:
     recipe: Recipe | None = None
     seed: Seed = 0
     teacher_seed: Seed = 0
+    length: Positive = 1.0
     profile: Profile = PROFILES["quick"]
     protocol: Protocol = PROTOCOLS["corrected"]
     on_defect: Literal["raise", "drop"] = "raise"
@@ -344,8 +369,10 @@ class Run:
         if self.recipe is None:
             object.__setattr__(self, "recipe", TEACHER_RECIPE if self.model in TEACHERS else BASELINE)
         check_fields(self)
-        if (self.teacher is None) != (not self.recipe.terms):
+        if (self.teacher is None) != (not self.recipe.terms and not self.recipe.pseudo_labels):
             raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
+        if self.recipe.unlabelled and self.fraction == 1:
+            raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
         if not 0 <= self.fold < self.profile.folds:
             raise InputError(
                 f"fold {self.fold} does not exist: profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
@@ -362,6 +389,7 @@ class Run:
         """Which row of a table the run belongs to: all about it but data, protocol, fold and seed, by the names of its
         model, teacher and recipe. To be compared with other runs' and with nothing else."""
         model = self.model if self.fraction == 1 else f"{self.model}@{100 * self.fraction:g}"
+        model += "" if self.length == 1 else f"x{self.length:g}"
         head = f"KD({self.teacher},{self.model}){model.removeprefix(self.model)}" if self.teacher else model
         return head if self.recipe in (TEACHER_RECIPE, BASELINE) else f"{head}:{self.recipe.name}"
 
@@ -381,8 +409,10 @@ class Run:
     def effective_recipe(self) -> Recipe:
         """The recipe with the faults that the protocol keeps."""
         protocol, recipe = self.protocol, self.recipe
-        if protocol.own_optimisers and not self.teacher:
-            recipe = dataclasses.replace(recipe, segmentation="dice+ce", segmentation_weight=1.0)
+        if protocol.own_optimisers and self.teacher:
+            recipe = dataclasses.replace(recipe, segmentation="dice")
+        elif protocol.own_optimisers:
+            recipe = dataclasses.replace(recipe, segmentation_weight=1.0)
         published = {}
         if protocol.one_channel_softmax:
             published["kl"] = "softmax_kl"
@@ -407,7 +437,7 @@ class Run:
     @property
     def optimisation(self) -> Optimisation:
         if not self.protocol.own_optimisers:
-            return SHARED_OPTIMISATION
+            return self.profile.teacher if self.is_teacher else self.profile.student
         return PUBLISHED_OPTIMISATION["teacher" if self.is_teacher else "distilled" if self.teacher else "baseline"]
 
     @property
@@ -421,7 +451,7 @@ class Run:
         A student as teacher is trained alone, at a student's length, on the fraction of the student that learns from it.
         """
         found = {}
-        for model in self.teacher.split("+") if self.teacher else ():
+        for model in self.teacher.split("+") if self.teacher not in (None, "self") else ():
             peer = model in STUDENTS
             found[model] = dataclasses.replace(
                 self,
@@ -429,6 +459,7 @@ class Run:
                 fraction=self.fraction if peer else 1.0,
                 teacher=None,
                 recipe=BASELINE if peer else TEACHER_RECIPE,
+                length=1.0,
                 # in self-distillation the teacher must not be the student's own baseline
                 seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
                 teacher_seed=0,
@@ -478,7 +509,7 @@ def _converter() -> cattrs.Converter:
     for kind, known in (
         (Profile, PROFILES),
         (Protocol, PROTOCOLS),
-        *((k, {}) for k in (Run, Recipe, Term, Preprocessing)),
+        *((k, {}) for k in (Run, Recipe, Term, Preprocessing, Optimisation)),
     ):
         read = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
 

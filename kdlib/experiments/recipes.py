@@ -8,13 +8,18 @@ from kdlib.config import SCALES, InputError, Recipe, Run, Term, lookup
 from kdlib.losses import LOSSES
 
 WEIGHTS = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}  # of the thesis
+PREDICTION_WEIGHT, PREDICTION_TEMPERATURE = 0.4, 1.0  # of `prediction_recipe`, beside 0.4 for the segmentation loss
 BALANCE = 0.5  # gradient of a distiller that is compared with others, as a multiple of the segmentation loss's
 QUICK = ("kl", "dkd", "fitnet", "at", "sp", "ifvd", "infonce", "supcon")  # two of each family, for a small comparison
 
 
-def comparison_losses() -> tuple[str, ...]:
-    """Names of the losses to compare, by family: all but the published one that is always 0 on one channel."""
-    return tuple(name for name in LOSSES if name != "softmax_kl")
+def comparison_losses(quick: bool = False) -> tuple[str, ...]:
+    """Names of the losses to compare, by family: all but the published one that is always 0 on one channel.
+
+    Args:
+        quick: two of each family alone.
+    """
+    return QUICK if quick else tuple(name for name in LOSSES if name != "softmax_kl")
 
 
 def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
@@ -41,6 +46,26 @@ def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("
 
 def _temperature(student: str, loss: str) -> float | None:
     return {"S1": 0.4}.get(student, 0.1) if loss in ("supcon", "infonce") else None
+
+
+def prediction_recipe() -> Recipe:
+    """KL on predictions alone (Hinton 2015), with the weight and temperature of docs/recipe.md."""
+    return Recipe("predictions", terms=(Term("PMD", "kl", PREDICTION_WEIGHT, PREDICTION_TEMPERATURE),))
+
+
+def unlabelled() -> Recipe:
+    """The same on slices of all training patients; the segmentation loss sees those with labels."""
+    return dataclasses.replace(prediction_recipe(), name="predictions, unlabelled images", unlabelled=True)
+
+
+def consistency() -> Recipe:
+    """Control of `unlabelled`: the same images without a teacher; the student agrees with itself under other noise."""
+    return dataclasses.replace(unlabelled(), name="self-consistency", control="self_consistency")
+
+
+def pseudo_labels() -> Recipe:
+    """Control of `unlabelled`: the teacher's masks as labels of the images that have none, and no distillation."""
+    return Recipe("pseudo-labels", unlabelled=True, pseudo_labels=True, control="pseudo_labels")
 
 
 def distiller(loss: str, student: str) -> Recipe:
@@ -101,7 +126,8 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
     ]
     alone = [
         Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
-        Recipe("longer_training", budget="both", control="longer_training"),
+        Recipe("longer_training", budget="teacher+student", control="longer_training"),
+        Recipe("equal_time", budget="wall_clock", control="equal_time"),
     ]
     runs += [Run(model=student, recipe=recipe, **setting) for recipe in alone]
     own = dataclasses.replace(recipe, name="self_distillation", control="self_distillation")

@@ -38,6 +38,7 @@ from kdlib.config import BASELINE, STUDENTS, TEACHERS, InputError, Preprocessing
 from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
 from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
 from kdlib.evaluation.cases import evaluate
+from kdlib.experiments.identity import identity
 from kdlib.experiments.recipes import WEIGHTS
 from kdlib.losses import LOSSES
 from kdlib.models import MODELS, count_parameters
@@ -116,14 +117,15 @@ def describe(run: Run, results: Path) -> dict[str, object]:
         length = [
             profile.student_epochs,
             profile.student_steps,
-            *(length if run.effective_recipe.budget == "both" else ()),
+            *(length if run.effective_recipe.budget == "teacher+student" else ()),
+            *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
         ]
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": dataclasses.asdict(run.effective_recipe) | {"name": ""},
         "preprocessing": dataclasses.asdict(run.preprocessing),
-        "length": length,
+        "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
         "network": _architecture(run.model),
         "optimisation": dataclasses.asdict(run.optimisation),
@@ -377,7 +379,10 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.teacher_seed,
             run.recipe.teacher == "random",
             run.recipe.budget,
+            run.recipe.unlabelled,
+            run.length,
             how.batch,
+            how.target_share,
             alone,
         )
         groups.setdefault(key, []).append(run)
@@ -422,7 +427,10 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
     found = run_source(run, results)
     fold = found.folds[run.fold]
     bank = run_bank(run, results)
-    train, val = bank.select(fold.subset(run.fraction)), bank.select(fold.val)
+    labelled = fold.subset(run.fraction)
+    train, val = bank.select(labelled), bank.select(fold.val)
+    if run.recipe.unlabelled:
+        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
     if run.protocol.test_selection:
         val = bank.select(fold.test)
     slices = len(bank.select(fold.train))
@@ -687,7 +695,7 @@ def teacher_agreement(
             for name, path in files.items():
                 write(path, lambda partial, name=name: missing[name].to_csv(partial, index=False))
         for name, path in files.items():
-            label = dict(arm=run.name, model=run.model, recipe=run.recipe.name, fold=run.fold, seed=run.seed)
+            label = {"arm": run.name} | identity(run)
             tables[name].append(pd.read_csv(path, dtype={"case": str, "patient": str}).assign(run=folder.name, **label))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
 
@@ -705,19 +713,14 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
     for run in runs:
         folder = run_folder(run, results)
         record = manifest(run, results)
-        label = {
-            "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
-            "recipe": run.recipe.name, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
-        }  # fmt: skip
+        label = {"run": folder.name, "arm": run.name} | identity(run)  # arm: until analysis reads the columns
         cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
         history.append(pd.read_csv(folder / "history.csv").assign(**label))
         rows.append(
             label | {"parameters": record["parameters"]} | record["best"]
             | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
         )  # fmt: skip
-        examples.append(
-            load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher")
-        )
+        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
     return Results(
         pd.concat(cases, ignore_index=True)[order],

@@ -14,4 +14,4 @@ from kdlib.losses.prediction import (
 from kdlib.losses.feature import AttentionTransfer, FeatureCWD, FeatureMSE, ImportanceMap, RegionAffinity, ReviewKD
 from kdlib.losses.relation import IFVD, CrossImageRelation, PairwiseAffinity, SimilarityPreserving
 from kdlib.losses.contrastive import CRD, InfoNCE, PrototypeContrast, SupervisedContrastiveLoss
-from kdlib.losses.segmentation import SegmentationLoss, one_hot, predict, probabilities
+from kdlib.losses.segmentation import SegmentationLoss, most_probable, one_hot, predict, probabilities

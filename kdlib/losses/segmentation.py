@@ -25,6 +25,11 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
+def most_probable(scores: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Probabilities BNH[WD] as labels BH[WD] (int64); see `predict`."""
+    return (scores[:, 0] > threshold).long() if scores.shape[1] == 1 else scores.argmax(1)
+
+
 def predict(logits: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
     """Logits BNH[WD] as labels BH[WD] (int64): probability above `threshold` for one channel, likeliest of several."""
     return (logits[:, 0] > math.log(threshold / (1 - threshold))).long() if logits.shape[1] == 1 else logits.argmax(1)
