@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -63,7 +64,10 @@ def interval(
     if len(values) < 2:
         return Interval(np.nan, np.nan, "")
     if np.ptp(values) < 1e-12:
-        return Interval(float(values[0]), float(values[0]), "")
+        return Interval(float(values.min()), float(values.min()), "")
+    if (math.fsum(values) or math.fsum(values**3)) < 0:  # b against a mirrors a against b, to the last digit
+        low, high, kind = interval(-values, level, None if noise is None else -noise, resamples)
+        return Interval(-high, -low, kind)
     order = canonical_order(values if noise is None else np.column_stack([values, noise.fillna(0)]))
     values, noise = values[order], None if noise is None else noise.iloc[order]
     drawn = resample(values, noise, resamples)
@@ -75,8 +79,7 @@ def interval(
 def canonical_order(rows: np.ndarray) -> np.ndarray:
     """Indices that sort patients (rows) by their values, so that resamples with a fixed seed are the same whatever the
     order of the table (a CSV that is read back may sort its patients otherwise)."""
-    rows = rows.reshape(len(rows), -1).round(12)
-    return np.lexsort(rows.T[::-1])
+    return np.lexsort(rows.reshape(len(rows), -1).T[::-1])
 
 
 def resample(values: np.ndarray, noise: pd.DataFrame | None, resamples: int) -> np.ndarray:

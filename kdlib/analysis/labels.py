@@ -1,7 +1,7 @@
 """Labels for readers, made from the identity columns of a table; the only place that names a method.
 
-A method is one row of a results table: everything about a run but its data, fold and seed. Its id (column `method`) is
-opaque; code selects rows by the other identity columns.
+A method is one row of a results table: everything about a run but its data, protocol, fold and seed. Its id (column
+`method`) is opaque; code selects rows by the other identity columns.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import pandas as pd
 from kdlib.config import InputError
 
 TEXT_COLUMNS = ("model", "role", "teacher", "recipe", "terms", "loss", "loss_label", "family", "control", "protocol")
-IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "steps")  # columns that say what a method is
+IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "length")  # columns that say what a method is
 THESIS_TERMS = "E-E+B-B+D-D+PMD"
 NO_DISTILLATION = "no distillation"
 CONTROLS = {  # column `control` -> label
     "zero_weights": "zero-weight control", "random_teacher": "random teacher", "shuffled_teacher": "shuffled teacher",
     "frozen_projectors": "frozen projectors", "redrawn_projectors": "redrawn projectors",
-    "label_smoothing": "label smoothing", "longer_training": "longer training", "self_distillation": "self-distillation",
+    "label_smoothing": "label smoothing", "longer_training": "longer training",
+    "self_distillation": "self-distillation",
 }  # fmt: skip
-DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "steps", "protocol", "recipe")
+DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
 
 
 def methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -39,7 +40,7 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
     known = [column for column in IDENTITY if column in table]
     found = table[["method", *known]].drop_duplicates("method").set_index("method")
     for column in TEXT_COLUMNS:
-        found[column] = found[column].fillna("").astype(str) if column in known else ""
+        found[column] = found[column].astype(object).fillna("").astype(str) if column in known else ""
     found["loss_label"] = found["loss_label"].where(found["loss_label"] != "", found["loss"])
     found["fraction"] = found["fraction"].fillna(1.0).astype(float) if "fraction" in known else 1.0
     return found.assign(label=_distinct(found, _short_labels(found)))
@@ -64,13 +65,15 @@ def _short_labels(found: pd.DataFrame) -> list[str]:
     one_student &= (students["role"] != "baseline").any()
     distilled = found[found["role"] == "distilled"]
     by_terms, by_loss = (distilled[column].nunique() for column in ("terms", "loss"))
+    # an ablation has one loss of features, and of every method its own terms
+    ablation = by_terms == len(distilled) and distilled.loc[distilled["terms"] != "PMD", "loss"].nunique() <= 1
     labels = []
     for row in found.itertuples():
         share = "" if row.fraction == 1 else f" ({percent(row.fraction)})"
         if row.role == "control":
             label = CONTROLS.get(row.control, row.control)
         elif row.role == "distilled" and one_student and max(by_terms, by_loss) > 1:
-            if by_terms == len(distilled):  # an ablation: every method has its own terms
+            if ablation:
                 label = row.terms
             else:
                 label = f"thesis terms, {row.loss_label}" if is_thesis_recipe(row.terms) else row.loss_label
@@ -95,7 +98,10 @@ def _distinct(found: pd.DataFrame, labels: Iterable[str]) -> list[str]:
                 texts = group[column].map(lambda value, name=column: _value(name, value))
                 labels[group.index] = [f"{label}, {text}" if text else label for text in texts]
     again = labels.groupby(labels).cumcount()
-    return [f"{label} ({method})" if number else label for (method, label), number in zip(labels.items(), again)]
+    return [
+        f"{label} ({method})" if number else label
+        for (method, label), number in zip(labels.items(), again, strict=True)
+    ]
 
 
 def _value(column: str, value: object) -> str:
@@ -103,7 +109,7 @@ def _value(column: str, value: object) -> str:
         return percent(value)
     if column == "unlabelled":
         return "with unlabelled slices" if value else ""
-    return f"{value} steps" if column == "steps" else str(value)
+    return f"{value:g} x as long" if column == "length" else str(value)
 
 
 def merge_equal_losses(cases: pd.DataFrame) -> pd.DataFrame:

@@ -40,10 +40,10 @@ def per_patient(table: pd.DataFrame, metric: str = "dice", by: Sequence[str] = (
         columns of `by`, `patient` and `value`, in the order of the table.
 
     Raises:
-        InputError: see `rows_of`; or a group mixes methods.
+        InputError: see `rows_of`; or a group mixes methods or protocols.
     """
     rows = rows_of(table, metric, by := list(by))
-    for column in ("method", "model", "teacher", "fraction", "recipe"):
+    for column in ("method", "protocol", "model", "teacher", "fraction", "recipe"):
         if column in rows and column not in by:
             several = rows.groupby(by, dropna=False)[column].nunique(dropna=False)
             if several.max() > 1:
