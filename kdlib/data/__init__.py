@@ -1,7 +1,8 @@
 """From a folder of scans to slices on the device: index, splits, slice bank, augmentation, phantom."""
 
 from kdlib.data.augment import augment
-from kdlib.data.decathlon import Case, Dataset, download, index
+from kdlib.data.decathlon import Case, Dataset, DataWarning, DefectError, index
+from kdlib.data.fetch import download
 from kdlib.data.phantom import make_phantom
 from kdlib.data.slices import SliceBank, restore
 from kdlib.data.slices import build as build_bank
@@ -10,7 +11,9 @@ from kdlib.data.summary import case_table, largest_slices, split_table
 
 __all__ = [
     "Case",
+    "DataWarning",
     "Dataset",
+    "DefectError",
     "Fold",
     "SliceBank",
     "augment",

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlib.config import InputError, Preprocessing
-from kdlib.data.decathlon import Case, Dataset, Defect, read
+from kdlib.data.decathlon import Case, Dataset
+from kdlib.data.nifti import Defect, read
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
 

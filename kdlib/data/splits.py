@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,9 @@ import pandas as pd
 from nibabel.arrayproxy import ArrayProxy
 
 from kdlib.config import InputError
-from kdlib.data.decathlon import Case, Dataset, Defect, decode
+from kdlib.data.decathlon import Case, Dataset
+from kdlib.data.nifti import Defect, decode
+from kdlib.files import write_text
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -87,10 +87,7 @@ def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, se
             )
     else:
         record = _make(dataset, asked)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)  # a stopped run leaves no half file
+        write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
     groups = {name: entry["patient"] for name, entry in record["cases"].items()}
     return tuple(Fold(*(tuple(fold[part]) for part in PARTS), groups) for fold in record["parts"])
 
@@ -118,7 +115,7 @@ def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
 
 def _stored(path: Path, blob: bytes) -> ArrayProxy:
     try:
-        return decode(io.BytesIO(blob)).dataobj
+        return decode(path, blob).dataobj
     except Defect as defect:
         raise InputError(f"{path}: changed since it was indexed: {defect}") from None
 
