@@ -8,11 +8,12 @@ from importlib import import_module
 HOMES = {
     "config": (
         "PROFILES", "PROTOCOLS", "InputError", "Profile", "Protocol", "Recipe", "Run", "Term", "TrainingError", "Preprocessing",
-        "bridge", "choose", "override_profile",
+        "cumulative_correction", "lookup", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table"),
     "evaluation.agreement": ("expected_calibration_error",),
-    "experiments.recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
+    "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
+    "experiments.designs": ("EXPERIMENTS", "Setting"),
     "experiments.runs": ("Results", "teacher_agreement", "manifest", "run_bank", "run_source", "study"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)

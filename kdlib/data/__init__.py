@@ -4,10 +4,11 @@ from kdlib.data.augment import augment
 from kdlib.data.decathlon import Case, Dataset, DataWarning, DefectError, index
 from kdlib.data.fetch import download
 from kdlib.data.phantom import make_phantom
+from kdlib.data.roundtrip import best_dice, check_view, target_in_view
 from kdlib.data.slices import SliceBank, restore
 from kdlib.data.slices import build as build_bank
 from kdlib.data.splits import Fold, split_file, splits
-from kdlib.data.summary import case_table, largest_slices, split_table
+from kdlib.data.summary import case_table, largest_slices, split_table, warning_table
 
 __all__ = [
     "Case",
@@ -17,8 +18,10 @@ __all__ = [
     "Fold",
     "SliceBank",
     "augment",
+    "best_dice",
     "build_bank",
     "case_table",
+    "check_view",
     "download",
     "index",
     "largest_slices",
@@ -27,4 +30,6 @@ __all__ = [
     "split_file",
     "split_table",
     "splits",
+    "target_in_view",
+    "warning_table",
 ]

@@ -153,9 +153,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
     files = _find_files(root)
     names = sorted({*files["imagesTr"], *files["labelsTr"], *about.training})
     if not names:
-        raise InputError(
-            f"{root}: imagesTr/ and labelsTr/ hold no .nii.gz or .nii file; give the folder of the data set"
-        )
+        raise InputError(f"{root}: imagesTr/ and labelsTr/ hold no .nii.gz or .nii file; give the data set's folder")
     defects, scans = [], {}
     for name in names:
         if not is_plain(name):
@@ -169,9 +167,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
             scans[name] = scan
     table = pd.DataFrame(defects, columns=DEFECT_COLUMNS)
     if defects and (on_defect == "raise" or not scans):
-        raise_defects(
-            root, table, len({*names, *table["case"]} - {name for name in names if not is_plain(name)}), scans
-        )
+        raise_defects(root, table, len(names), len(scans))
     patients, grouping = group_cases(list(scans), group, root, about.name)
     cases = tuple(
         Case(name, scan.image, scan.label, patients[name], scan.shape, scan.spacing, scan.voxels)
@@ -186,8 +182,8 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
     return Dataset(about.name, root, about.modality, about.labels, cases, table, odd, grouping, on_defect)
 
 
-def raise_defects(root: Path, table: pd.DataFrame, total: int, left: Sequence[object] | dict) -> None:
-    """Raises the `DefectError` of a table of defects; `total` counts the cases, `left` holds those without a defect."""
+def raise_defects(root: Path, table: pd.DataFrame, total: int, left: int) -> None:
+    """Raises the `DefectError` of a table of defects; of `total` cases, `left` have none."""
     advice = (
         "fix them, or leave these cases out: make study ON_DEFECT=drop (in Python: on_defect='drop')"
         if left
@@ -326,10 +322,8 @@ def _inspect(
         return rows, None
     extremes = tuple(sorted(image.scaled([image.raw.min(), image.raw.max()]).tolist()))
     counts = {int(value): number for value, number in voxels.items()}
-    scan = _Scan(
-        images[0], labels[0], shape, tuple(spacing.tolist()), counts, extremes, image.inter, _pixel_hash(image)
-    )
-    return rows, scan
+    geometry = images[0], labels[0], shape, tuple(spacing.tolist())
+    return rows, _Scan(*geometry, counts, extremes, image.inter, _pixel_hash(image))
 
 
 def _pixel_hash(image: _Volume) -> str:

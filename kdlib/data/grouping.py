@@ -63,7 +63,7 @@ def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str
         return None
     example = [case for case in cases if stems[case] == shared[0]][:2]
     return (
-        f"names suggest {len(count)} patients in {len(cases)} cases ({example[0]} and {example[1]}), nothing groups them",
+        f"names suggest {len(count)} patients for {len(cases)} cases ({' and '.join(example)}), nothing groups them",
         f"group them, e.g. with GROUP='(.+)[_.-]' or GROUP=patients.csv (columns case and patient); {own}",
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +56,9 @@ def decode(path: Path, blob: bytes) -> nib.Nifti1Image:
     Raises: Defect for anything but one whole three-dimensional NIfTI-1 or NIfTI-2 image of numbers without faults in
         its header.
     """
+    suffix = path.name[len(stem(path.name)) :]
+    if suffix not in (suffix.lower(), suffix.upper()):  # nibabel does not open it
+        raise Defect(f"its suffix {suffix} mixes small and capital letters", f"rename it to {suffix.lower()}")
     zipped = path.name.lower().endswith(".gz")
     if zipped != (blob[:2] == b"\x1f\x8b"):
         raise Defect("not a gzip file" if zipped else "a gzip file that is named .nii", f"rename it, or {AGAIN}")

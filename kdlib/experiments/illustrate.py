@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from kdlib.config import LOSS_NAMES, InputError, Run, derive_seed
+from kdlib.config import InputError, Run, derive_seed
 from kdlib.evaluation.agreement import sample_features
 from kdlib.experiments.runs import run_bank, run_source, trained
 from kdlib.losses import LOSSES
-from kdlib.losses._common import resize_labels
+from kdlib.losses.base import resize_labels
 from kdlib.models import count_parameters
 from kdlib.training.device import pick_device
 from kdlib.training.distiller import Distiller, _split, probe, scales_of
@@ -186,7 +186,7 @@ def plan(run: Run, classes: int = 1) -> pd.DataFrame:
                 dict(
                     kind="term",
                     name=term.name,
-                    loss=LOSS_NAMES[term.loss],
+                    loss=LOSSES[term.loss].label,
                     weight=term.weight,
                     temperature=getattr(made.loss, "temperature", None),
                     student_at=at,

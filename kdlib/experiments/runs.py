@@ -34,11 +34,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kdlib.config import BASELINE, LOSS_NAMES, STUDENTS, TEACHERS, InputError, Preprocessing, Run, TrainingError, lookup
-from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
+from kdlib.config import BASELINE, STUDENTS, TEACHERS, InputError, Preprocessing, Run, TrainingError, lookup
+from kdlib.data import Dataset, Fold, SliceBank, build_bank, check_view, index, make_phantom, split_file, splits
 from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
 from kdlib.evaluation.cases import evaluate
+from kdlib.experiments.identity import identity
 from kdlib.experiments.recipes import WEIGHTS
+from kdlib.losses import LOSSES
 from kdlib.models import MODELS, count_parameters
 from kdlib.training import ranks
 from kdlib.training.checkpoint import (
@@ -57,7 +59,7 @@ from kdlib.training.loop import RunState, epochs_of, new_model, steps_per_epoch,
 # ---------------------------------------------------------------------------------------------- what a run trains on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingData:
     """A data set as a run sees it: cases, target classes and folds, all fixed before anything is trained."""
 
@@ -68,12 +70,15 @@ class TrainingData:
 
 
 @functools.cache
-def source(data: str, target: str, folds: int, on_defect: str, results: Path) -> TrainingData:
+def source(
+    data: str, target: str, folds: int, on_defect: str, group: str, results: Path, preprocessing: Preprocessing
+) -> TrainingData:
     """Indexes a folder (or makes the phantom), and reads or writes its splits under `results/splits/`."""
     try:
         folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
-        dataset = index(folder, on_defect)
+        dataset = index(folder, on_defect, group)
         classes = dataset.classes(target)
+        dataset = check_view(dataset, classes, preprocessing)
         path = split_file(results / "splits", dataset, classes, folds)
         parts = splits(dataset, classes, folds, path)
     except OSError as error:
@@ -82,19 +87,20 @@ def source(data: str, target: str, folds: int, on_defect: str, results: Path) ->
 
 
 @functools.lru_cache(maxsize=1)
-def _bank(data: str, target: str, folds: int, on_defect: str, results: Path, preprocessing: Preprocessing) -> SliceBank:
-    found = source(data, target, folds, on_defect, results)
+def _bank(found: TrainingData, preprocessing: Preprocessing) -> SliceBank:
     return build_bank(found.dataset, found.classes, preprocessing)
 
 
 def run_source(run: Run, results: Path | str) -> TrainingData:
-    """The data, classes and folds of a run; read once a process."""
-    return source(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve())
+    """The data, classes and folds of a run; read once per process."""
+    # the profile's slices, also where the protocol keeps a fault of theirs: all runs of a study have the same cases
+    asked = run.data, run.target, run.profile.folds, run.on_defect, run.group
+    return source(*asked, Path(results).resolve(), run.profile.preprocessing)
 
 
 def run_bank(run: Run, results: Path | str) -> SliceBank:
     """All slices of a run's data set; kept for the next cohort of the same process."""
-    return _bank(run.data, run.target, run.profile.folds, run.on_defect, Path(results).resolve(), run.preprocessing)
+    return _bank(run_source(run, results), run.preprocessing)
 
 
 def run_key(run: Run, results: Path) -> str:
@@ -115,14 +121,15 @@ def describe(run: Run, results: Path) -> dict[str, object]:
         length = [
             profile.student_epochs,
             profile.student_steps,
-            *(length if run.effective_recipe.budget == "both" else ()),
+            *(length if run.effective_recipe.budget == "teacher+student" else ()),
+            *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
         ]
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": dataclasses.asdict(run.effective_recipe) | {"name": ""},
         "preprocessing": dataclasses.asdict(run.preprocessing),
-        "length": length,
+        "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
         "network": _architecture(run.model),
         "optimisation": dataclasses.asdict(run.optimisation),
@@ -376,7 +383,10 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.teacher_seed,
             run.recipe.teacher == "random",
             run.recipe.budget,
+            run.recipe.unlabelled,
+            run.length,
             how.batch,
+            how.target_share,
             alone,
         )
         groups.setdefault(key, []).append(run)
@@ -421,7 +431,10 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
     found = run_source(run, results)
     fold = found.folds[run.fold]
     bank = run_bank(run, results)
-    train, val = bank.select(fold.subset(run.fraction)), bank.select(fold.val)
+    labelled = fold.subset(run.fraction)
+    train, val = bank.select(labelled), bank.select(fold.val)
+    if run.recipe.unlabelled:
+        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
     if run.protocol.test_selection:
         val = bank.select(fold.test)
     slices = len(bank.select(fold.train))
@@ -501,7 +514,7 @@ class Results:
         """`cases` (or `history`) with the recipe as the arm, as printed; a student without any is "no distillation"."""
         table = getattr(self, part)
         full = "+".join(WEIGHTS)
-        names = {f"{full} ({loss})": f"thesis terms, {name}" for loss, name in LOSS_NAMES.items()}
+        names = {f"{full} ({name})": f"thesis terms, {loss.label}" for name, loss in LOSSES.items()}
         return table.assign(arm=table["recipe"].replace(names | {BASELINE.name: "no distillation"}))
 
     def parameters(self) -> dict[str, int]:
@@ -686,7 +699,7 @@ def teacher_agreement(
             for name, path in files.items():
                 write(path, lambda partial, name=name: missing[name].to_csv(partial, index=False))
         for name, path in files.items():
-            label = dict(arm=run.name, model=run.model, recipe=run.recipe.name, fold=run.fold, seed=run.seed)
+            label = {"arm": run.name} | identity(run)
             tables[name].append(pd.read_csv(path, dtype={"case": str, "patient": str}).assign(run=folder.name, **label))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
 
@@ -704,19 +717,14 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
     for run in runs:
         folder = run_folder(run, results)
         record = manifest(run, results)
-        label = {
-            "run": folder.name, "arm": run.name, "model": run.model, "teacher": run.teacher, "fraction": run.fraction,
-            "recipe": run.recipe.name, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
-        }  # fmt: skip
+        label = {"run": folder.name, "arm": run.name} | identity(run)  # arm: until analysis reads the columns
         cases.append(pd.read_csv(folder / "metrics.csv", dtype={"case": str, "patient": str}).assign(**label))
         history.append(pd.read_csv(folder / "history.csv").assign(**label))
         rows.append(
             label | {"parameters": record["parameters"]} | record["best"]
             | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
         )  # fmt: skip
-        examples.append(
-            load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label).drop(columns="teacher")
-        )
+        examples.append(load_arrays(folder / "slices.npz").rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
     return Results(
         pd.concat(cases, ignore_index=True)[order],

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from kdlib.config import TEACHERS, InputError, lookup
+from kdlib.models.efficient import EfficientUNet
 from kdlib.models.transunet import HEAD_DIM, transunet
 from kdlib.models.unet import UNet
 
@@ -38,6 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "T2": t2,
     "S1": partial(UNet, widths=(16, 32, 64), convs=1, reconstruct=False),
     "S2": partial(UNet, widths=(32, 64, 128), convs=1, reconstruct=False),
+    "E1": partial(EfficientUNet, widths=(16, 24, 32, 48, 72), blocks=(0, 1, 1, 2, 3)),
 }
 
 
@@ -50,7 +52,8 @@ def build_model(
     T2 121,801,668 (109,609,153), S1 57,297, S2 227,233.
 
     Args:
-        name: a key of `MODELS`: "T1" (multi-task U-Net), "T2" (multi-task TransUNet), "S1" or "S2" (small U-Nets).
+        name: a key of `MODELS`: "T1" (multi-task U-Net), "T2" (multi-task TransUNet), "S1" or "S2" (small U-Nets) or
+            "E1" (an efficient U-Net of S1's budget).
         spatial_dims: 2 or 3.
         in_channels: channels of the images.
         classes: foreground classes; one gives one channel of logits, several give one more than that (0 background).

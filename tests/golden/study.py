@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from kdlib import DISTILLERS, PROTOCOLS, Run, controls, distiller, override_profile, study, thesis_recipe
+from kdlib import PROTOCOLS, Run, comparison_losses, controls, distiller, override_profile, study, thesis_recipe
 from kdlib.experiments.runs import run_folder
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ def golden_runs() -> dict[str, Run]:
     half = dict(whole, fraction=0.5)
     for number, run in enumerate(controls("S1", "T1", **half)):
         runs[f"control {number}"] = run
-    for loss in DISTILLERS:
+    for loss in comparison_losses():
         runs[f"loss {loss}"] = Run(model="S1", teacher="T1", recipe=distiller(loss, "S1"), **half)
     published = dict(protocol=PROTOCOLS["thesis"])
     runs["thesis T1"] = Run(model="T1", **whole, **published)

@@ -24,7 +24,7 @@ from kdlib.config import (
     lookup,
     override_profile,
 )  # fmt: skip
-from kdlib.experiments.recipes import DISTILLERS, distiller, thesis_recipe
+from kdlib.experiments.recipes import comparison_losses, distiller, thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.training.distiller import check_recipe
 
@@ -120,7 +120,7 @@ def test_the_lesson_keeps_the_published_faults():
     assert [(term.weight, term.temperature) for term in thesis.effective_recipe.terms] == weights
 
 
-@pytest.mark.parametrize("loss", DISTILLERS)
+@pytest.mark.parametrize("loss", comparison_losses())
 def test_every_distiller_can_be_had_with_the_published_faults(loss):
     run = Run("phantom", "spleen", "S1", teacher="T1", recipe=distiller(loss, "S1"), protocol=PROTOCOLS["thesis"])
     check_recipe(run.effective_recipe)
