@@ -107,7 +107,9 @@ def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, i
     occurring = set().union(*held.values())
     rows = []
     for number, fold in enumerate(folds):
-        parts = {"train": fold.train, "half of train": fold.subset(0.5), "validation": fold.val, "test": fold.test}
+        parts = {"train": fold.train, "validation": fold.val, "test": fold.test}
+        if len({fold.groups[case] for case in fold.train}) > 1:  # of one patient there is no half
+            parts["half of train"] = fold.subset(0.5)
         for part, cases in parts.items():
             missing = occurring - set().union(*(held[case] for case in cases))
             if missing == occurring and missing:

@@ -51,7 +51,8 @@ def split_table(folds: Sequence[Fold]) -> pd.DataFrame:
     """One row per fold: patients (and volumes) in the training part, its half, validation and test."""
     rows = []
     for number, fold in enumerate(folds):
-        parts = {"train": fold.train, "train, half": fold.subset(0.5), "validation": fold.val, "test": fold.test}
+        half = fold.subset(0.5) if len({fold.groups[case] for case in fold.train}) > 1 else ()
+        parts = {"train": fold.train, "train, half": half, "validation": fold.val, "test": fold.test}
         counts = {name: (len({fold.groups[case] for case in cases}), len(cases)) for name, cases in parts.items()}
         rows.append(
             {"fold": number} | {name: f"{patients} ({volumes})" for name, (patients, volumes) in counts.items()}
