@@ -149,7 +149,7 @@ class Recipe:
         unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
             terms see them, the segmentation loss does not.
         pseudo_labels: the teacher's masks take the place of the labels that are missing; needs `unlabelled`.
-        control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes.controls`).
+        control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes`).
     """
 
     name: str
@@ -495,7 +495,8 @@ def _fault(error: BaseException, kind: type | None) -> str:
         fields = ", ".join(field.name for field in dataclasses.fields(error.cl))
         names = ", ".join(sorted(map(repr, error.extra_fields)))
         return f"field {names} of a {error.cl.__name__.lower()} does not exist: choose from {fields}"
-    return "a required field is missing" if isinstance(error, KeyError) else str(error)
+    said = {KeyError: "a required field is missing", TypeError: "give a list"}
+    return said.get(type(error)) or str(error)
 
 
 def _holds_dataclass(kind: object) -> bool:
@@ -506,6 +507,8 @@ def _converter() -> cattrs.Converter:
     """Reads nested dataclasses; of all other values, their `check_fields` judges types and ranges."""
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook_func(lambda kind: not _holds_dataclass(kind), lambda value, _: value)
+    for plain in (int, float, str, bool):  # of `Annotated` ones, too
+        converter.register_structure_hook(plain, lambda value, _: value)
     for kind, known in (
         (Profile, PROFILES),
         (Protocol, PROTOCOLS),

@@ -58,8 +58,10 @@ class Range:
         )
 
     def __str__(self) -> str:
-        ends = {"from {}": self.low, "above {}": self.above, "up to {}": self.high, "below {}": self.below}
-        return " and ".join(text.format(f"{end:g}") for text, end in ends.items() if end is not None)
+        if (self.high, self.above, self.below) == (None, None, None):
+            return f"of {self.low:g} or more"
+        ends = {"from {:g}": self.low, "above {:g}": self.above, "up to {:g}": self.high, "below {:g}": self.below}
+        return " and ".join(text.format(end) for text, end in ends.items() if end is not None)
 
 
 def check_fields(made: object) -> None:
@@ -77,7 +79,7 @@ def check_fields(made: object) -> None:
         try:
             object.__setattr__(made, field.name, _read(value, kinds[field.name]))
         except (TypeError, ValueError):
-            name = getattr(made, "name", None)
+            name = vars(made).get("name")
             owner = type(made).__name__.lower() + (
                 f" {name!r}" if isinstance(name, str) and field.name != "name" else ""
             )

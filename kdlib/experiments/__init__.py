@@ -7,9 +7,11 @@ from kdlib.experiments.designs import (
     baseline,
     correction,
     distillation,
+    external_network,
     label_fractions,
     loss_comparison,
     negative_controls,
+    requested_runs,
     training_length,
 )
 
@@ -20,8 +22,10 @@ __all__ = [
     "baseline",
     "correction",
     "distillation",
+    "external_network",
     "label_fractions",
     "loss_comparison",
     "negative_controls",
+    "requested_runs",
     "training_length",
 ]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated, Literal
+
+from monai.networks.nets import SegResNet
 
 from kdlib.config import PROTOCOLS, InputError, Profile, Recipe, Run, cumulative_correction, lookup, override_profile
 from kdlib.experiments.recipes import (
@@ -21,11 +26,15 @@ from kdlib.experiments.recipes import (
     thesis_recipe,
     unlabelled,
 )
+from kdlib.experiments.source import run_source
+from kdlib.models import MODELS, ExternalModel
+from kdlib.strict import Range, check_fields
 from kdlib.training.device import pick_device
 
 STUDENTS, TEACHERS = ("S1", "S2"), ("T1", "T2")  # of the thesis's tables
 LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+Number = Annotated[int, Range(0)]
 RESERVED = ("data", "runs", "splits")  # folders of `results` that are no study
 
 
@@ -50,20 +59,24 @@ class Setting:
     data: str = "phantom"
     target: str = "spleen"
     profile: str = "quick"
-    changes: Mapping[str, object] = field(default_factory=dict)
+    changes: dict = field(default_factory=dict)
     protocol: str = "corrected"
-    folds: Sequence[int] = (0,)
-    seeds: Sequence[int] = (0,)
-    on_defect: str = "raise"
+    folds: tuple[Number, ...] = (0,)
+    seeds: tuple[Number, ...] = (0,)
+    on_defect: Literal["raise", "drop"] = "raise"
     group: str = "auto"
     device: str = "auto"
-    results: str | Path = "results"
+    results: Path = Path("results")
     study: str = "phantom-spleen-quick"
 
     def __post_init__(self):
+        for name, kind in (("data", str), ("results", Path)):
+            if isinstance(getattr(self, name), str | os.PathLike):
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        check_fields(self)
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
-            if not numbers:
-                raise InputError(f"{name}: give at least one, e.g. 0")
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
         check_study(self.study.split("/")[0])
         pick_device(self.device)
         self.run("S1")  # whatever a run refuses
@@ -76,9 +89,14 @@ class Setting:
         return override_profile(self.profile, dict(self.changes))
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the target classes; reads the data set."""
+        return list(run_source(self.run("S1"), self.results).classes)
+
+    @property
     def folder(self) -> Path:
         """Where the study's tables and figures are."""
-        return Path(self.results) / self.study
+        return self.results / self.study
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -92,7 +110,7 @@ class Setting:
         return shared | dict(protocol=lookup("protocol", self.protocol, PROTOCOLS), group=self.group)
 
     def run(self, model: str, **fields: object) -> Run:
-        """A run of this setting, of its first fold unless said otherwise; `fields` are further fields of `kdlib.Run`."""
+        """A run of this setting, of its first fold unless `fields`, further fields of `kdlib.Run`, say otherwise."""
         return Run(model=model, **(self.fields | dict(fold=self.folds[0]) | fields))
 
     def everywhere(self, model: str, **fields: object) -> list[Run]:
@@ -117,6 +135,8 @@ def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
 
 def baseline(setting: Setting, models: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
     """Teachers, and students without distillation on all and on half of the labels."""
+    for model in models:
+        lookup("network", model, MODELS)
     students = [model for model in models if model not in TEACHERS]
     runs = teachers(setting, [model for model in models if model in TEACHERS])
     return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
@@ -167,10 +187,13 @@ def loss_comparison(
     """Every distillation loss alone under one training setup, the thesis's terms with three losses, and the controls.
 
     Args:
-        losses: names in `kdlib.losses.LOSSES`; none: all, or two of each family in profile quick.
+        losses: names in `kdlib.losses.LOSSES`; none: all, or two of each family in profile quick. DKD
+            equals KL where there is one class, and is left out where it is not named.
         shuffled_controls: every loss also with a shuffled teacher, as its own control.
     """
-    names = list(losses) or comparison_losses(quick=setting.profile == "quick")
+    names = list(losses or comparison_losses(quick=setting.profile == "quick"))
+    if not losses and len(setting.classes) == 1:
+        names.remove("dkd")
     recipes = [thesis_recipe(student, loss) for loss in ("fitnet", "infonce", "supcon")]
     recipes += [distiller(loss, student) for loss in names]
     if shuffled_controls:
@@ -183,7 +206,15 @@ def loss_comparison(
 
 
 def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
-    """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol."""
+    """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol.
+
+    Raises:
+        InputError: the target has several classes.
+    """
+    if len(setting.classes) > 1:
+        raise InputError(
+            f"target {setting.target!r} has several classes: pooled Dice and the one-channel softmax need one; name it"
+        )
     zero = thesis_recipe(student)
     silent = tuple(dataclasses.replace(term, weight=0.0) for term in zero.terms)
     zero = dataclasses.replace(zero, name="zero_weights", terms=silent, control="zero_weights")
@@ -225,9 +256,43 @@ def training_length(
     return runs
 
 
+def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
+    """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
+    layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
+
+    def build(dims: int, channels: int, classes: int) -> ExternalModel:
+        return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
+
+    MODELS.setdefault("SegResNet", build)
+    half = dict(fraction=0.5)
+    taught = dict(teacher=teacher, recipe=thesis_recipe("SegResNet"))
+    return setting.everywhere("SegResNet", **half) + setting.everywhere("SegResNet", **half, **taught)
+
+
+def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:
+    """The runs of a notebook with these parameters, teachers first; none where the notebook trains nothing.
+
+    Raises:
+        InputError: parameters that its experiment cannot use.
+    """
+    if name not in EXPERIMENTS:
+        return []
+    fields = {field.name for field in dataclasses.fields(Setting)}
+    setting = Setting(**{key: value for key, value in parameters.items() if key in fields})
+    own = {key: value for key, value in parameters.items() if key not in fields}
+    known = list(inspect.signature(EXPERIMENTS[name]).parameters)[1:]
+    for key in own:
+        lookup(f"parameter of {name}", key, dict.fromkeys([*fields, *known]))
+    runs = EXPERIMENTS[name](setting, **own)
+    teachers = [teacher for run in runs for teacher in run.teacher_runs().values()]
+    return list(dict.fromkeys(teachers + runs))
+
+
 EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
     "01_baseline": baseline,
-    "02_distillation": lambda setting: list(dict.fromkeys(distillation(setting) + negative_controls(setting))),
+    "02_distillation": lambda setting: list(
+        dict.fromkeys(distillation(setting) + negative_controls(setting) + external_network(setting))
+    ),
     "03_ablation": ablation,
     "04_loss_comparison": loss_comparison,
     "05_correction": correction,

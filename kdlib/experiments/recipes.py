@@ -41,7 +41,7 @@ def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("
         if name in only
     )
     names = "+".join(term.name for term in terms)
-    return Recipe(f"{names} ({loss})" if names != "PMD" else names, terms=terms)
+    return Recipe(f"{loss}:{names}" if names != "PMD" else names, terms=terms)
 
 
 def _temperature(student: str, loss: str) -> float | None:
@@ -72,16 +72,16 @@ def distiller(loss: str, student: str) -> Recipe:
     """One distiller alone, where its paper puts it: prediction maps at the logits, features at E-E, B-B and D-D.
 
     Papers scale their losses in all ways, so weights would compare scales, not distillers: here each distiller's
-    gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training.loop.balance`).
+    gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training`).
 
     Args:
         loss: one of `comparison_losses()`.
         student: "S1" or "S2", for the thesis's temperature of its contrast.
 
     Raises:
-        InputError: no such distiller.
+        InputError: no such loss.
     """
-    made = lookup("distiller", loss, {name: LOSSES[name] for name in comparison_losses()})
+    made = lookup("distillation loss", loss, {name: LOSSES[name] for name in comparison_losses()})
     if made.reads == "logits":
         terms = (Term("PMD", loss, 1.0),)
     elif made.adapt == "own":
@@ -89,15 +89,15 @@ def distiller(loss: str, student: str) -> Recipe:
     else:
         features = [name for name, at in SCALES.items() if at != ("logits",)]
         terms = tuple(Term(name, loss, WEIGHTS[name], _temperature(student, loss)) for name in features)
-    return Recipe(LOSSES[loss].label, terms=terms, balance=BALANCE)
+    return Recipe(loss, terms=terms, balance=BALANCE)
 
 
 def controls(student: str, teacher: str, **setting) -> list[Run]:
-    """Negative controls of the thesis's recipe: if they do as well as it does, the teacher taught nothing.
+    """Negative controls of the thesis's recipe: if they do as well as it does, distillation is worth nothing.
 
-    All weights 0; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
+    Zero weights; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
     random weights, or redrawn at every step; and, without a teacher, label smoothing and a student trained for the
-    teacher's steps and its own together; and the student's own like as teacher.
+    teacher's steps and its own together; and self-distillation.
 
     Args:
         setting: the other fields of the runs.

@@ -83,6 +83,7 @@ class RunState:
     losses: nn.Module = field(init=False)  # of a batch, by name
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_projectors: dict[str, Tensor] = field(default_factory=dict)  # the distiller beside the best weights
     best_epoch: int = 0
     best_dice: float = -1.0
     seconds: float = 0.0
@@ -448,7 +449,7 @@ def train_cohort(
     are brought together: the one that is further on waits.
 
     Args:
-        runs: of one cohort (see `kdlib.experiments.runs.cohorts`).
+        runs: of one cohort (see `kdlib.experiments.runner.cohorts`).
         train: slices of the training subset, on `device`; val: of the validation part. No test patient is in either.
         steps: optimiser steps an epoch.
         device: where the banks are.
@@ -605,6 +606,8 @@ def _end_epoch(arm: RunState, val: SliceBank, epoch: int, stops: InterruptHandle
         if dice > arm.best_dice:
             arm.best_dice, arm.best_epoch = dice, epoch
             arm.best = copy.deepcopy(arm.model.state_dict())
+            if arm.distiller is not None:
+                arm.best_projectors = copy.deepcopy(arm.distiller.state_dict())
         arm.log = None
 
 

@@ -15,14 +15,23 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from kdlib import PROTOCOLS, Run, comparison_losses, controls, distiller, override_profile, study, thesis_recipe
-from kdlib.experiments.runs import run_folder
+from kdlib import (
+    PROTOCOLS,
+    Run,
+    comparison_losses,
+    controls,
+    distiller,
+    override_profile,
+    study,
+    thesis_recipe,
+)
+from kdlib.experiments.store import run_folder
 
 HERE = Path(__file__).parent
 
 
 def golden_runs() -> dict[str, Run]:
-    """Every kind of run by a name: networks, fractions, teachers, controls, losses, protocols, one class and several."""
+    """Every kind of run by a name: networks, fractions, teachers, controls, losses, protocols, classes."""
     tiny = dict(width=0.125, folds=3, teacher_epochs=2, student_epochs=2, teacher_steps=4, student_steps=4)
     whole = dict(data="phantom", target="spleen", profile=override_profile("quick", tiny))
     runs = {}
