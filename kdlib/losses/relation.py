@@ -28,14 +28,18 @@ class SimilarityPreserving(DistillationLoss):
 
     Every map is flattened to one vector an image, `q`; `G = q q^T` over the batch, its rows divided by their lengths;
     `loss = |G_teacher - G_student|^2 / B^2`, a mean over the pairs of images. Nothing is said of a single image: a
-    batch of one gives 0. Values are small, and the paper weighs them with 3000.
+    batch of one gives 0. A common scale of a side is not seen; an image whose features are under a hundredth of
+    the batch's greatest counts less (see `l2_normalize`). Values are small, and the paper weighs them with 3000.
     """
 
     name, label, family = "sp", "SP", "relation"
     reads, adapt = "features", "none"
 
     def compare(self, student, teacher, labels, kept, context):
+        # the loss does not depend on a scale of all vectors together, but squares of large or small ones over- and
+        # underflow: the greatest value is a constant, so no gradient is lost
         vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
+        vectors = [q / q.detach().abs().amax().clamp(min=1e-30) for q in vectors]
         of_student, of_teacher = (l2_normalize(q @ q.T) for q in vectors)
         return F.mse_loss(of_student, of_teacher)
 

@@ -269,6 +269,17 @@ def test_similarity_preserving_is_the_one_of_torchdistill_with_rows_of_length_on
     torch.testing.assert_close(SimilarityPreserving()(student, teacher), expected)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 3e-4, 1.0, 1e10])
+def test_similarity_preserving_does_not_depend_on_the_scale_of_the_features(scale):
+    results = []
+    for factor, dtype in ((1.0, torch.float64), (scale, torch.float32)):
+        student, teacher = ((x.detach() * factor).to(dtype) for x in maps(4, 3, 6, 6))
+        student.requires_grad_()
+        loss = SimilarityPreserving()(student, teacher)
+        results.append((loss.double(), torch.autograd.grad(loss, student)[0].double() * factor))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-8)
+
+
 def test_similarity_preserving_by_hand():
     apart = torch.eye(2, dtype=torch.float64).reshape(2, 1, 1, 2)
     alike = torch.ones_like(apart)
