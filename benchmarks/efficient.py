@@ -2,8 +2,8 @@
 
     python benchmarks/efficient.py DATA [--target spleen] [--profile ct96] [--steps 400] [--results FOLDER]
 
-Prints cost, training time and validation Dice of each; docs/efficient_student.md has the numbers of the first search. The test patients
-are evaluated too, as of every run, but not printed, so that they choose nothing.
+Prints the cost and validation Dice of each; docs/efficient_student.md has the numbers of the first search. The test
+patients are evaluated too, as of every run, but not printed, so that they choose nothing.
 """
 
 from __future__ import annotations
