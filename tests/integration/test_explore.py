@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from kdlib import InputError, Run, override_profile, study, thesis_recipe
-from kdlib.apps import explore, panels
+from kdlib.apps import drawing, explore, gradients, panels
 from kdlib.apps.notebooks import NOTEBOOKS, execute
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.cases import case_metrics
@@ -32,16 +33,11 @@ def find(small_study, table):
     """`find("S1", recipe)` is that run and its teachers."""
 
     def run(model: str, recipe: str | None = None):
-        rows = table[(table["model"] == model) & (table["recipe"].eq(recipe) if recipe else table["teacher"].isna())]
+        rows = table[(table["model"] == model) & (table["recipe"].eq(recipe) if recipe else table["role"].ne("distilled"))]
         student = explore.load_run(small_study, rows["run"].item(), device="cpu")
         return student, explore.teachers_of(student, table, "phantom", "cpu")
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    monkeypatch.setattr(explore, "FITTING", 5)  # projectors need not be good to test what is done with them
 
 
 def is_picture(image) -> bool:
@@ -57,23 +53,37 @@ def files(folder: Path) -> dict[Path, int]:
 
 def test_studies_and_their_runs_are_listed(small_study, table):
     assert explore.studies(small_study) == ["tiny"]
-    assert table["label"].tolist() == [
-        "T1, fold 0, seed 0", "S1 (50 %), fold 0, seed 0", "S2 (50 %), fold 0, seed 0",
-        f"KD(T1, S1) {FULL}, fold 0, seed 0", "KD(T1, S1) PMD, fold 0, seed 0",
-    ]  # fmt: skip
+    labels = table["label"].tolist()
+    assert labels[:3] == ["T1, fold 0, seed 0", "S1 (50 %), fold 0, seed 0", "S2 (50 %), fold 0, seed 0"]
+    assert len(set(labels)) == 5 and all(label.startswith("KD(T1, S1)") for label in labels[3:])
 
 
-def test_a_folder_without_a_study_is_one_clear_line(tmp_path, small_study):
-    with pytest.raises(InputError, match="holds no study yet: run one first, e.g. make study") as caught:
-        panels.Picker(tmp_path)
-    assert "\n" not in str(caught.value)
+def test_the_newest_study_whose_runs_are_kept_comes_first(small_study, tmp_path):
+    shutil.copytree(small_study, tmp_path / "results")
+    results = tmp_path / "results"
+    shutil.copytree(results / "tiny", results / "later")
+    committed = results / "a-committed-study" / "tables"
+    committed.mkdir(parents=True)
+    (committed / "01_baseline_runs.csv").write_text("run,method\n0123,S1\n")  # its runs are not kept
+    os.utime(results / "tiny" / "tables" / "02_distillation_runs.csv", (1, 1))
+    assert explore.studies(results) == ["later", "tiny"]
+    assert panels.Picker(results, device="cpu").study_list.value == "later"
+
+
+def test_without_a_study_every_panel_is_there_and_says_how_to_make_one(tmp_path, small_study):
+    pick = panels.Picker(tmp_path)
+    assert "run one first, e.g. make study" in pick.message.value and "\n" not in pick.message.value
+    viewer = panels.Viewer(pick)
+    region, bench = panels.GradientPanel(pick, viewer), panels.TrainingPanel(pick)
+    region.show(), bench.train()
+    assert not any(panel.children for panel in (viewer, region, bench, panels.ComparisonPanel(pick)))
     with pytest.raises(InputError, match="study 'tini' does not exist: choose from tiny"):
         explore.finished_runs(small_study, "tini")
 
 
 def test_a_study_whose_runs_are_gone_says_so(small_study, tmp_path):
     shutil.copytree(small_study / "tiny", tmp_path / "tiny")
-    with pytest.raises(InputError, match="no run of study tiny is kept in"):
+    with pytest.raises(InputError, match="holds no study whose runs are kept"):
         explore.finished_runs(tmp_path, "tiny")
 
 
@@ -86,7 +96,7 @@ def test_a_run_is_read_back_as_it_was_described(find):
 
 def test_a_run_needs_the_data_that_it_was_trained_on(small_study, table, tmp_path):
     key = table["run"][1]
-    with pytest.raises(InputError, match="run 123: .*manifest.json does not exist"):
+    with pytest.raises(InputError, match="run 123: .*manifest.json is not of a finished run"):
         explore.load_run(small_study, "123")
     copy = tmp_path / "runs" / key
     shutil.copytree(small_study / "runs" / key, copy)
@@ -119,10 +129,10 @@ def test_what_is_shown_is_what_was_measured(find):
     student, teachers = find("S1", FULL)
     for case in student.fold.test[:2]:
         seen = explore.look(student, teachers, case)
-        assert list(seen.masks) == ["truth", "teacher T1", "student KD(T1, S1)"]
+        assert list(seen.masks) == ["truth", "teacher T1", "student S1"]
         recorded = pd.read_csv(student.folder / "metrics.csv").query("case == @case").set_index("metric")["value"]
         spacing = student.source.dataset.case(case).spacing
-        found = case_metrics(seen.masks["student KD(T1, S1)"], seen.masks["truth"], seen.classes, spacing)
+        found = case_metrics(seen.masks["student S1"], seen.masks["truth"], seen.classes, spacing)
         pd.testing.assert_series_equal(found.set_index("metric")["value"], recorded, check_names=False)
 
 
@@ -162,7 +172,7 @@ def test_the_middle_of_the_truth_is_truth_in_the_slices(find):
     student, _ = find("S1", FULL)
     case = student.fold.test[0]
     seen = explore.look(student, (), case)
-    bank = explore._slices(student, (case,))
+    bank = explore.case_slices(student, (case,))
     inside = np.argwhere(seen.masks["truth"])
     for voxel in inside[:: len(inside) // 7]:
         around = explore.place(seen.geometry, tuple(voxel))
@@ -177,38 +187,38 @@ def test_the_gradient_of_the_prediction_term_is_its_closed_form(find):
     """Bernoulli KL times T squared, averaged over pixels, has the gradient T (p - q) / pixels on the logits."""
     student, teachers = find("S1", ONLY_PMD)
     case = student.fold.test[0]
-    found = explore.term_gradients(student, teachers, case, 8)
-    images, _ = explore._slices(student, (case,)).batch(torch.tensor([8]))
+    found = gradients.term_gradients(student, teachers, case, 8)
+    images, _ = explore.case_slices(student, (case,)).batch(torch.tensor([8]))
     with torch.no_grad():
         logits = [explore.network(who)(images, reconstruct=False).segmentation[0, 0] for who in (student, *teachers)]
     own, taught = (torch.sigmoid(part / 4) for part in logits)
-    expected = 0.2 * 4 * (own - taught).abs() / (16 * own.numel())
+    expected = 0.2 * 4 * (own - taught).abs() / (student.run.optimisation.batch * own.numel())
     np.testing.assert_allclose(found.maps["PMD"], expected.numpy(), rtol=0.02, atol=float(expected.max()) * 0.01)
 
 
-def test_regions_share_the_whole_pull_of_every_term(find):
+def test_regions_share_the_whole_gradient_of_every_term(find):
     student, teachers = find("S1", FULL)
     case, size = student.fold.test[0], student.run.preprocessing.size
-    whole = explore.term_gradients(student, teachers, case, 8).table.set_index("term")
+    whole = gradients.term_gradients(student, teachers, case, 8).table.set_index("term")
     halves = [
-        explore.term_gradients(student, teachers, case, 8, region).table.set_index("term")
+        gradients.term_gradients(student, teachers, case, 8, region).table.set_index("term")
         for region in ((0, size // 2, 0, size), (size // 2, size, 0, size))
     ]
-    assert list(whole.index) == ["E-E", "B-B", "D-D", "PMD"] and whole["part"].eq(1).all()
-    assert (whole["pull"] > 0).all() and whole["cosine"].between(-1, 1).all()
-    np.testing.assert_allclose(halves[0]["part"] + halves[1]["part"], 1, rtol=1e-5)
-    np.testing.assert_allclose(halves[0]["pull"] ** 2 + halves[1]["pull"] ** 2, whole["pull"] ** 2, rtol=1e-4)
+    assert list(whole.index) == ["E-E", "B-B", "D-D", "PMD"] and whole["share_in_region"].eq(1).all()
+    assert (whole["grad_norm"] > 0).all() and whole["cosine"].between(-1, 1).all()
+    np.testing.assert_allclose(halves[0]["share_in_region"] + halves[1]["share_in_region"], 1, rtol=1e-5)
+    np.testing.assert_allclose(halves[0]["grad_norm"] ** 2 + halves[1]["grad_norm"] ** 2, whole["grad_norm"] ** 2, rtol=1e-4)
 
 
-def test_a_student_alone_is_asked_by_the_terms_of_the_thesis_and_a_teacher_is_refused(find):
+def test_a_baseline_shows_the_prediction_term_and_a_teacher_is_refused(find):
     student, teachers = find("S1")
-    assert [teacher.run.name for teacher in teachers] == ["T1"]
-    found = explore.term_gradients(student, teachers, student.fold.val[0], 3, (10, 20, 10, 20))
-    assert list(found.table["term"]) == ["E-E", "B-B", "D-D", "PMD"]
+    assert [teacher.run.model for teacher in teachers] == ["T1"]
+    found = gradients.term_gradients(student, teachers, student.fold.val[0], 3, (10, 20, 10, 20))
+    assert list(found.table["term"]) == ["PMD"]
     teacher, none = find("T1")
     assert none == ()
     with pytest.raises(InputError, match="T1 has no teacher in this study: choose a student"):
-        explore.term_gradients(teacher, none, teacher.fold.test[0], 3)
+        gradients.term_gradients(teacher, none, teacher.fold.test[0], 3)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +228,7 @@ def test_a_student_alone_is_asked_by_the_terms_of_the_thesis_and_a_teacher_is_re
 def test_a_slice_or_region_that_is_not_there_is_refused(find, number, region, message):
     student, teachers = find("S1", FULL)
     with pytest.raises(InputError, match=message):
-        explore.term_gradients(student, teachers, student.fold.test[0], number, region)
+        gradients.term_gradients(student, teachers, student.fold.test[0], number, region)
 
 
 # ------------------------------------------------------------------------------------------------- two runs compared
@@ -253,8 +263,8 @@ def test_an_unchanged_training_in_place_is_the_run_itself_and_leaves_nothing(fin
 
 def test_a_training_in_place_takes_other_weights_and_never_reads_a_test_case(find, monkeypatch):
     student, teachers = find("S1", FULL)
-    read, slices = set(), explore._slices
-    monkeypatch.setattr(explore, "_slices", lambda who, names: read.update(names) or slices(who, names))
+    read, slices = set(), explore.case_slices
+    monkeypatch.setattr(explore, "case_slices", lambda who, names: read.update(names) or slices(who, names))
     plain, heavy = (
         explore.train_small(student, teachers, weights, {"PMD": 2.0}, 1, 2) for weights in ({}, {"PMD": 2.0})
     )
@@ -294,7 +304,7 @@ def test_several_classes_are_shown_and_drawn(organs):
     spacing = organs.source.dataset.case(case).spacing
     found = case_metrics(seen.masks["student S1"], seen.masks["truth"], seen.classes, spacing).query("metric == 'dice'")
     np.testing.assert_allclose(found["value"], recorded["value"])
-    drawn = explore.draw_slice(seen, explore.largest_slice(seen))
+    drawn = drawing.draw_slice(seen, explore.on_target(seen)[0])
     assert isinstance(drawn, Figure) and "wrong class" in [text.get_text() for text in drawn.legends[0].get_texts()]
 
 
@@ -310,7 +320,7 @@ def test_panels_follow_the_choice(small_study, table):
     pick.case_list.value = pick.run.fold.val[0]
     assert viewer.seen.case == pick.run.fold.val[0] and bytes(viewer.slices.value) != first
     comparison = panels.ComparisonPanel(pick)
-    assert table.set_index("run").loc[comparison.other.value, "label"] == "S1 (50 %), fold 0, seed 0"
+    assert table.set_index("run").loc[comparison.other.value, "method"] == "S1@50"
     pick.run_list.value = table["run"][0]
     assert list(viewer.seen.masks) == ["truth", "teacher T1"] and pick.message.value == ""
     assert viewer.seen.case == pick.run.fold.val[0], "the case stays where the run has it"
@@ -319,25 +329,29 @@ def test_panels_follow_the_choice(small_study, table):
 def test_the_viewer_takes_the_volume_where_there_is_webgl_and_a_click_moves_the_region(small_study):
     pick = panels.Picker(small_study, device="cpu")
     viewer = panels.Viewer(pick)
-    gradients = panels.GradientPanel(pick, viewer)
+    region = panels.GradientPanel(pick, viewer)
     viewer.webgl.there = False
     assert viewer.mode.value == "slices"
     viewer.webgl.there = True
     assert viewer.mode.value == "volume" and len(viewer.volume.volumes) == 7
     shown = [layer.name for layer in viewer.volume.volumes[1:] if layer.opacity]
-    assert shown == ["student KD(T1, S1) against truth.nii.gz"]
+    assert shown == ["student S1 against truth.nii.gz"]
     viewer.masks.children[0].value = True
     assert viewer.volume.volumes[1].opacity > 0
+    assert "spleen" in viewer.legend.value and "missed" in viewer.legend.value
+    number, row, column = viewer.place
+    assert viewer.seen.geometry.orient(viewer.seen.masks["truth"])[number].any(), "the region lies on the target"
+    assert region.image.layout.display == "none", "no broken picture before there is one"
     voxel = tuple(int(i) for i in np.argwhere(viewer.seen.masks["truth"]).mean(0))
     viewer._clicked({"vox": [*voxel, 0]})
     number, row, column = explore.place(viewer.seen.geometry, voxel)
-    assert gradients.number.value == number
-    assert gradients.rows.value[0] < row < gradients.rows.value[1]
-    assert gradients.columns.value[0] < column < gradients.columns.value[1]
-    gradients.show()
-    assert is_picture(gradients.image) and "cosine" in gradients.table.value
+    assert region.number.value == number
+    assert region.rows.value[0] < row < region.rows.value[1]
+    assert region.columns.value[0] < column < region.columns.value[1]
+    region.show()
+    assert is_picture(region.image) and "cosine" in region.table.value
     pick.case_list.value = pick.run.fold.val[0]
-    assert not gradients.image.value and not gradients.table.value, "they were of another case"
+    assert not region.image.value and not region.table.value, "they were of another case"
     assert [box.value for box in viewer.masks.children] == [True, False, False, False, True, False]
 
 
