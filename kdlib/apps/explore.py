@@ -31,6 +31,7 @@ from kdlib.analysis.figures.style import STYLE
 from kdlib.analysis.metrics import METRICS
 from kdlib.config import TEACHERS, InputError, Recipe, Run, derive_seed, from_json, lookup
 from kdlib.data import Fold, SliceBank, build_bank, index, restore
+from kdlib.data.sampling import batch_indices
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.cases import predict_cases
 from kdlib.experiments.recipes import thesis_recipe
@@ -39,7 +40,7 @@ from kdlib.experiments.store import load_weights, read_manifest, run_key
 from kdlib.models import MODELS
 from kdlib.training.device import autocast, pick_device
 from kdlib.training.distiller import FeatureHooks, scales_of
-from kdlib.training.loop import RunState, batch_indices, new_arm, new_model, shuffle, teacher_forward, train_cohort
+from kdlib.training.loop import RunState, new_arm, new_model, shuffle, teacher_forward, train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
 # of classes, for the colour-blind (after Paul Tol), other than those of errors
@@ -358,7 +359,8 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState
     }
     learned = [parameter for parameter in arm.distiller.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, 1e-2) if learned else None
-    batches = batch_indices(len(bank), run.optimisation.batch, run.seed)
+    how = run.optimisation
+    batches = batch_indices(bank.holds_target.cpu(), how.batch, run.seed, how.target_share)
     for step in range(FITTING):
         drawn = next(batches).to(device)
         losses, _ = _terms(arm, taps, *bank.batch(drawn), bank.patient_of(drawn), range(step, step + 1))
@@ -443,7 +445,8 @@ def term_gradients(
     if not (0 <= top < bottom <= size and 0 <= left < right <= size):
         raise InputError(f"region {region}: give (row, row, column, column), each pair ascending, from 0 to {size}")
     arm, bank, taps = _fitted(student, teachers)
-    others = next(batch_indices(len(bank), run.optimisation.batch, run.seed))[1:].to(student.device)
+    how = run.optimisation
+    others = next(batch_indices(bank.holds_target.cpu(), how.batch, run.seed, how.target_share))[1:].to(student.device)
     patient = bank.patients[bank.cases.index(case)] if case in bank.cases else max(bank.patients) + 1
     here = torch.tensor([number], device=student.device)
     parts = zip(own.batch(here), bank.batch(others), strict=True)
