@@ -148,6 +148,35 @@ def test_odd_labels_and_types_are_one_clear_line(name):
         value(loss, student.float(), teacher, torch.zeros(4, 8, 8, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != LIST_LOSS])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ((2, 3, 4, 4), (2, 3, 2, 2)),
+        ((2, 3, 4, 4), (3, 3, 4, 4)),
+        ((2, 3, 4, 4), (2, 3, 4, 4, 4)),
+        ((2, 3), (2, 3)),
+        ((2, 3, 0, 4), (2, 3, 0, 4)),
+        ((2, 3, 4, 4), (2, 4, 4, 4)),
+    ],
+)
+def test_maps_that_do_not_fit(name, student, teacher):
+    loss, labels = make(name), torch.zeros(2, 4, 4, dtype=torch.int64)
+    maps_of = [torch.ones(shape, dtype=torch.float64) for shape in (student, teacher)]
+    if (loss.reads, loss.adapt) == ("features", "none") and student[2:] == teacher[2:] and student[1] != teacher[1]:
+        assert value(loss, *maps_of, labels).isfinite(), "each side may have its own channels"
+        return
+    with pytest.raises(InputError, match="shape"):
+        value(loss, *maps_of, labels)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_channels_last_gives_the_same(name):
+    labels = torch.randint(3, (4, 8, 8), generator=torch.Generator().manual_seed(1))
+    last = [x.contiguous(memory_format=torch.channels_last) for x in maps()]
+    torch.testing.assert_close(value(make(name), *last, labels), value(make(name), *maps(), labels))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

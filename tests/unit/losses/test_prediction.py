@@ -155,22 +155,6 @@ def test_the_order_of_images_does_not_matter(name, shape):
     )
 
 
-@pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        ((2, 3, 4, 4), (2, 4, 4, 4)),
-        ((2, 3, 4, 4), (2, 3, 2, 2)),
-        ((2, 3, 4, 4), (3, 3, 4, 4)),
-        ((2, 3), (2, 3)),
-        ((2, 3, 0, 4), (2, 3, 0, 4)),
-    ],
-)
-def test_maps_that_do_not_fit(name, student, teacher):
-    with pytest.raises(InputError, match="shape"):
-        TERMS[name](torch.zeros(student), torch.zeros(teacher), torch.zeros(2, 4, 4, dtype=torch.int64))
-
-
 @pytest.mark.parametrize("name", ["dkd", "boundary_kl"])
 @pytest.mark.parametrize(
     ("labels", "message"), [(None, "needs labels"), (torch.zeros(3, 4, 4, dtype=torch.int64), "do not fit")]
