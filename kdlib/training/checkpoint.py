@@ -99,7 +99,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # what a training or its evaluation passes through; drawing, statistics and notebooks read finished tables alone, and
 # recipes are part of a run's key
 SOURCES = (
-    "config.py", "data/*.py", "evaluation/*.py", "experiments/runner.py", "experiments/source.py", "losses/*.py",
+    "config.py", "recipe.py", "strict.py", "data/*.py", "evaluation/*.py", "experiments/runner.py",
+    "experiments/source.py", "losses/*.py",
     "models/*.py", "training/*.py",
 )  # fmt: skip
 
