@@ -70,7 +70,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     if not bank.labels.any():
         raise InputError(f"{run.method}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
     how = run.optimisation
-    batches = enumerate(batch_indices(bank.holds_target.cpu(), how.batch, run.seed, how.target_share))
+    batches = enumerate(batch_indices(bank.holds_target, how.batch, run.seed, how.target_share))
     step, index = next((step, index) for step, index in batches if bank.labels[index].any())
     images, labels = bank.images[index], bank.labels[index]
     patients = bank.patient_of(index)

@@ -193,9 +193,7 @@ def test_the_figure_of_pairs_marks_what_was_drawn(place, tmp_path):
         for x, y in negative.get_offsets():
             assert panel.role[round(y), round(x)] == -1
         assert f"{(panel.role == 1).sum()} positive, {(panel.role == -1).sum()} negative" in ax.get_xlabel()
-    assert (
-        figure.axes[0].get_ylabel().startswith("anchor: spleen\n")
-        and f"{run.optimisation.batch} slices of the batch" in figure.get_label()
-    )
+    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n")
+    assert f"{run.optimisation.batch} slices of the batch" in figure.get_label()
     with pytest.raises(InputError, match="no role in the table"):
         pairs(panels.drop(columns="role"))
