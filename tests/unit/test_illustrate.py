@@ -1,4 +1,4 @@
-"""Figures of features and pairs, the arrays they are drawn from, and the qualitative grid on bright tissue."""
+"""The pairs of a supervised contrastive loss: those that a training step draws, and their figure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ import torch
 from matplotlib.collections import PathCollection
 from torch.nn import functional as F
 
-from kdlib.analysis.figures import DOUBLE, features, pairs, qualitative
+from kdlib.analysis.figures import DOUBLE, pairs
 from kdlib.config import PROTOCOLS, InputError, Run, Term, derive_seed, override_profile
 from kdlib.data import make_phantom
+from kdlib.data.sampling import batch_indices
 from kdlib.experiments.illustrate import pairs as pairs_of
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.files import read_arrays, write_arrays
 from kdlib.losses import Context, SupervisedContrastiveLoss
 from kdlib.training.distiller import FeatureHooks
-from kdlib.training.loop import batch_indices, new_arm, new_model
-
-ROLES = {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}
+from kdlib.training.loop import new_arm, new_model
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,9 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
     # the same batch through the distiller of the run, with the seed of that step
     fold = run_source(run, results).folds[0]
     bank = run_bank(run, results).select(fold.subset(0.5))
-    index = next(i for i in batch_indices(len(bank), 16, run.seed) if bank.labels[i].any())
+    how = run.optimisation
+    drawn_batches = batch_indices(bank.holds_target, how.batch, run.seed, how.target_share)
+    index = next(i for i in drawn_batches if bank.labels[i].any())
     step = int(panels["step"][0])
     images, labels = bank.batch(index)
     (teacher_run,) = run.teacher_runs().values()
@@ -192,111 +193,7 @@ def test_the_figure_of_pairs_marks_what_was_drawn(place, tmp_path):
         for x, y in negative.get_offsets():
             assert panel.role[round(y), round(x)] == -1
         assert f"{(panel.role == 1).sum()} positive, {(panel.role == -1).sum()} negative" in ax.get_xlabel()
-    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n") and "16 slices of the batch" in figure.get_label()
+    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n")
+    assert f"{run.optimisation.batch} slices of the batch" in figure.get_label()
     with pytest.raises(InputError, match="no role in the table"):
         pairs(panels.drop(columns="role"))
-
-
-# ------------------------------------------------------------------------------------------------------------- features
-
-
-def sampled(classes=("background", "spleen"), pixels=40, constant=False):
-    """Three arms; the classes lie further apart from arm to arm."""
-    random = np.random.default_rng(0)
-    names = np.repeat(classes, pixels)
-    shift = np.repeat(np.arange(len(classes)), pixels)[:, None]
-    arrays = {"case": np.array(["a", "b"] * (len(names) // 2)), "class": names}
-    for number, (arm, channels) in enumerate(zip(ROLES.values(), (16, 4, 4), strict=True)):
-        values = random.normal(size=(len(names), channels)) + 4 * number * shift
-        arrays[arm] = np.zeros_like(values) if constant else values
-    return as_table(arrays)
-
-
-def similar(scales=("encoder1", "bottleneck", "decoder1", "logits"), more=("encoder2", "decoder2")):
-    rows = [
-        dict(arm=arm, fold=fold, scale_student=a, scale_teacher=b, value=0.2 + 0.1 * fold + 0.3 * (arm == "KD(T1, S1)"))
-        for arm in ("S1 (50 %)", "KD(T1, S1)") for fold in (0, 1)
-        for a in scales for b in (*reversed(scales), *more)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-@pytest.mark.parametrize("classes", [("background", "spleen"), ("a", "background", "b", *"cdefgh")])
-def test_features_by_class_before_and_after(classes):
-    samples = sampled(classes)
-    figure = features(samples, similar(), ROLES)
-    check(figure, DOUBLE)
-    axes = np.array(figure.axes).reshape(3, 3)
-    assert [ax.get_title() for ax in axes[0]] == [f"{role}\n{arm}" for role, arm in ROLES.items()]
-    for ax in axes[:2].flat:
-        assert sum(len(dots.get_offsets()) for dots in ax.collections) == len(samples)
-        assert len(ax.collections) == len(classes)
-    found = [float(ax.get_xlabel().split()[-1]) for ax in axes[1]]
-    assert found == sorted(found) and found[0] < 0.1 < 0.3 < found[2], "silhouettes follow how far classes lie apart"
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(legend) == sorted(classes) and legend[-1] == "background"
-    assert f"n = {len(samples)} pixels of 2 test cases" in figure.get_label()
-
-
-def test_the_cka_matrices_are_in_forward_order_and_average_folds():
-    axes = np.array(features(sampled(), similar(), ROLES).axes).reshape(3, 3)
-    for ax, expected in zip(axes[2], ("+30", "25", "55"), strict=True):
-        assert {text.get_text() for text in ax.texts} == {expected} and len(ax.texts) == 4 * 6
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["E1", "E2", "B", "D2", "D1", "L"]
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["E1", "B", "D1", "L"]
-    assert [ax.get_title() for ax in axes[2]] == ["KD(T1, S1) less S1 (50 %)", "S1 (50 %)", "KD(T1, S1)"]
-
-
-def test_the_same_features_give_the_same_picture():
-    one, two = (features(sampled(), similar(), ROLES) for _ in range(2))
-    for a, b in zip(one.axes[:6], two.axes[:6], strict=True):
-        for left, right in zip(a.collections, b.collections, strict=True):
-            assert np.array_equal(left.get_offsets(), right.get_offsets())
-
-
-def test_features_refuse():
-    with pytest.raises(InputError, match=r"no KD\(T1, S1\) in the table"):
-        features(sampled().drop(columns="KD(T1, S1)"), similar(), ROLES)
-    with pytest.raises(InputError, match=r"no similarity of 'KD\(T1, S1\)'; the table has S1 \(50 %\)"):
-        features(sampled(), similar()[lambda t: t["arm"] == "S1 (50 %)"], ROLES)
-    with pytest.raises(InputError, match="2 arms"):
-        features(sampled(), similar(), {"teacher": "T1", "student": "S1 (50 %)"})
-    with pytest.raises(InputError, match="those of T1 are the same in every pixel"):
-        features(sampled(constant=True), similar(), ROLES)
-
-
-# ---------------------------------------------------------------------------------------------------------- qualitative
-
-
-def example(image, truth, prediction):
-    return pd.DataFrame([dict(arm="S1", case="a", seed=0, image=image, truth=truth, prediction=prediction)])
-
-
-def test_the_outline_of_the_truth_is_seen_on_white_tissue():
-    truth = np.zeros((48, 48), np.uint8)
-    truth[16:32, 16:32] = 1
-    figure = qualitative(example(np.full((48, 48), 255, np.uint8), truth, truth), {"student": "S1"}, {"only": "a"})
-    figure.set_dpi(300)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].mean(2)
-    box = figure.axes[1].get_window_extent()
-    top, bottom, left, right = (int(edge) for edge in (len(pixels) - box.y1, len(pixels) - box.y0, box.x0, box.x1))
-    seen = pixels[top + 2 : bottom - 2, left + 2 : right - 2]
-    assert (seen < 128).sum() > 4 * 16, "a dark rim about the white line"
-
-
-def test_the_kinds_of_error_are_hatched_each_its_own_way():
-    truth, said = np.zeros((2, 48, 48), np.uint8)
-    truth[10:20, 10:40], truth[20:30, 10:40] = 1, 2
-    said[15:35, 10:40] = 1
-    figure = qualitative(example(truth * 60, truth, said), {"student": "S1"}, {"only": "a"})
-    hatches = [c.hatches[0] for c in figure.axes[2].collections if getattr(c, "hatches", [None])[0]]
-    legend = {patch.get_hatch() for patch in figure.legends[0].get_patches()}
-    assert len(set(hatches)) == 3 == len(legend) and set(hatches) == legend
-
-
-def test_the_input_is_trimmed_to_what_is_not_black():
-    image, mask = np.zeros((2, 64, 64), np.uint8)
-    image[10:50, 12:52], mask[24:30, 24:30] = 90, 1
-    figure = qualitative(example(image, mask, mask), {"student": "S1"}, {"only": "a"})
-    assert figure.axes[0].get_xlim() == (11.5, 51.5) and figure.axes[0].get_ylim() == (49.5, 9.5)
