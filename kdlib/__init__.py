@@ -4,18 +4,29 @@ Each is imported where it is first used: what only starts notebooks does not wai
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 HOMES = {
     "config": (
-        "PROFILES", "PROTOCOLS", "InputError", "Profile", "Protocol", "Recipe", "Run", "Term", "TrainingError", "Preprocessing",
-        "bridge", "choose", "override_profile",
+        "PROFILES", "PROTOCOLS", "InputError", "Preprocessing", "Profile", "Protocol", "Recipe", "Run", "Term",
+        "TrainingError", "cumulative_correction", "lookup", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table"),
     "evaluation.agreement": ("expected_calibration_error",),
-    "experiments.recipes": ("DISTILLERS", "QUICK", "controls", "distiller", "thesis_recipe"),
-    "experiments.runs": ("Results", "teacher_agreement", "manifest", "run_bank", "run_source", "study"),
+    "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
+    "experiments.designs": ("EXPERIMENTS", "Setting"),
+    "experiments.runner": ("study",),
+    "experiments.source": ("run_bank", "run_source"),
+    "experiments.store": ("manifest",),
+    "experiments.tables": ("Results", "teacher_agreement"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)
+
+
+try:
+    __version__ = version("kdlib")
+except PackageNotFoundError:  # the folder alone, not installed
+    __version__ = "0"
 
 
 def __getattr__(name: str) -> object:

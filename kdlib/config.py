@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Literal, get_args
 
-STUDENTS = ("S1", "S2")
+import cattrs
+
+from kdlib.strict import InputError, Range, TrainingError, check_fields, either, lookup
+
+__all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
+
+UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
+STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
@@ -19,32 +29,15 @@ LOSS_NAMES = {  # of the distillers, as printed
     "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "supcon": "supervised contrastive loss",
     "prototype": "prototype contrast", "crd": "CRD",
 }  # fmt: skip
-PROJECTED = (
-    "fitnet",
-    "feature_cwd",
-    "cirkd",
-    "infonce",
-    "supcon",
-    "prototype",
-    "crd",
-)  # losses behind a 1x1 projection
 # where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
 # stage after its pooling (teacher 128 channels, S1 32, S2 64)
 SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
 
 
-class InputError(ValueError):
-    """Input that cannot be used: the message names what is wrong and what to do about it."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython prints this instead of a stack trace
-        return [f"{type(self).__name__}: {self}"]
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot go on (NaN, a dead distillation term): the message names arm, epoch and cause."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
+AtLeastOne = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+Seed = Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -61,23 +54,20 @@ class Preprocessing:
             whole field of view resized to the slice whatever the spacing, in the file's own axes.
     """
 
-    size: int = 256
-    spacing: float | None = None
-    channels: str = "repeat"
+    size: Annotated[int, Range(16)] = 256
+    spacing: Positive | None = None
+    channels: Literal["repeat", "neighbours"] = "repeat"
     window: tuple[float, float] = (-125.0, 275.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
     published: bool = False
 
     def __post_init__(self):
-        if self.size < 16 or self.size % 16:
+        check_fields(self)
+        if self.size % 16:
             raise InputError(
                 f"slice size {self.size}: the U-Nets halve it four times, so it must be a multiple of 16; "
                 f"try {max(16, round(self.size / 16) * 16)}"
             )
-        if self.spacing is not None and self.spacing <= 0:
-            raise InputError(f"spacing {self.spacing} mm: it must be positive, or None for the volume's own")
-        if self.channels not in ("repeat", "neighbours"):
-            raise InputError(f"channels {self.channels!r}: choose 'repeat' or 'neighbours'")
         if not self.window[0] < self.window[1]:
             raise InputError(f"window {self.window}: the low end must be under the high end (HU)")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
@@ -96,35 +86,35 @@ class Term:
         options: further arguments of the loss, e.g. `{"hard": 0.5}`.
         student_layers: scales that the student is read at, e.g. "decoder1", "encoder2/2" (pooled by 2) or "logits"; several for a
             loss of several scales, from shallow to deep; by default where the thesis's term of this name reads.
-        teacher_layers: scales of the teacher; by default `at`.
-        projector: "learned", or, as controls, "frozen" at random weights or "redrawn" at every step.
+        teacher_layers: scales of the teacher; by default `student_layers`.
+        projector: "learned", or, as a control, "frozen" at its random weights.
     """
 
     name: str
     loss: str
-    weight: float
-    temperature: float | None = None
+    weight: NotNegative
+    temperature: Positive | None = None
     options: tuple[tuple[str, object], ...] = ()
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
-    projector: str = "learned"
+    projector: Literal["learned", "frozen"] = "learned"
 
     def __post_init__(self):
-        if self.temperature is not None and self.temperature <= 0:
-            raise InputError(f"temperature {self.temperature} of term {self.name}: it must be positive")
-        if not self.weight >= 0:
-            raise InputError(f"weight {self.weight} of term {self.name}: it must be 0 or more")
-        if self.projector not in ("learned", "frozen", "redrawn"):
-            raise InputError(f"projector {self.projector!r} of term {self.name}: choose learned, frozen or redrawn")
         # dicts and single names are easier to write, only tuples can be part of a frozen key
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
+        try:
+            options = {str(name): tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
+        except (TypeError, ValueError):
+            raise InputError(
+                f"term {self.name!r}, options {self.options!r}: give a dict of the loss's arguments"
+            ) from None
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         for field in ("student_layers", "teacher_layers"):
-            given = getattr(self, field)
-            object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
+            if isinstance(given := getattr(self, field), str):
+                object.__setattr__(self, field, (given,))
+        check_fields(self)
         if not self.student_layers and self.name not in SCALES:
             raise InputError(
-                f"distillation term {self.name!r}: say where it reads (student_layers=...), or name it {_or(SCALES)}"
+                f"distillation term {self.name!r}: say where it reads (student_layers=...), or name it {either(SCALES)}"
             )
         object.__setattr__(self, "student_layers", self.student_layers or SCALES[self.name])
         object.__setattr__(self, "teacher_layers", self.teacher_layers or self.student_layers)
@@ -144,73 +134,74 @@ class Recipe:
     """What a network learns from: its labels, its input (reconstruction) and, through `terms`, a teacher.
 
     Args:
-        name: as tables show it.
-        segmentation: "dice", or "dice+ce" (plus binary or softmax cross entropy).
+        name: free, and unique among the recipes of one student and teacher.
+        segmentation: "dice+ce" (Dice plus binary or softmax cross entropy), or "dice" alone.
         segmentation_weight: factor of the segmentation loss.
         reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
         terms: distillation terms; none for a baseline.
         smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
         teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
-        budget: "student", or, as a control, "both": the teacher's steps and the student's together.
+        budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
+            steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
             step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
+        redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
+        unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
+            terms see them, the segmentation loss does not.
+        pseudo_labels: the teacher's masks take the place of the labels that are missing; needs `unlabelled`.
+        control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes`).
     """
 
     name: str
-    segmentation: str = "dice"
-    segmentation_weight: float = 0.4
-    reconstruction_weight: float = 0.0
+    segmentation: Literal["dice", "dice+ce"] = "dice+ce"
+    segmentation_weight: NotNegative = 0.4
+    reconstruction_weight: NotNegative = 0.0
     terms: tuple[Term, ...] = ()
-    smoothing: float = 0.0
-    teacher: str = "trained"
-    budget: str = "student"
-    balance: float | None = None
+    smoothing: Annotated[float, Range(0, below=1)] = 0.0
+    teacher: Literal["trained", "random", "shuffled"] = "trained"
+    budget: Literal["student", "teacher+student", "wall_clock"] = "student"
+    balance: Positive | None = None
+    redrawn_projectors: bool = False
+    unlabelled: bool = False
+    pseudo_labels: bool = False
+    control: str = ""
 
     def __post_init__(self):
-        for field, options in (
-            ("segmentation", ("dice", "dice+ce")),
-            ("teacher", ("trained", "random", "shuffled")),
-            ("budget", ("student", "both")),
-        ):
-            if getattr(self, field) not in options:
-                raise InputError(f"recipe {self.name!r}, {field} {getattr(self, field)!r}: choose {_or(options)}")
-        if not 0 <= self.smoothing < 1:
-            raise InputError(f"recipe {self.name!r}, label smoothing {self.smoothing}: choose from 0 to below 1")
-        if self.balance is not None and not (self.balance > 0 and any(term.weight for term in self.terms)):
-            raise InputError(
-                f"recipe {self.name!r}, balance {self.balance}: give a positive one, and terms with weights"
-            )
+        check_fields(self)
+        if self.pseudo_labels and not self.unlabelled:
+            raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
+        if self.balance is not None and not any(term.weight for term in self.terms):
+            raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
 
 
-def _or(names) -> str:
-    *first, last = map(repr, names)
-    return f"{', '.join(first)} or {last}"
-
-
-TEACHER_RECIPE = Recipe("teacher", "dice+ce", segmentation_weight=1.0, reconstruction_weight=0.2)
+TEACHER_RECIPE = Recipe("teacher", segmentation_weight=1.0, reconstruction_weight=0.2)
 BASELINE = Recipe("baseline")
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Optimiser and schedule of one training."""
+    """Optimiser and schedule of one training.
 
-    optimiser: str = "adamw"
-    lr: float = 1e-3
-    batch: int = 16
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    schedule: str = "cosine"
-    warmup: float = 0.05
+    Args:
+        batch: slices per step.
+        warmup: share of the steps in which the learning rate rises.
+        target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
+    """
+
+    optimiser: Literal["adamw", "rmsprop"] = "adamw"
+    lr: Positive = 1e-3
+    batch: AtLeastOne = 16
+    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[float, Range(0, below=1)] = 0.05
+    target_share: Annotated[float, Range(0, 1)] | None = None
 
     def __post_init__(self):
-        if self.optimiser not in ("adamw", "rmsprop"):
-            raise InputError(f"optimiser {self.optimiser!r}: choose 'adamw' or 'rmsprop'")
-        if self.schedule not in ("cosine", "constant"):
-            raise InputError(f"schedule {self.schedule!r}: choose 'cosine' or 'constant'")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -221,7 +212,7 @@ class Protocol:
         redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
         one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
         own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, and baselines the teachers' Dice + cross entropy (fault 4).
+            schedule and batch, slices drawn at random, and distilled students Dice alone without cross entropy (fault 4).
         test_selection: the best epoch is chosen on the test patients (fault 5).
         pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
         logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
@@ -239,8 +230,11 @@ class Protocol:
     byte_image: bool = False
     unlabelled_contrast: bool = False
 
+    def __post_init__(self):
+        check_fields(self)
 
-SWITCHES = {  # in the order in which the bridge mends them -> the mended state in a few words
+
+SWITCHES = {  # in the order in which they are corrected -> the corrected state in a few words
     "own_optimisers": "one optimiser for all",
     "byte_image": "HU window, spacing",
     "redrawn_projectors": "learned projectors",
@@ -255,7 +249,6 @@ PROTOCOLS = {
     "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
 }
 LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
-SHARED_OPTIMISATION = Optimisation()  # for every arm, so that arms differ in nothing but what they learn from
 PUBLISHED_OPTIMISATION = {
     "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
     "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
@@ -264,7 +257,7 @@ PUBLISHED_OPTIMISATION = {
 
 
 def cumulative_correction() -> list[Protocol]:
-    """From `thesis` to `corrected`, one fault mended at a time; each protocol is named after what was mended last."""
+    """From `thesis` to `corrected`, one fault at a time; each protocol is named after its last correction."""
     steps = [PROTOCOLS["thesis"]]
     for switch, name in SWITCHES.items():
         steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
@@ -276,24 +269,34 @@ class Profile:
     """How large a study is; `reduced_from_thesis` says in words what it takes away from the thesis's size.
 
     Args:
-        view: slices.
+        preprocessing: how volumes become slices.
         width: factor on the teachers' channels (1.0 is the thesis; students are never shrunk).
         teacher_epochs, student_epochs: epochs of each training.
         teacher_steps, student_steps: optimiser steps an epoch; None means one pass over the teacher's part, and for
             students (of every label fraction, so that all have the same budget) over half of it.
         folds: number of outer folds the patients are split into.
         reduced_from_thesis: what a reader must know before comparing with the thesis.
+        teacher, student: optimisation of all teachers, and of all students whatever they learn from; chosen on
+            validation patients (docs/recipe.md).
+        step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
+            student's step without teacher (measured).
     """
 
     name: str
     preprocessing: Preprocessing
-    width: float = 1.0
-    teacher_epochs: int = 200
-    student_epochs: int = 120
-    teacher_steps: int | None = None
-    student_steps: int | None = None
-    folds: int = 5
+    width: Positive = 1.0
+    teacher_epochs: AtLeastOne = 200
+    student_epochs: AtLeastOne = 120
+    teacher_steps: AtLeastOne | None = None
+    student_steps: AtLeastOne | None = None
+    folds: Annotated[int, Range(2)] = 5
     reduced_from_thesis: str = "nothing"
+    teacher: Optimisation = Optimisation(lr=2e-3, target_share=1 / 3)
+    student: Optimisation = Optimisation(lr=8e-3, target_share=1 / 3)
+    step_cost: Annotated[float, Range(1)] = 3.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def _shrunk(
@@ -335,35 +338,41 @@ class Run:
         model: a name in `kdlib.models.MODELS`: "T1", "T2", "S1", "S2", or one added there.
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
-        teacher: the model that is_teacher a distilled student, several joined by "+", else None. A student (`STUDENTS`) as
-            teacher was trained alone, on the same fraction.
+        teacher: the model that a distilled student learns from, several joined by "+", else None. A student
+            (`STUDENTS`) as teacher was trained alone, on the same fraction. "self" is the student as it stands, on the
+            same slices with other noise (the consistency control).
         recipe: what the model learns from; None means `TEACHER_RECIPE` for T1 and T2 and `BASELINE` for others.
         seed: of initial weights, data order and augmentation.
         teacher_seed: seed of the teacher that a distilled student learns from.
         profile, protocol: size, and the published faults that are kept.
+        length: factor on the profile's steps; each length is a full schedule of its own.
         on_defect: "raise" stops at defective cases of the data, "drop" leaves them out and reports them.
+        group: how cases are grouped into patients (see `kdlib.data.index`).
     """
 
     data: str
     target: str
     model: str
-    fold: int = 0
-    fraction: float = 1.0
+    fold: Seed = 0
+    fraction: Annotated[float, Range(above=0, high=1)] = 1.0
     teacher: str | None = None
     recipe: Recipe | None = None
-    seed: int = 0
-    teacher_seed: int = 0
+    seed: Seed = 0
+    teacher_seed: Seed = 0
+    length: Positive = 1.0
     profile: Profile = PROFILES["quick"]
     protocol: Protocol = PROTOCOLS["corrected"]
-    on_defect: str = "raise"
+    on_defect: Literal["raise", "drop"] = "raise"
+    group: str = "auto"
 
     def __post_init__(self):
         if self.recipe is None:
             object.__setattr__(self, "recipe", TEACHER_RECIPE if self.model in TEACHERS else BASELINE)
-        if (self.teacher is None) != (not self.recipe.terms):
+        check_fields(self)
+        if (self.teacher is None) != (not self.recipe.terms and not self.recipe.pseudo_labels):
             raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"label fraction {self.fraction}: it must lie above 0 and at most at 1")
+        if self.recipe.unlabelled and self.fraction == 1:
+            raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
         if not 0 <= self.fold < self.profile.folds:
             raise InputError(
                 f"fold {self.fold} does not exist: profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
@@ -371,9 +380,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The arm's name as tables and figures show it, e.g. `KD(T1, S1)` or `S1 (50 %)`."""
+        """The run in a line of a log or an error, e.g. `KD(T1, S1)` or `S1 (50 %)`; tables identify it by `method`."""
         share = "" if self.fraction == 1 else f" ({self.fraction:.0%})".replace("%", " %")
         return f"KD({self.teacher}, {self.model})" if self.teacher else f"{self.model}{share}"
+
+    @property
+    def method(self) -> str:
+        """Which row of a table the run belongs to: all about it but data, protocol, fold and seed, by the names of its
+        model, teacher and recipe. To be compared with other runs' and with nothing else."""
+        model = self.model if self.fraction == 1 else f"{self.model}@{100 * self.fraction:g}"
+        model += "" if self.length == 1 else f"x{self.length:g}"
+        head = f"KD({self.teacher},{self.model}){model.removeprefix(self.model)}" if self.teacher else model
+        return head if self.recipe in (TEACHER_RECIPE, BASELINE) else f"{head}:{self.recipe.name}"
+
+    @property
+    def role(self) -> str:
+        """ "teacher", "baseline", "distilled" or "control"."""
+        if self.recipe.control:
+            return "control"
+        return "distilled" if self.teacher else "teacher" if self.is_teacher else "baseline"
 
     @property
     def is_teacher(self) -> bool:
@@ -384,8 +409,10 @@ class Run:
     def effective_recipe(self) -> Recipe:
         """The recipe with the faults that the protocol keeps."""
         protocol, recipe = self.protocol, self.recipe
-        if protocol.own_optimisers and not self.teacher:
-            recipe = dataclasses.replace(recipe, segmentation="dice+ce", segmentation_weight=1.0)
+        if protocol.own_optimisers and self.teacher:
+            recipe = dataclasses.replace(recipe, segmentation="dice")
+        elif protocol.own_optimisers:
+            recipe = dataclasses.replace(recipe, segmentation_weight=1.0)
         published = {}
         if protocol.one_channel_softmax:
             published["kl"] = "softmax_kl"
@@ -397,20 +424,20 @@ class Run:
             if loss != term.loss:  # a contrast without labels has no use for the options of one with labels
                 options = [(name, value) for name, value in term.options if name == "same_patient"]
                 term = dataclasses.replace(term, loss=loss, options=tuple(options))
-            if protocol.redrawn_projectors and loss in PROJECTED:
-                term = dataclasses.replace(term, projector="redrawn")
             terms.append(term)
-        return dataclasses.replace(recipe, terms=tuple(terms))
+        features = any(term.student_layers != SCALES["PMD"] for term in terms)
+        redrawn = recipe.redrawn_projectors or (protocol.redrawn_projectors and features)
+        return dataclasses.replace(recipe, terms=tuple(terms), redrawn_projectors=redrawn)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The profile's view, as published where the protocol keeps that fault."""
+        """The profile's, as published where the protocol keeps that fault."""
         return dataclasses.replace(self.profile.preprocessing, published=self.protocol.byte_image)
 
     @property
     def optimisation(self) -> Optimisation:
         if not self.protocol.own_optimisers:
-            return SHARED_OPTIMISATION
+            return self.profile.teacher if self.is_teacher else self.profile.student
         return PUBLISHED_OPTIMISATION["teacher" if self.is_teacher else "distilled" if self.teacher else "baseline"]
 
     @property
@@ -421,10 +448,10 @@ class Run:
     def teacher_runs(self) -> dict[str, Run]:
         """Model -> the run that trains it as a teacher of this student: same fold, all of the training patients.
 
-        A student that is_teacher is trained alone, at a student's length, on the fraction of the student that it is_teacher.
+        A student as teacher is trained alone, at a student's length, on the fraction of the student that learns from it.
         """
         found = {}
-        for model in self.teacher.split("+") if self.teacher else ():
+        for model in self.teacher.split("+") if self.teacher not in (None, "self") else ():
             peer = model in STUDENTS
             found[model] = dataclasses.replace(
                 self,
@@ -432,11 +459,77 @@ class Run:
                 fraction=self.fraction if peer else 1.0,
                 teacher=None,
                 recipe=BASELINE if peer else TEACHER_RECIPE,
-                # the student's own like must not be the student's own baseline
+                length=1.0,
+                # in self-distillation the teacher must not be the student's own baseline
                 seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
                 teacher_seed=0,
             )
         return found
+
+
+def to_json(run: Run) -> dict:
+    """A run as values that JSON can hold; `from_json` gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def from_json(record: str | Mapping) -> Run:
+    """The run of a description: the fields of `Run`, of which profile and protocol may be names.
+
+    Args:
+        record: JSON text, or what it holds.
+
+    Raises:
+        InputError: a field that does not exist, is missing, or has a value of another type or out of range.
+    """
+    try:
+        record = json.loads(record) if isinstance(record, str) else record
+        return _CONVERTER.structure(record, Run)
+    except json.JSONDecodeError as error:
+        raise InputError(f"a run cannot be read as JSON: {error}") from None
+    except cattrs.BaseValidationError as group:
+        raise InputError("; ".join(cattrs.transform_error(group, "run", _fault))) from None
+
+
+def _fault(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        fields = ", ".join(field.name for field in dataclasses.fields(error.cl))
+        names = ", ".join(sorted(map(repr, error.extra_fields)))
+        return f"field {names} of a {error.cl.__name__.lower()} does not exist: choose from {fields}"
+    said = {KeyError: "a required field is missing", TypeError: "give a list"}
+    return said.get(type(error)) or str(error)
+
+
+def _holds_dataclass(kind: object) -> bool:
+    return is_dataclass(kind) or any(map(_holds_dataclass, get_args(kind)))
+
+
+def _converter() -> cattrs.Converter:
+    """Reads nested dataclasses; of all other values, their `check_fields` judges types and ranges."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook_func(lambda kind: not _holds_dataclass(kind), lambda value, _: value)
+    for plain in (int, float, str, bool):  # of `Annotated` ones, too
+        converter.register_structure_hook(plain, lambda value, _: value)
+    for kind, known in (
+        (Profile, PROFILES),
+        (Protocol, PROTOCOLS),
+        *((k, {}) for k in (Run, Recipe, Term, Preprocessing, Optimisation)),
+    ):
+        read = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
+
+        def structure(value: object, kind: type, read=read, known=known) -> object:
+            if isinstance(value, kind):
+                return value
+            if known and isinstance(value, str):
+                return lookup(kind.__name__.lower(), value, known)
+            if not isinstance(value, Mapping):
+                raise InputError(f"{value!r} is no {kind.__name__.lower()}: give its fields")
+            return read(value, kind)
+
+        converter.register_structure_hook(kind, structure)
+    return converter
+
+
+_CONVERTER = _converter()
 
 
 def override_profile(name: str, changes: dict[str, object] | None = None) -> Profile:
@@ -445,7 +538,10 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     Raises:
         InputError: no such profile, or a field that neither has.
     """
-    profile, changes = lookup("profile", name, PROFILES), dict(changes or {})
+    profile = lookup("profile", name, PROFILES)
+    if not isinstance(changes or {}, Mapping):
+        raise InputError(f"changes {changes!r} of profile {name!r}: give fields and values, e.g. {{'folds': 3}}")
+    changes = dict(changes or {})
     fields = {field.name for field in dataclasses.fields(Preprocessing)}
     known = [
         field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "preprocessing")
@@ -466,10 +562,3 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
 def derive_seed(*parts: object) -> int:
     """A seed that depends on every part and on nothing else, so that no random stream shifts another."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
-
-
-def lookup(kind: str, name: str, options: dict):
-    """`options[name]`, or an error that lists the names there are."""
-    if name not in options:
-        raise InputError(f"{kind} {name!r} does not exist: choose from {', '.join(options)}")
-    return options[name]

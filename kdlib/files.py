@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from kdlib.config import InputError
 
@@ -40,6 +47,50 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file; see `write`."""
     write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, record: object) -> None:
+    """Writes a JSON file; see `write`."""
+    write_text(path, json.dumps(record, indent=1))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Writes a table without its index; see `write`."""
+    write(path, lambda partial: table.to_csv(partial, index=False))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Reads a table; names of cases and patients stay text."""
+    return pd.read_csv(path, dtype={"case": str, "patient": str})
+
+
+def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes compressed arrays; see `write`."""
+
+    def save(partial: Path) -> None:
+        with partial.open("wb") as file:  # an open file keeps numpy from adding a suffix to the partial name
+            np.savez_compressed(file, **columns)
+
+    write(path, save)
+
+
+def read_arrays(path: Path) -> pd.DataFrame:
+    """The arrays of `write_arrays` as columns, one row per first index; pickles are refused.
+
+    Raises:
+        InputError: a damaged file, or one of other things.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return pd.DataFrame({column: list(file[column]) for column in file.files})
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} holds no plain arrays ({error}): delete its folder and run again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

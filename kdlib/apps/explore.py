@@ -46,7 +46,8 @@ from kdlib.data import Fold, SliceBank, build_bank, index, restore
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.cases import predict_cases
 from kdlib.experiments.recipes import thesis_recipe
-from kdlib.experiments.runs import TrainingData, load_weights, run_key, run_source
+from kdlib.experiments.source import TrainingData, run_source
+from kdlib.experiments.store import load_weights, run_key
 from kdlib.models import MODELS
 from kdlib.training.device import autocast, pick_device
 from kdlib.training.distiller import FeatureHooks, scales_of

@@ -26,7 +26,7 @@ from PIL import Image
 
 from kdlib.analysis.cards import write_cards
 from kdlib.config import InputError
-from kdlib.experiments.runs import write
+from kdlib.files import write
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"

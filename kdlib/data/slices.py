@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from nibabel import orientations
 from torch import Tensor
 from torch.nn import functional
 
-from kdlib.config import InputError, Preprocessing
+from kdlib.config import UNLABELLED, InputError, Preprocessing
 from kdlib.data.decathlon import Case, Dataset, Defect, read
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
@@ -119,6 +119,21 @@ class SliceBank:
             geometry={name: self.geometry[name] for name in cases},
             patients=tuple(self.patients[self.cases.index(name)] for name in cases),
         )
+
+    def hide_labels(self, cases: Iterable[str]) -> SliceBank:
+        """The bank with the labels of these cases replaced by `UNLABELLED`: what was never there cannot be read."""
+        hidden = torch.tensor([name in set(cases) for name in self.cases], device=self.labels.device)[self.case_index]
+        return dataclasses.replace(self, labels=self.labels.masked_fill(hidden[:, None, None], UNLABELLED))
+
+    @property
+    def labelled(self) -> Tensor:
+        """[N] bool: whether the slice has labels."""
+        return self.labels[:, 0, 0] != UNLABELLED
+
+    @property
+    def holds_target(self) -> Tensor:
+        """[N] bool: whether the slice's labels show a class."""
+        return (self.labels > 0).flatten(1).any(1) & self.labelled
 
     def patient_of(self, index: Tensor) -> Tensor:
         """[B] int64: the patient of each of these slices."""

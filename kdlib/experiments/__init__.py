@@ -1,0 +1,31 @@
+"""Runs, where they are kept, and the experiments that ask for them."""
+
+from kdlib.experiments.designs import (
+    EXPERIMENTS,
+    Setting,
+    ablation,
+    baseline,
+    correction,
+    distillation,
+    external_network,
+    label_fractions,
+    loss_comparison,
+    negative_controls,
+    requested_runs,
+    training_length,
+)
+
+__all__ = [
+    "EXPERIMENTS",
+    "Setting",
+    "ablation",
+    "baseline",
+    "correction",
+    "distillation",
+    "external_network",
+    "label_fractions",
+    "loss_comparison",
+    "negative_controls",
+    "requested_runs",
+    "training_length",
+]

@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from kdlib.config import LOSS_NAMES, InputError, Run, derive_seed
+from kdlib.config import InputError, Run, derive_seed
 from kdlib.evaluation.agreement import sample_features
-from kdlib.experiments.runs import run_bank, run_source, trained
+from kdlib.experiments.source import run_bank, run_source
+from kdlib.experiments.store import trained
 from kdlib.losses import LOSSES
-from kdlib.losses._common import resize_labels
+from kdlib.losses.base import resize_labels
 from kdlib.models import count_parameters
 from kdlib.training.device import pick_device
 from kdlib.training.distiller import Distiller, _split, probe, scales_of
@@ -30,7 +31,7 @@ def features(runs: Sequence[Run], results: Path | str = "results", device: str =
     results, place = Path(results).resolve(), pick_device(device)
     fold = run_source(runs[0], results).folds[runs[0].fold]
     bank = run_bank(runs[0], results).select(fold.test).to(place)
-    models = {run.name: trained(run, len(bank.classes), results, place) for run in runs}
+    models = {run.method: trained(run, len(bank.classes), results, place) for run in runs}
     return sample_features(models, bank)
 
 
@@ -38,7 +39,7 @@ def features(runs: Sequence[Run], results: Path | str = "results", device: str =
 
 
 def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
-    """Positive and negative pairs of a supervised contrastive loss in the run's first batch with target, before augmentation.
+    """Positive and negative pairs of a supervised contrastive loss in the run's first batch with target, not augmented.
 
     Of the run's labelled terms the one on the finest grid, with the positions that its loss draws. Two anchors lie on
     the batch's slice with most target: one of its largest class and one of the background, of those drawn the nearest
@@ -59,9 +60,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     """
     labelled = [term for term in run.effective_recipe.terms if term.loss == "supcon"]
     if not labelled:
-        raise InputError(
-            f"{run.name} ({run.effective_recipe.name}) has no supervised contrastive loss, so it has no pairs to show"
-        )
+        raise InputError(f"{run.method} has no supervised contrastive loss, so it has no pairs to show")
     results = Path(results).resolve()
     fold = run_source(run, results).folds[run.fold]
     bank = run_bank(run, results).select(fold.subset(run.fraction))
@@ -71,7 +70,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     grids = {term.name: _grid(shapes, term.student_layers[0]) for term in labelled}
     term = max(labelled, key=lambda term: grids[term.name][0])
     if not bank.labels.any():
-        raise InputError(f"{run.name}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
+        raise InputError(f"{run.method}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
     batches = enumerate(batch_indices(len(bank), run.optimisation.batch, run.seed))
     step, index = next((step, index) for step, index in batches if bank.labels[index].any())
     images, labels = bank.images[index], bank.labels[index]
@@ -155,15 +154,15 @@ def plan(run: Run, classes: int = 1) -> pd.DataFrame:
         "stage", for each scale, and "reconstruction": also name, channels, stride (input pixels a side of one of its
         own) and parameters (up-sampling included);
         "loss", what a network learns from besides its teacher: also name and weight;
-        "term", what the teacher is_teacher: name, loss (as printed), weight, temperature, student_at, teacher_layers,
-        channels (that both are projected to), balance (of the recipe) and compared (see `Adapter`), a row a pair of
-        scales.
+        "term", what the student learns from its teacher: name, loss (its label), weight, temperature, student_at,
+        teacher_layers, channels (that both are projected to), balance (of the recipe) and compared (see
+        `Adapter`), one row per pair of scales.
 
     Raises:
         InputError: the run has not one teacher.
     """
     if len(run.teacher_runs()) != 1:
-        raise InputError(f"{run.name}: the method is drawn for a student of one teacher")
+        raise InputError(f"{run.method}: the method is drawn for a student of one teacher")
     ((_, teacher),) = run.teacher_runs().items()
     size = run.preprocessing.size
     rows, shapes = [], {}
@@ -186,7 +185,7 @@ def plan(run: Run, classes: int = 1) -> pd.DataFrame:
                 dict(
                     kind="term",
                     name=term.name,
-                    loss=LOSS_NAMES[term.loss],
+                    loss=LOSSES[term.loss].label,
                     weight=term.weight,
                     temperature=getattr(made.loss, "temperature", None),
                     student_at=at,

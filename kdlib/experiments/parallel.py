@@ -3,9 +3,9 @@
     python -m kdlib.experiments.parallel runs.json --processes 4 --results results
     torchrun --standalone --nproc-per-node 4 -m kdlib.experiments.parallel runs.json --results results
 
-trains the runs that `runs.json` describes (a run or a list of them, as `describe` writes them), their teachers first,
-into the usual run folders: `kdlib.study` then finds them done. Both commands do the same; the first says in one line
-what went wrong. From a notebook, `kdlib.experiments.parallel.launch(runs, results, processes=4)`; or set `KDLIB_PROCESSES=4`, with
+trains the runs that `runs.json` describes (as `kdlib.config.to_json` does), their teachers first, into the usual run
+folders: `kdlib.study` then finds them done. Both commands do the same; the first says in one line what went wrong.
+From a notebook, `kdlib.experiments.parallel.launch(runs, results, processes=4)`; or set `KDLIB_PROCESSES=4`, with
 which every `kdlib.study` trains that way. How many processes trained a run stands in its manifest, and not in its key:
 they give the weights of one process but for the rounding of sums (1e-8 after 20 steps in double precision; in single
 precision as far apart as one process and itself from initial weights that are off by one rounding). A network that a
@@ -15,7 +15,6 @@ notebook adds to `MODELS` is not known to the processes.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -32,62 +31,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdlib.config import (
-    PROFILES,
-    PROTOCOLS,
-    InputError,
-    Preprocessing,
-    Profile,
-    Protocol,
-    Recipe,
-    Run,
-    Term,
-    TrainingError,
-    lookup,
-)
-from kdlib.experiments.runs import check, is_done, run_source, study
+from kdlib.config import InputError, Run, TrainingError, from_json, to_json
+from kdlib.experiments.runner import check, study
+from kdlib.experiments.source import run_source
+from kdlib.experiments.store import is_done
 from kdlib.training import ranks
 from kdlib.training.checkpoint import InterruptHandler
 from kdlib.training.device import pick_device
-
-# ------------------------------------------------------------------------------------------------- runs as plain text
-
-
-def describe(run: Run) -> dict:
-    """A run as plain data, which JSON can hold; `read` gives it back."""
-    return dataclasses.asdict(run)
-
-
-def read(record: Mapping) -> Run:
-    """The run of a description: the fields of `Run`, of which profile and protocol may be names.
-
-    Raises:
-        InputError: a field that does not exist, is missing, or has a value that cannot be.
-    """
-    fields = dict(record)
-    try:
-        for name, kind, known in (("profile", Profile, PROFILES), ("protocol", Protocol, PROTOCOLS)):
-            given = fields.get(name)
-            if isinstance(given, str):
-                fields[name] = lookup(name, given, known)
-            elif given is not None:
-                parts = (
-                    {"preprocessing": _make(Preprocessing, given["preprocessing"])} if "preprocessing" in given else {}
-                )
-                fields[name] = _make(kind, {**given, **parts})
-        if (recipe := fields.get("recipe")) is not None:
-            terms = tuple(_make(Term, term) for term in recipe.get("terms", ()))
-            fields["recipe"] = _make(Recipe, {**recipe, "terms": terms})
-        return _make(Run, fields)
-    except (TypeError, AttributeError) as error:  # a field is missing, or a text where a number belongs
-        raise InputError(f"{json.dumps(record)} is no run: {error}") from None
-
-
-def _make(kind: type, record: Mapping) -> object:
-    for name in record:
-        lookup(f"field of a {kind.__name__}", name, {field.name: None for field in dataclasses.fields(kind)})
-    # JSON knows lists, not tuples, and only tuples can be part of a frozen key
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def _load(path: Path) -> list[Run]:
@@ -98,7 +48,7 @@ def _load(path: Path) -> list[Run]:
     records = records if isinstance(records, list) else [records]
     if not records or not all(isinstance(record, dict) for record in records):
         raise InputError(f"{path}: give a run (an object with data, target, model ...) or a list of them")
-    return [read(record) for record in records]
+    return [from_json(record) for record in records]
 
 
 # ---------------------------------------------------------------------------------------------------- the two sides
@@ -124,7 +74,7 @@ def launch(runs: Iterable[Run], results: Path | str = "results", processes: int 
         return
     with InterruptHandler(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "runs.json"
-        path.write_text(json.dumps([describe(run) for run in runs]))
+        path.write_text(json.dumps([to_json(run) for run in runs]))
         options = ["--results", str(results), "--processes", str(processes), "--device", device]
         child = subprocess.Popen(
             [sys.executable, "-u", "-m", "kdlib.experiments.parallel", str(path), *options],

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from kdlib.config import LOSS_NAMES, SCALES, InputError, Recipe, Run, Term, lookup
+from kdlib.config import SCALES, InputError, Recipe, Run, Term, lookup
 from kdlib.losses import LOSSES
 
 WEIGHTS = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}  # of the thesis
+PREDICTION_WEIGHT, PREDICTION_TEMPERATURE = 0.4, 1.0  # of `prediction_recipe`, beside 0.4 for the segmentation loss
 BALANCE = 0.5  # gradient of a distiller that is compared with others, as a multiple of the segmentation loss's
-DISTILLERS = tuple(name for name in LOSSES if name != "softmax_kl")  # all but the published term that is always 0
 QUICK = ("kl", "dkd", "fitnet", "at", "sp", "ifvd", "infonce", "supcon")  # two of each family, for a small comparison
+
+
+def comparison_losses(quick: bool = False) -> tuple[str, ...]:
+    """Names of the losses to compare, by family: all but the published one that is always 0 on one channel.
+
+    Args:
+        quick: two of each family alone.
+    """
+    return QUICK if quick else tuple(name for name in LOSSES if name != "softmax_kl")
 
 
 def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
@@ -32,27 +41,47 @@ def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("
         if name in only
     )
     names = "+".join(term.name for term in terms)
-    return Recipe(f"{names} ({loss})" if names != "PMD" else names, terms=terms)
+    return Recipe(f"{loss}:{names}" if names != "PMD" else names, terms=terms)
 
 
 def _temperature(student: str, loss: str) -> float | None:
     return {"S1": 0.4}.get(student, 0.1) if loss in ("supcon", "infonce") else None
 
 
+def prediction_recipe() -> Recipe:
+    """KL on predictions alone (Hinton 2015), with the weight and temperature of docs/recipe.md."""
+    return Recipe("predictions", terms=(Term("PMD", "kl", PREDICTION_WEIGHT, PREDICTION_TEMPERATURE),))
+
+
+def unlabelled() -> Recipe:
+    """The same on slices of all training patients; the segmentation loss sees those with labels."""
+    return dataclasses.replace(prediction_recipe(), name="predictions, unlabelled images", unlabelled=True)
+
+
+def consistency() -> Recipe:
+    """Control of `unlabelled`: the same images without a teacher; the student agrees with itself under other noise."""
+    return dataclasses.replace(unlabelled(), name="self-consistency", control="self_consistency")
+
+
+def pseudo_labels() -> Recipe:
+    """Control of `unlabelled`: the teacher's masks as labels of the images that have none, and no distillation."""
+    return Recipe("pseudo-labels", unlabelled=True, pseudo_labels=True, control="pseudo_labels")
+
+
 def distiller(loss: str, student: str) -> Recipe:
     """One distiller alone, where its paper puts it: prediction maps at the logits, features at E-E, B-B and D-D.
 
     Papers scale their losses in all ways, so weights would compare scales, not distillers: here each distiller's
-    gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training.loop.balance`).
+    gradient on the student is kept at `BALANCE` times that of the segmentation loss (see `kdlib.training`).
 
     Args:
-        loss: one of `DISTILLERS`.
+        loss: one of `comparison_losses()`.
         student: "S1" or "S2", for the thesis's temperature of its contrast.
 
     Raises:
-        InputError: no such distiller.
+        InputError: no such loss.
     """
-    made = lookup("distiller", loss, {name: LOSSES[name] for name in DISTILLERS})
+    made = lookup("distillation loss", loss, {name: LOSSES[name] for name in comparison_losses()})
     if made.reads == "logits":
         terms = (Term("PMD", loss, 1.0),)
     elif made.adapt == "own":
@@ -60,15 +89,15 @@ def distiller(loss: str, student: str) -> Recipe:
     else:
         features = [name for name, at in SCALES.items() if at != ("logits",)]
         terms = tuple(Term(name, loss, WEIGHTS[name], _temperature(student, loss)) for name in features)
-    return Recipe(LOSS_NAMES[loss], terms=terms, balance=BALANCE)
+    return Recipe(loss, terms=terms, balance=BALANCE)
 
 
 def controls(student: str, teacher: str, **setting) -> list[Run]:
-    """Negative controls of the thesis's recipe: if they do as well as it does, the teacher taught nothing.
+    """Negative controls of the thesis's recipe: if they do as well as it does, distillation is worth nothing.
 
-    All weights 0; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
+    Zero weights; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
     random weights, or redrawn at every step; and, without a teacher, label smoothing and a student trained for the
-    teacher's steps and its own together; and the student's own like as teacher.
+    teacher's steps and its own together; and self-distillation.
 
     Args:
         setting: the other fields of the runs.
@@ -80,17 +109,26 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
         return tuple(t if t.name == "PMD" else dataclasses.replace(t, projector=kind) for t in recipe.terms)
 
     taught = {
-        "all weights 0": dict(terms=silent),
-        "random teacher": dict(teacher="random"),
-        "shuffled teacher": dict(teacher="shuffled"),
-        "frozen projectors": dict(terms=projected("frozen")),
-        "redrawn projectors": dict(terms=projected("redrawn")),
+        "zero_weights": dict(terms=silent),
+        "random_teacher": dict(teacher="random"),
+        "shuffled_teacher": dict(teacher="shuffled"),
+        "frozen_projectors": dict(terms=projected("frozen")),
+        "redrawn_projectors": dict(redrawn_projectors=True),
     }
     runs = [
-        Run(model=student, teacher=teacher, recipe=dataclasses.replace(recipe, name=name, **change), **setting)
+        Run(
+            model=student,
+            teacher=teacher,
+            recipe=dataclasses.replace(recipe, name=name, control=name, **change),
+            **setting,
+        )
         for name, change in taught.items()
     ]
-    alone = [Recipe("label smoothing", smoothing=0.1), Recipe("both budgets", budget="both")]
+    alone = [
+        Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
+        Recipe("longer_training", budget="teacher+student", control="longer_training"),
+        Recipe("equal_time", budget="wall_clock", control="equal_time"),
+    ]
     runs += [Run(model=student, recipe=recipe, **setting) for recipe in alone]
-    own = dataclasses.replace(recipe, name="self-teacher")
+    own = dataclasses.replace(recipe, name="self_distillation", control="self_distillation")
     return [*runs, Run(model=student, teacher=student, recipe=own, **setting)]

@@ -6,12 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib.config import InputError
-from kdlib.losses._common import (
+from kdlib.losses.base import (
     EMPTY_CONTEXT,
     Context,
+    DistillationLoss,
     as_float,
     check_pair,
     check_positive,
@@ -31,7 +32,7 @@ def _patients(context: Context, maps: Tensor, term: str) -> Tensor:
     return context.patients.to(maps.device)
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(DistillationLoss):
     """InfoNCE between images (van den Oord 2018, arXiv 1807.03748), as in the thesis: no labels.
 
     Every map is flattened to one vector an image. The positive of a student's image is the same image of the teacher,
@@ -43,6 +44,7 @@ class InfoNCE(nn.Module):
         same_patient: leave out other images of the anchor's own patient.
     """
 
+    name, label, family = "infonce", "InfoNCE", "contrast"
     reads, adapt = "features", "both"
 
     def __init__(self, temperature: float = 0.1, same_patient: bool = False):
@@ -80,7 +82,7 @@ class InfoNCE(nn.Module):
         return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
-class SupervisedContrastiveLoss(nn.Module):
+class SupervisedContrastiveLoss(DistillationLoss):
     """Supervised contrast of pixels (Khosla 2020, arXiv 2004.11362, L_out): student anchors against teacher keys.
 
     For an anchor z of class c and keys k, unit vectors at the same positions of the batch,
@@ -106,6 +108,7 @@ class SupervisedContrastiveLoss(nn.Module):
             neighbouring slices are near copies.
     """
 
+    name, label, family = "supcon", "supervised contrastive loss", "contrast"
     reads, adapt = "features", "both"
 
     def __init__(
@@ -248,7 +251,7 @@ def _means_without_patient(
     return means
 
 
-class PrototypeContrast(nn.Module):
+class PrototypeContrast(DistillationLoss):
     """Contrast of the student's regions, or pixels, with the teacher's mean vector of each class's region.
 
     The prototype k_c of a class is the teacher's unit vectors averaged over the positions of the class, of length 1
@@ -264,6 +267,7 @@ class PrototypeContrast(nn.Module):
         per_image: prototypes of each image, contrasted within the image, rather than of the batch.
     """
 
+    name, label, family = "prototype", "prototype contrast", "contrast"
     reads, adapt = "features", "both"
 
     def __init__(self, temperature: float = 0.1, anchors: str = "regions", per_image: bool = False):
@@ -311,7 +315,7 @@ class PrototypeContrast(nn.Module):
             return (loss.sum((0, 2)) / counts.sum(0)).mean()
 
 
-class CRD(nn.Module):
+class CRD(DistillationLoss):
     """Contrastive representation distillation between images (Tian 2020, arXiv 1910.10699).
 
     An image's embedding is the mean of its map over positions, of length 1. Noise-contrastive estimation tells the pair
@@ -335,6 +339,7 @@ class CRD(nn.Module):
         same_patient: leave out other images of the anchor's own patient in the batch too.
     """
 
+    name, label, family = "crd", "CRD", "contrast"
     reads, adapt = "features", "both"
 
     def __init__(self, temperature: float = 0.07, memory: int = 1024, same_patient: bool = False):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import (
+from kdlib.losses.base import (
     EMPTY_CONTEXT,
     Context,
+    DistillationLoss,
     as_float,
     check_pair,
     check_positive,
@@ -21,9 +22,10 @@ from kdlib.losses._common import (
 from kdlib.losses.prediction import ChannelWiseDistillation
 
 
-class FeatureMSE(nn.Module):
+class FeatureMSE(DistillationLoss):
     """Mean squared difference of student and teacher features (FitNets, Romero 2015, arXiv 1412.6550)."""
 
+    name, label, family = "fitnet", "MSE", "feature"
     reads, adapt = "features", "student"
 
     def forward(
@@ -44,13 +46,14 @@ class FeatureMSE(nn.Module):
 class FeatureCWD(ChannelWiseDistillation):
     """Channel-wise distillation (`ChannelWiseDistillation`) of features, at the temperature 1."""
 
+    name, label, family = "feature_cwd", "CWD (features)", "feature"
     reads, adapt = "features", "student"
 
     def __init__(self, temperature: float = 1.0):
         super().__init__(temperature)
 
 
-class AttentionTransfer(nn.Module):
+class AttentionTransfer(DistillationLoss):
     """Attention transfer (AT, Zagoruyko & Komodakis 2017, arXiv 1612.03928): which positions respond, of any channels.
 
     An image's attention map is the sum of `|F|^power` over channels, divided by its L2 norm; the loss is the squared
@@ -65,6 +68,7 @@ class AttentionTransfer(nn.Module):
         InputError: where the power is below 1, which has no gradient at 0.
     """
 
+    name, label, family = "at", "AT", "feature"
     reads, adapt = "features", "none"
 
     def __init__(self, power: float = 2.0):
@@ -107,11 +111,13 @@ class ImportanceMap(AttentionTransfer):
         InputError: where the power is below 1.
     """
 
+    name, label, family = "emkd_importance", "EMKD importance", "feature"
+
     def __init__(self, power: float = 4.0):
         super().__init__(power)
 
 
-class RegionAffinity(nn.Module):
+class RegionAffinity(DistillationLoss):
     """Region affinity distillation of EMKD (Qin 2021, arXiv 2108.09987): how alike the tissues look, of any channels.
 
     The features of an image are averaged over the region of each label; the affinity of two regions is the cosine of
@@ -121,6 +127,7 @@ class RegionAffinity(nn.Module):
     Features of one channel have cosines of +1 or -1 and nothing to learn.
     """
 
+    name, label, family = "emkd_affinity", "EMKD affinity", "feature"
     reads, adapt = "features", "none"
 
     def forward(
@@ -156,7 +163,7 @@ def _affinity(features: Tensor, members: Tensor, counts: Tensor) -> Tensor:
     return means @ means.transpose(1, 2)
 
 
-class ReviewKD(nn.Module):
+class ReviewKD(DistillationLoss):
     """Knowledge review (Chen 2021, arXiv 2104.09044): the student's deeper scales help to match a shallower one.
 
     From the deepest scale to the shallowest, a 1x1 convolution brings the student's features to `width` channels; two
@@ -175,6 +182,7 @@ class ReviewKD(nn.Module):
         InputError: where the scales do not pair, or dims is neither 2 nor 3.
     """
 
+    name, label, family = "reviewkd", "ReviewKD", "feature"
     reads, adapt = "features", "own"
 
     def __init__(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdlib.config import InputError
-from kdlib.losses._common import as_float
+from kdlib.losses.base import as_float
 
 BLOCKS = {"cpu": (1024, 512)}  # queries and keys of a block: it stays in a CPU's cache
 LARGE_BLOCKS = (4096, 4096)  # other devices want few large launches

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib.config import InputError
-from kdlib.losses._common import (
+from kdlib.losses.base import (
     EMPTY_CONTEXT,
     Context,
+    DistillationLoss,
     as_float,
     check_pair,
     check_positive,
@@ -32,7 +33,7 @@ def divergence(log_p_student: Tensor, log_p_teacher: Tensor, dim: int = 1) -> Te
     return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(dim)
 
 
-class PredictionKL(nn.Module):
+class PredictionKL(DistillationLoss):
     """KL(teacher || student) of the softened prediction of every pixel, times the squared temperature.
 
     One channel is a Bernoulli distribution, `p = sigmoid(logit / temperature)`; several are a softmax over channels.
@@ -45,6 +46,7 @@ class PredictionKL(nn.Module):
         InputError: where the temperature is not above 0.
     """
 
+    name, label, family = "kl", "KL (Hinton)", "prediction"
     reads, adapt = "logits", "none"
 
     def __init__(self, temperature: float = 4.0):
@@ -87,6 +89,8 @@ class OneChannelSoftmaxKL(PredictionKL):
         InputError: where the temperature is not above 0.
     """
 
+    name, label, family = "softmax_kl", "KL over one channel (published)", "prediction"
+
     def log_probabilities(self, logits: Tensor) -> Tensor:
         return logits.log_softmax(1)
 
@@ -107,6 +111,8 @@ class BoundaryKL(PredictionKL):
     Raises:
         InputError: where temperature or boundary is not above 0, or the radius is no whole number above 0.
     """
+
+    name, label, family = "boundary_kl", "boundary KL", "prediction"
 
     def __init__(self, temperature: float = 4.0, boundary: float = 5.0, radius: int = 2):
         super().__init__(temperature)
@@ -143,7 +149,7 @@ class BoundaryKL(PredictionKL):
         return (highest != lowest)[:, 0]
 
 
-class DKD(nn.Module):
+class DKD(DistillationLoss):
     """Decoupled distillation of every pixel (Zhao 2022, arXiv 2203.08679), mean over the pixels of the batch.
 
     `temperature^2 * (alpha * TCKD + beta * NCKD)`. TCKD is KL(teacher || student) of "the pixel's own class or not",
@@ -160,6 +166,7 @@ class DKD(nn.Module):
         InputError: where the temperature is not above 0.
     """
 
+    name, label, family = "dkd", "DKD", "prediction"
     reads, adapt = "logits", "none"
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
@@ -204,7 +211,7 @@ class DKD(nn.Module):
         return own, (log_p - log_other).masked_fill(is_own, 0.0)  # 0 on both sides adds nothing to a divergence
 
 
-class DIST(nn.Module):
+class DIST(DistillationLoss):
     """Distillation from a stronger teacher (Huang 2022, arXiv 2205.10536): correlations, not values, for maps.
 
     `temperature^2 * (beta * inter + gamma * intra)`, both 1 minus Pearson's correlation of student and teacher
@@ -224,6 +231,7 @@ class DIST(nn.Module):
         InputError: where the temperature is not above 0.
     """
 
+    name, label, family = "dist", "DIST", "prediction"
     reads, adapt = "logits", "none"
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
@@ -261,7 +269,7 @@ def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     )
 
 
-class ChannelWiseDistillation(nn.Module):
+class ChannelWiseDistillation(DistillationLoss):
     """Channel-wise distillation (CWD, Shu 2021, arXiv 2011.13256): where, not how much, each channel responds.
 
     A softmax over the positions of a channel makes it a distribution; the loss is KL(teacher || student) of it, times
@@ -274,6 +282,7 @@ class ChannelWiseDistillation(nn.Module):
         InputError: where the temperature is not above 0.
     """
 
+    name, label, family = "cwd", "CWD (logits)", "prediction"
     reads, adapt = "logits", "none"
 
     def __init__(self, temperature: float = 4.0):

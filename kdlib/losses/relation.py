@@ -7,12 +7,13 @@ from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib.config import InputError
-from kdlib.losses._common import (
+from kdlib.losses.base import (
     EMPTY_CONTEXT,
     Context,
+    DistillationLoss,
     as_float,
     check_pair,
     check_positive,
@@ -22,7 +23,7 @@ from kdlib.losses._common import (
 from kdlib.losses.memory import MemoryBank
 
 
-class SimilarityPreserving(nn.Module):
+class SimilarityPreserving(DistillationLoss):
     """Squared difference of the similarities between the images of a batch (Tung & Mori 2019, arXiv 1907.09682).
 
     Every map is flattened to one vector an image, `q`; `G = q q^T` over the batch, its rows divided by their lengths;
@@ -30,6 +31,7 @@ class SimilarityPreserving(nn.Module):
     batch of one gives 0. Values are small, and the paper weighs them with 3000.
     """
 
+    name, label, family = "sp", "SP", "relation"
     reads, adapt = "features", "none"
 
     def forward(
@@ -50,7 +52,7 @@ class SimilarityPreserving(nn.Module):
             return F.mse_loss(of_student, of_teacher)
 
 
-class PairwiseAffinity(nn.Module):
+class PairwiseAffinity(DistillationLoss):
     """Squared difference of the affinities between positions: the pair-wise term of SKD (Liu 2019, arXiv 1903.04197).
 
     Maps are pooled to a grid of N positions. The affinity of two positions of an image is the cosine of their vectors;
@@ -67,6 +69,7 @@ class PairwiseAffinity(nn.Module):
         InputError: where an option is out of its range.
     """
 
+    name, label, family = "skd", "SKD pair-wise", "relation"
     reads, adapt = "features", "none"
 
     def __init__(self, scale: float = 0.5, nodes: int = 256, pool: str = "avg"):
@@ -95,7 +98,7 @@ class PairwiseAffinity(nn.Module):
             return F.mse_loss(of_student, of_teacher)
 
 
-class IFVD(nn.Module):
+class IFVD(DistillationLoss):
     """Intra-class feature variation distillation (Wang 2020, ECCV, "Intra-class Feature Variation Distillation for
     Semantic Segmentation").
 
@@ -105,6 +108,7 @@ class IFVD(nn.Module):
     class like the others. The published code weighs the term with 200.
     """
 
+    name, label, family = "ifvd", "IFVD", "relation"
     reads, adapt = "features", "none"
 
     def forward(
@@ -136,7 +140,7 @@ class IFVD(nn.Module):
         return along / vectors.norm(dim=1).clamp(min=1e-4)  # the bound of `unit`, without a map of unit vectors
 
 
-class CrossImageRelation(nn.Module):
+class CrossImageRelation(DistillationLoss):
     """Cross-image relational distillation, CIRKD (Yang 2022, arXiv 2204.06986), in its three parts.
 
     With unit vectors, `relation(z; k_1..k_n) = softmax(z . k_j / t over j)` and
@@ -169,6 +173,7 @@ class CrossImageRelation(nn.Module):
         InputError: where an option is out of its range.
     """
 
+    name, label, family = "cirkd", "CIRKD", "relation"
     reads, adapt = "features", "student"
 
     def __init__(

@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch import nn
 
 from kdlib.config import InputError
-from kdlib.losses._common import as_float
+from kdlib.losses.base import as_float
 
 
 def one_hot(labels: torch.Tensor, channels: int) -> torch.Tensor:
@@ -23,6 +23,11 @@ def one_hot(labels: torch.Tensor, channels: int) -> torch.Tensor:
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Logits BNH[WD] as probabilities of the same shape: sigmoid for one channel, softmax for several."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def most_probable(scores: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Probabilities BNH[WD] as labels BH[WD] (int64); see `predict`."""
+    return (scores[:, 0] > threshold).long() if scores.shape[1] == 1 else scores.argmax(1)
 
 
 def predict(logits: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:

@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils import benchmark
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib.config import STUDENTS, TEACHERS
-from kdlib.models import build_model, count_parameters, gflops
+from kdlib.models.registry import build_model
+from kdlib.models.unet import UNet
 
 SECONDS = 0.5  # that a network is timed for; a slower one runs once, after one pass to warm up
 
@@ -26,11 +28,11 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
         width: of this study's teachers (`Profile.width`).
         size: side of its slices in pixels.
         classes: foreground classes it segments.
-        models: names in `kdlib.models.MODELS` that are U-Nets.
+        models: names in `kdlib.models.MODELS` whose networks are U-Nets.
 
     Returns:
         a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
-        inference_parameters (without the reconstruction decoder), gflops (10^9 operations, two a multiply-add),
+        inference_parameters (without the reconstruction decoder), gflops (10^9 operations, two per multiply-add),
         latency_ms (median of one thread, batch of 1, float32, channels last) and threads.
     """
     rows = []
@@ -52,6 +54,24 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
                 )  # fmt: skip
             )
     return pd.DataFrame(rows)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gflops(model: UNet, size: int, spatial_dims: int = 2, reconstruct: bool = True) -> float:
+    """10^9 floating-point operations (two per multiply-add) of the forward of one image; nothing is computed.
+
+    Args:
+        size: side of the image, the same in every dimension.
+        reconstruct: whether the reconstruction decoder, if there is one, counts.
+    """
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    image = torch.empty(1, model.in_channels, *[size] * spatial_dims, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, state, (image, reconstruct))
+    return counter.get_total_flops() / 1e9
 
 
 def latency(model: nn.Module, size: int) -> float:

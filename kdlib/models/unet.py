@@ -68,7 +68,7 @@ class UNet(nn.Module):
         in_channels: channels of the input, and of the reconstruction.
         out_channels: channels of the segmentation logits.
         widths: channels of the encoder stages from full resolution down, the bottleneck last.
-        convs: convolutions a stage.
+        convs: convolutions per stage.
         reconstruct: whether there is a second decoder, fed by the same skips, that gives the input back.
         bottleneck: maps the pooled last encoder stage to `widths[-1]` channels of the same size; None is a stage like
             the others.

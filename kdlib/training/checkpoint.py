@@ -99,7 +99,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # what a training or its evaluation passes through; drawing, statistics and notebooks read finished tables alone, and
 # recipes are part of a run's key
 SOURCES = (
-    "config.py", "data/*.py", "evaluation/*.py", "experiments/runs.py", "losses/*.py", "models/*.py", "training/*.py",
+    "config.py", "data/*.py", "evaluation/*.py", "experiments/runner.py", "experiments/source.py", "losses/*.py",
+    "models/*.py", "training/*.py",
 )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ class Checkpoint:
 
     Args:
         folder: of the run.
-        identity: what the run is (see `kdlib.experiments.runs.describe`), as JSON values.
+        identity: what the run is (see `kdlib.experiments.store.key_facts`), as JSON values.
         commit: of the code, for the reader of a refusal.
     """
 
@@ -232,6 +233,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
 def pack(arm: RunState) -> tuple[dict[str, Tensor], dict]:
     """The whole state of an arm: tensors by name, and JSON values."""
     parts: dict[str, Mapping[str, Tensor]] = {"model": arm.model.state_dict(), "best": arm.best}
+    parts["best_projectors"] = arm.best_projectors
     if arm.distiller is not None:  # its projectors, and the memories of its terms
         parts["distiller"] = arm.distiller.state_dict()
     optimiser = arm.optimiser.state_dict()
@@ -262,6 +264,8 @@ def unpack(arm: RunState, tensors: Mapping[str, Tensor], record: Mapping) -> Non
     if arm.distiller is not None:
         arm.distiller.load_state_dict(parts.get("distiller", {}))
     arm.best = {name: tensor.to(device) for name, tensor in parts.get("best", {}).items()}
+    found = parts.get("best_projectors", {})
+    arm.best_projectors = {name: tensor.to(device) for name, tensor in found.items()}
     _restore_optimiser(arm.optimiser, parts.get("optimiser", {}), record["lr"])
     arm.schedule.load_state_dict(dict(record["schedule"]))
     arm.step, arm.seconds, arm.history = record["step"], record["seconds"], record["history"]

@@ -56,9 +56,17 @@ class DistillationTerm(nn.Module):
         term: what is compared, where and how.
         student, teacher: scale name -> [N, H, W (, D)] (see `probe`).
         dims: 2 or 3 spatial dimensions.
+        redrawn: draw its projectors anew at every step, as the published code does.
     """
 
-    def __init__(self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, dims: int = 2):
+    def __init__(
+        self,
+        term: Term,
+        student: Mapping[str, Sequence[int]],
+        teacher: Mapping,
+        dims: int = 2,
+        redrawn: bool = False,
+    ):
         super().__init__()
         self.term = term
         loss, arguments = _arguments(term)
@@ -72,7 +80,9 @@ class DistillationTerm(nn.Module):
         if loss.reads == "features":
             (place,), (taught,) = term.student_layers, term.teacher_layers
             shapes = student[_split(place)[0]], teacher[_split(taught)[0]]
-            self.adapters.append(Adapter(loss.adapt, *shapes, (place, taught), term.projector))
+            self.adapters.append(
+                Adapter(loss.adapt, *shapes, (place, taught), "redrawn" if redrawn else term.projector)
+            )
 
     def _sides(self, student, teacher):
         return (student, self.term.student_layers), (teacher, self.term.teacher_layers)
@@ -131,7 +141,7 @@ class Distiller(nn.Module):
                 name = term.name if len(teachers) == 1 else f"{teacher} {term.name}"
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(derive_seed(seed, "projector", name))
-                    self.terms[name] = DistillationTerm(term, student, shapes, dims)
+                    self.terms[name] = DistillationTerm(term, student, shapes, dims, recipe.redrawn_projectors)
                 self.weights[name] = term.weight / len(teachers)
                 self.parts[name] = teacher
         known = sorted(set(patients))

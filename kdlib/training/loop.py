@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from kdlib.config import TEACHER_RECIPE, InputError, Run, TrainingError, derive_seed
+from kdlib.config import TEACHER_RECIPE, UNLABELLED, InputError, Run, TrainingError, derive_seed
 from kdlib.data import SliceBank, augment
+from kdlib.data.sampling import batch_indices
 from kdlib.evaluation.cases import volume_dice
-from kdlib.losses import SegmentationLoss
+from kdlib.losses import SegmentationLoss, most_probable, probabilities
 from kdlib.models import build_model
 from kdlib.training import ranks
 from kdlib.training.checkpoint import Checkpoint, InterruptHandler
@@ -44,11 +45,12 @@ def steps_per_epoch(run: Run, slices: int) -> int:
             fraction, so that all students have the same budget.
     """
     fixed = run.profile.teacher_steps if run.is_teacher else run.profile.student_steps
-    return fixed or math.ceil(slices / (1 if run.is_teacher else 2) / run.optimisation.batch)
+    steps = fixed or math.ceil(slices / (1 if run.is_teacher else 2) / run.optimisation.batch)
+    return max(1, round(run.length * steps))
 
 
 def epochs_of(run: Run, slices: int) -> int:
-    """Epochs of `run`: the profile's, and where its recipe's budget is "both", as many more as its steps of a teacher.
+    """Epochs of `run`: the profile's, or as many more as its recipe's budget asks for (see `Recipe`).
 
     Args:
         slices: as for `steps_per_epoch`.
@@ -56,23 +58,15 @@ def epochs_of(run: Run, slices: int) -> int:
     profile = run.profile
     if run.is_teacher:
         return profile.teacher_epochs
-    if run.effective_recipe.budget == "student":
+    budget = run.effective_recipe.budget
+    if budget == "student":
         return profile.student_epochs
+    if budget == "wall_clock":
+        return round(profile.student_epochs * profile.step_cost)
     teaching = profile.teacher_steps or math.ceil(
         slices / dataclasses.replace(run, recipe=TEACHER_RECIPE).optimisation.batch
     )
     return profile.student_epochs + round(profile.teacher_epochs * teaching / steps_per_epoch(run, slices))
-
-
-def batch_indices(slices: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of slice indices for ever: passes over shuffled slices, every batch full."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
-    queue = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(queue) < batch:
-            queue = torch.cat([queue, torch.randperm(slices, generator=generator)])
-        yield queue[:batch]
-        queue = queue[batch:]
 
 
 @dataclass
@@ -89,6 +83,7 @@ class RunState:
     losses: nn.Module = field(init=False)  # of a batch, by name
     history: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_projectors: dict[str, Tensor] = field(default_factory=dict)  # the distiller beside the best weights
     best_epoch: int = 0
     best_dice: float = -1.0
     seconds: float = 0.0
@@ -150,7 +145,10 @@ def new_arm(
     """An arm ready for its first of `steps` optimiser steps; `patients` are those of the training part."""
     model, recipe = ranks.norms_of_whole_batches(new_model(run, classes), device), run.effective_recipe
     scales, distiller = scales_of([recipe]), None
-    if teachers:
+    if run.teacher == "self":
+        own = probe(model, model.scales, scales, size=run.preprocessing.size)
+        distiller = Distiller(recipe, own, {"self": own}, run.seed, patients=patients).to(device)
+    if teachers and recipe.terms:
         teacher_layers = scales_of([recipe], taught=True)
         size = run.preprocessing.size
         taught = {name: probe(teacher, teacher.scales, teacher_layers, size=size) for name, teacher in teachers.items()}
@@ -205,12 +203,14 @@ class Batch:
 
     Args:
         images: B3HW in 0..1; labels: BHW class indices; patients: [B] numbers of the images' patients.
+        labelled: [B] bool; labels of other images are `UNLABELLED` throughout.
         taught: teacher -> its features and logits on the same images; empty without a teacher.
         step: number of the step, for the terms that draw pixels.
     """
 
     images: Tensor
     labels: Tensor
+    labelled: Tensor
     patients: Tensor
     taught: Mapping[str, Mapping[str, Tensor]]
     step: int
@@ -225,6 +225,7 @@ class Batch:
             Batch(
                 part(i, self.images),
                 part(i, self.labels),
+                part(i, self.labelled),
                 part(i, self.patients),
                 {who: {name: part(i, maps) for name, maps in seen.items()} for who, seen in self.taught.items()},
                 self.step,
@@ -260,20 +261,37 @@ class Losses(nn.Module):
         self.model, self.distiller, self.segmentation = taps.model, distiller, segmentation
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        recipe, labels = self.recipe, batch.labels
+        recipe, labels, labelled = self.recipe, batch.labels, batch.labelled
         output, features = self.taps(ranks.share(batch.images), reconstruct=recipe.reconstruction_weight > 0)
         logits, reconstruction = map(ranks.gather, output)
-        losses = {"segmentation": self.segmentation(logits, labels)}
+        if recipe.pseudo_labels:
+            found = torch.stack([probabilities(seen["logits"].float()) for seen in batch.taught.values()]).mean(0)
+            labels = torch.where(labelled[:, None, None], labels, most_probable(found))
+        known = (logits, labels)
+        if recipe.unlabelled and not recipe.pseudo_labels:
+            known = (logits[labelled], labels[labelled])
+        losses = {"segmentation": self.segmentation(*known)}
         if reconstruction is not None:
             losses["reconstruction"] = F.mse_loss(reconstruction.float(), batch.images)
         if self.distiller is not None:
             seed, taught = derive_seed(self.run.seed, "terms", batch.step), batch.taught
+            if self.run.teacher == "self":
+                taught = {"self": self.own_view(batch)}
             if recipe.teacher == "shuffled":
                 mix = derive_seed(seed, "shuffle")
                 taught = {name: shuffle(features, batch.patients, mix) for name, features in taught.items()}
             own = {name: ranks.gather(feature) for name, feature in features.items()} | {"logits": logits}
             losses |= self.distiller(own, taught, labels, seed, batch.patients, batch.step)
         return losses
+
+    @torch.no_grad()
+    def own_view(self, batch: Batch) -> dict[str, Tensor]:
+        """What the network itself gives for the same slices with other noise (the pi-model of Laine and Aila 2017,
+        arXiv 1610.02242): what the consistency control learns from."""
+        generator = torch.Generator().manual_seed(derive_seed(self.run.seed, "view", batch.step))
+        noise = 0.05 * torch.randn(batch.images.shape, generator=generator).to(batch.images)
+        output, features = self.taps(ranks.share((batch.images + noise).clamp(0, 1)), reconstruct=False)
+        return {name: ranks.gather(maps) for name, maps in (features | {"logits": output.segmentation}).items()}
 
 
 def losses_of(arm: RunState, batch: Batch) -> dict[str, Tensor]:
@@ -303,7 +321,7 @@ def training_step(
         losses = losses_of(arm, part)
         gradients = {name: gradient_of(losses[name], list(arm.model.parameters())) for name in measure}
         # without foreground the Dice loss has almost no gradient to measure others by
-        if arm.run.effective_recipe.balance is not None and not arm.balanced and (part.labels > 0).any():
+        if arm.run.effective_recipe.balance is not None and not arm.balanced and (part.labels[part.labelled] > 0).any():
             balance(arm, {name: float(gradient.norm()) for name, gradient in gradients.items()})
         loss = sum(arm.weights[name] * value for name, value in losses.items())
         (share * loss).backward()
@@ -431,7 +449,7 @@ def train_cohort(
     are brought together: the one that is further on waits.
 
     Args:
-        runs: of one cohort (see `kdlib.experiments.runs.cohorts`).
+        runs: of one cohort (see `kdlib.experiments.runner.cohorts`).
         train: slices of the training subset, on `device`; val: of the validation part. No test patient is in either.
         steps: optimiser steps an epoch.
         device: where the banks are.
@@ -466,8 +484,10 @@ def train_cohort(
         arm.sessions.append(session | ({"processes": ranks.size()} if ranks.size() > 1 else {}))
     teacher_layers = scales_of((run.effective_recipe for run in runs), taught=True)
     taught_taps = {name: FeatureHooks(teacher, teacher.scales, teacher_layers) for name, teacher in teachers.items()}
+    share = runs[0].optimisation.target_share
+    labelled = train.labelled.cpu() if runs[0].effective_recipe.unlabelled else None
     batches, first = (
-        batch_indices(len(train), batch, seed),
+        batch_indices(train.holds_target.cpu(), batch, seed, share, labelled),
         min((arm.step for arm in arms if arm.failure is None), default=0),
     )
     for _ in range(first):
@@ -554,8 +574,10 @@ def make_batch(train: SliceBank, index: Tensor, seed: int, step: int, taught_tap
     images, labels = train.batch(index)
     images, labels = augment(images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step)))
     images = images.contiguous(memory_format=torch.channels_last)
+    labelled = train.labelled[index]
+    labels = labels.masked_fill(~labelled[:, None, None], UNLABELLED)  # also where the augmentation moved a border in
     taught = {name: teacher_forward(taps, images) for name, taps in taught_taps.items()}
-    return Batch(images, labels, train.patient_of(index), taught, step)
+    return Batch(images, labels, labelled, train.patient_of(index), taught, step)
 
 
 @torch.no_grad()
@@ -584,6 +606,8 @@ def _end_epoch(arm: RunState, val: SliceBank, epoch: int, stops: InterruptHandle
         if dice > arm.best_dice:
             arm.best_dice, arm.best_epoch = dice, epoch
             arm.best = copy.deepcopy(arm.model.state_dict())
+            if arm.distiller is not None:
+                arm.best_projectors = copy.deepcopy(arm.distiller.state_dict())
         arm.log = None
 
 

@@ -15,14 +15,23 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from kdlib import DISTILLERS, PROTOCOLS, Run, controls, distiller, override_profile, study, thesis_recipe
-from kdlib.experiments.runs import run_folder
+from kdlib import (
+    PROTOCOLS,
+    Run,
+    comparison_losses,
+    controls,
+    distiller,
+    override_profile,
+    study,
+    thesis_recipe,
+)
+from kdlib.experiments.store import run_folder
 
 HERE = Path(__file__).parent
 
 
 def golden_runs() -> dict[str, Run]:
-    """Every kind of run by a name: networks, fractions, teachers, controls, losses, protocols, one class and several."""
+    """Every kind of run by a name: networks, fractions, teachers, controls, losses, protocols, classes."""
     tiny = dict(width=0.125, folds=3, teacher_epochs=2, student_epochs=2, teacher_steps=4, student_steps=4)
     whole = dict(data="phantom", target="spleen", profile=override_profile("quick", tiny))
     runs = {}
@@ -40,7 +49,7 @@ def golden_runs() -> dict[str, Run]:
     half = dict(whole, fraction=0.5)
     for number, run in enumerate(controls("S1", "T1", **half)):
         runs[f"control {number}"] = run
-    for loss in DISTILLERS:
+    for loss in comparison_losses():
         runs[f"loss {loss}"] = Run(model="S1", teacher="T1", recipe=distiller(loss, "S1"), **half)
     published = dict(protocol=PROTOCOLS["thesis"])
     runs["thesis T1"] = Run(model="T1", **whole, **published)

@@ -15,7 +15,7 @@ from kdlib.analysis.cards import FAULTS, WHY, write_cards
 from kdlib.analysis.metrics import METRICS
 from kdlib.config import SWITCHES, InputError, Preprocessing, Profile, Run
 from kdlib.experiments.recipes import thesis_recipe
-from kdlib.experiments.runs import study
+from kdlib.experiments.runner import study
 
 TERMS = [dict(name="PMD", loss="kl", weight=0.2, temperature=4.0, projector="learned")]
 DICE = {"c1": 0.5, "c2": 0.8, "c3": 0.9, "c4": 0.7}

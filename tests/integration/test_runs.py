@@ -35,22 +35,17 @@ from kdlib.config import (
     cumulative_correction,
 )  # fmt: skip
 from kdlib.data import make_phantom
-from kdlib.experiments import runs as running
+from kdlib.experiments import runner, source, store, tables
+from kdlib.experiments.identity import identity
 from kdlib.experiments.recipes import controls, thesis_recipe
-from kdlib.experiments.runs import (
-    Results,
-    cohorts,
-    load_weights,
-    run_folder,
-    run_key,
-    save_arrays,
-    save_weights,
-    study,
-)
+from kdlib.experiments.runner import cohorts, study
+from kdlib.experiments.store import load_weights, run_folder, run_key
+from kdlib.experiments.tables import Results
+from kdlib.files import write, write_arrays
 from kdlib.models import MODELS, ExternalModel, build_model
 from kdlib.training import checkpoint as keeping
 from kdlib.training import loop as training
-from kdlib.training.checkpoint import write
+from kdlib.training.checkpoint import save_tensors
 
 TINY = Profile("tiny", Preprocessing(64, 6.0), 0.125, 1, 1, 2, 2, folds=3)
 
@@ -63,8 +58,8 @@ def phantom(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def fresh_caches():
     yield
-    running.source.cache_clear()
-    running._bank.cache_clear()
+    source.source.cache_clear()
+    source._bank.cache_clear()
 
 
 def runs_on(folder: Path, **changes) -> list[Run]:
@@ -88,10 +83,14 @@ def finished(phantom, tmp_path_factory) -> tuple[Path, list[Run], Results]:
 
 def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
     results, runs, found = finished
-    columns = "run arm model teacher fraction recipe protocol fold seed patient case class metric value".split()
+    own = ["run", "arm", *identity(runs[0])]
+    columns = [*own, "patient", "case", "class", "metric", "value"]
     assert list(found.cases.columns) == columns
+    for table in (found.history, found.runs, found.examples):
+        assert set(own) <= set(table.columns)
+    assert set(found.cases["role"]) == {"baseline", "distilled"} and set(found.cases["loss"]) == {"", "supcon", "kl"}
     assert not found.cases.duplicated(["run", "case", "class", "metric"]).any()
-    assert set(found.cases["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and found.runs["run"].nunique() == 3
+    assert set(found.cases["method"]) == {run.method for run in runs} and found.runs["run"].nunique() == 3
     assert found.runs["parameters"].eq(57_297).all()
     assert (run_folder(teacher_of(runs[1]), results) / "manifest.json").is_file()
     assert {"E-E", "grad/PMD", "val_dice"} <= set(found.history["name"])
@@ -111,29 +110,29 @@ def test_manifest_says_where_a_number_came_from(finished):
 
 def test_a_run_without_result_has_no_manifest(finished):
     results, runs, _ = finished
-    assert running.manifest(runs[1], results)["adapters"]["PMD"] == "student logits; teacher logits"
+    assert store.manifest(runs[1], results)["adapters"]["PMD"] == "student logits; teacher logits"
     with pytest.raises(InputError, match="has no result in .*: train it first"):
-        running.manifest(dataclasses.replace(runs[1], seed=9), results)
+        store.manifest(dataclasses.replace(runs[1], seed=9), results)
 
 
-def test_imitation_is_computed_once_and_kept(finished, monkeypatch):
+def test_teacher_agreement_is_computed_once_and_kept(finished, monkeypatch):
     results, runs, _ = finished
-    tables = running.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu")
-    agreement, similarity, confidence = tables
+    found = tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu")
+    agreement, similarity, confidence = found
     assert set(agreement["metric"]) == {"agreement", "band_agreement", "error_overlap"}
-    assert set(agreement["arm"]) == {"S1 (50 %)", "KD(T1, S1)"} and agreement["patient"].nunique() == 3
+    assert set(agreement["method"]) == {runs[0].method, runs[1].method} and agreement["patient"].nunique() == 3
     assert {"encoder2", "bottleneck", "decoder1"} <= set(similarity["scale_student"])
     assert confidence["count"].sum() > 0
-    monkeypatch.setattr(running, "trained", lambda *args: pytest.fail("compared the same runs again"))
+    monkeypatch.setattr(tables, "trained", lambda *args: pytest.fail("compared the same runs again"))
     for first, again in zip(
-        tables, running.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
+        found, tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
     ):
         pd.testing.assert_frame_equal(first, again)
 
 
 def test_a_finished_study_only_reads(finished, monkeypatch):
     results, runs, found = finished
-    monkeypatch.setattr(running, "train_cohort", lambda *args: pytest.fail("trained a finished run again"))
+    monkeypatch.setattr(runner, "train_cohort", lambda *args: pytest.fail("trained a finished run again"))
     again = study(runs, results, "cpu")
     pd.testing.assert_frame_equal(again.cases, found.cases)
 
@@ -144,8 +143,8 @@ def test_a_run_without_a_manifest_is_trained_again_and_ends_the_same(finished, m
     (folder / "manifest.json").unlink()
     (folder / "metrics.csv").write_text("half a tab")
     trained = []
-    original = running.train_cohort
-    monkeypatch.setattr(running, "train_cohort", lambda group, *args: trained.append(group) or original(group, *args))
+    original = runner.train_cohort
+    monkeypatch.setattr(runner, "train_cohort", lambda group, *args: trained.append(group) or original(group, *args))
     again = study(runs, results, "cpu")
     assert trained == [[runs[2]]], "alone, without its cohort"
     pd.testing.assert_frame_equal(again.cases, found.cases)
@@ -177,7 +176,7 @@ def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished,
     # the folds are those of the clean data: a changed data set would rightly be refused, so its hashes are renewed
     spoiled = tmp_path / "results"
     stored = next((results / "splits").glob("*.json"))
-    running.source(str(other), "spleen", 3, "raise", tmp_path / "scratch")
+    source.source(str(other), "spleen", 3, "raise", "auto", tmp_path / "scratch")
     hashes = json.loads(next((tmp_path / "scratch/splits").glob("*.json")).read_text())["cases"]
     document = json.loads(stored.read_text()) | {"cases": hashes}
     write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))
@@ -207,7 +206,8 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
         *(dataclasses.replace(student, protocol=dataclasses.replace(PROTOCOLS["corrected"], **{switch: True}))
           for switch in SWITCHES if switch != "one_channel_softmax" or "PMD" in student.recipe.name),
         *(dataclasses.replace(student, recipe=dataclasses.replace(student.recipe, **change)) for change in
-          [{"teacher": "random"}, {"teacher": "shuffled"}, {"budget": "both"}, {"smoothing": 0.1}, {"balance": 0.5}]),
+          [{"teacher": "random"}, {"teacher": "shuffled"}, {"budget": "teacher+student"},
+           {"smoothing": 0.1}, {"balance": 0.5}]),
     ]  # fmt: skip
     keys = {run_key(run, results) for run in changed}
     assert len(keys) == len(changed) and key not in keys
@@ -248,11 +248,14 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
     def pretend(group, results, device):
         for run in group:
             trained.append(run_key(run, results))
-            write(run_folder(run, results) / "manifest.json", lambda path: path.write_text('{"status": "done"}'))
+            write(
+                run_folder(run, results) / "manifest.json",
+                lambda path: path.write_text('{"format": 2, "status": "done"}'),
+            )
         return []
 
-    monkeypatch.setattr(running, "train_missing", pretend)
-    monkeypatch.setattr(running, "collect", lambda runs, results: None)
+    monkeypatch.setattr(runner, "train_missing", pretend)
+    monkeypatch.setattr(runner, "collect", lambda runs, results: None)
     runs = [
         dataclasses.replace(run, protocol=protocol)
         for protocol in cumulative_correction()
@@ -265,7 +268,9 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
     assert len(trained) == len(set(trained))
 
 
-@pytest.mark.parametrize("change", [{"at": "encoder9"}, {"at": "encoder2", "teacher_layers": "encoder9"}])
+@pytest.mark.parametrize(
+    "change", [{"student_layers": "encoder9"}, {"student_layers": "encoder2", "teacher_layers": "encoder9"}]
+)
 def test_a_scale_that_does_not_exist_is_named_before_anything_is_trained(phantom, tmp_path, change):
     recipe = Recipe("r", terms=(Term("x", "fitnet", 0.1, **change),))
     run = dataclasses.replace(runs_on(phantom)[1], recipe=recipe)
@@ -288,25 +293,25 @@ def test_the_key_of_an_outside_network_changes_with_its_layers_and_taps(phantom,
 
 @pytest.mark.slow
 def test_the_published_study_runs_with_all_its_faults(phantom, tmp_path, monkeypatch):
-    selected, original = [], running.train_cohort
+    selected, original = [], runner.train_cohort
 
     def train(group, train, val, *rest):
         selected.append(val)
         return original(group, train, val, *rest)
 
-    monkeypatch.setattr(running, "train_cohort", train)
+    monkeypatch.setattr(runner, "train_cohort", train)
     runs = [dataclasses.replace(run, protocol=PROTOCOLS["thesis"]) for run in runs_on(phantom)]
     found = study(runs, tmp_path, "cpu")
     test = json.loads((run_folder(runs[1], tmp_path) / "manifest.json").read_text())["data"]["test"]
     assert {bank.cases for bank in selected} == {tuple(test)}, "fault 5: the best epoch is chosen on the test patients"
-    history = found.history[found.history["recipe"].str.startswith("E-E+B-B")]
+    history = found.history[found.history["terms"].str.startswith("E-E+B-B")]
     assert (history.loc[history["name"] == "PMD", "value"] == 0).all(), "fault 2: the prediction term is exactly 0"
     assert not history["name"].str.startswith("projector_change/").any(), "fault 1: no projector is trained"
     assert history["name"].str.startswith("infonce_over_chance/").any(), "fault 12: InfoNCE without labels"
 
 
 @pytest.mark.slow
-def test_controls_and_outside_models_run_as_arms(phantom, tmp_path, monkeypatch):
+def test_controls_and_external_networks_run(phantom, tmp_path, monkeypatch):
     def small(spatial_dims, in_channels, out_channels):
         torch.manual_seed(0)
         net = UNet(spatial_dims, in_channels, out_channels, channels=(8, 16, 32), strides=(2, 2))
@@ -323,12 +328,12 @@ def test_controls_and_outside_models_run_as_arms(phantom, tmp_path, monkeypatch)
         Run(model="S1", teacher="MONAI U-Net", recipe=recipe, **half),
         Run(model="MONAI U-Net", teacher="T1+S1", recipe=recipe, **half),
         Run(model="S1", teacher="S1", recipe=recipe, **half),
-        Run(model="S1", recipe=Recipe("long", budget="both"), **half),
+        Run(model="S1", recipe=Recipe("long", budget="teacher+student"), **half),
         Run(model="S1", recipe=Recipe("smooth", smoothing=0.1), **half),
     ]  # fmt: skip
     found = study(runs, tmp_path, "cpu")
     assert found.runs["run"].nunique() == len(runs)
-    assert set(found.runs["arm"]) >= {"KD(MONAI U-Net, S1)", "KD(T1+S1, MONAI U-Net)", "KD(S1, S1)"}
+    assert set(found.runs["method"]) >= {run.method for run in runs[4:7]}
     manifest = json.loads((run_folder(runs[4], tmp_path) / "manifest.json").read_text())
     assert "teacher bottleneck" in manifest["adapters"]["B-B"] and "1x1 projection" in manifest["adapters"]["B-B"]
     epochs = found.history.groupby("recipe")["epoch"].max()
@@ -341,6 +346,13 @@ def test_a_model_that_does_not_exist_is_named_before_anything_is_trained(phantom
         with pytest.raises(InputError, match="model '[ST]3' does not exist: choose from T1, T2, S1, S2"):
             study([*runs_on(phantom), run], tmp_path, "cpu")
     assert not (tmp_path / "runs").exists()
+
+
+def test_two_recipes_under_one_name_are_refused(phantom, tmp_path):
+    run = runs_on(phantom)[1]
+    other = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, smoothing=0.1))
+    with pytest.raises(InputError, match="two runs of this study are called .* give their recipes different names"):
+        study([run, other], tmp_path, "cpu")
 
 
 def test_cohorts_share_what_can_be_shared(phantom):
@@ -372,9 +384,9 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         write(disk / "run" / "history.csv", lambda path: path.write_text("epoch,name,value"))
         with pytest.raises(InputError, match="best.safetensors could not be saved: the disk is full"):
-            save_weights(build_model("S2").state_dict(), disk / "run" / "best.safetensors")
+            save_tensors(build_model("S2").state_dict(), disk / "run" / "best.safetensors")
         with pytest.raises(InputError, match="slices.npz could not be saved: the disk is full"):
-            save_arrays(disk / "run" / "slices.npz", {"image": np.random.default_rng(0).random((2, 400, 400))})
+            write_arrays(disk / "run" / "slices.npz", {"image": np.random.default_rng(0).random((2, 400, 400))})
         assert [path.name for path in (disk / "run").iterdir()] == ["history.csv"], "finished files stay, no half ones"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -382,7 +394,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_a_teacher_file_that_does_not_fit(tmp_path):
     path = tmp_path / "best.safetensors"
-    save_weights(build_model("T1", width=0.125).state_dict(), path)
+    save_tensors(build_model("T1", width=0.125).state_dict(), path)
     load_weights(build_model("T1", width=0.125), path)
     for other in (build_model("T1", width=0.25), build_model("S1"), build_model("T1", width=0.125, classes=2)):
         with pytest.raises(InputError, match="do not fit"):
@@ -426,7 +438,7 @@ def test_a_changed_data_set_is_refused(phantom, finished, tmp_path):
 
 def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
     """A key that changes would train finished runs again."""
-    monkeypatch.setattr(running, "run_source", lambda run, results: SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr(store, "run_source", lambda run, results: SimpleNamespace(digest="0" * 64))
     base = dict(data="phantom", target="spleen")
     thesis = Run(
         model="S2", teacher="T1", recipe=thesis_recipe("S2"), fraction=0.5, protocol=PROTOCOLS["thesis"], **base
@@ -438,7 +450,7 @@ def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
         controls("S1", "T1", fraction=0.5, **base)[3],
     ]
     keys = [run_key(run, Path(".")) for run in runs]
-    assert keys == ["6b52258b02a25b7b", "79d62ae7d7df9a99", "fbfd20a3073a1616", "b25ebca80bf7c75e"]
+    assert keys == ["4ce0ba075be1f096", "43a1fd5657b695b5", "068032fe3c1e8859", "ec8403e30c695354"]
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
@@ -446,10 +458,10 @@ def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
 
 def test_the_manifest_names_code_machine_seeds_and_hashes(finished, phantom):
     results, runs, _ = finished
-    record = running.manifest(runs[1], results)
+    record = store.manifest(runs[1], results)
     assert (
         record["code"]["files"]["kdlib/training/loop.py"] == sha256("kdlib/training/loop.py")[:12]
-        and record["format"] == 1
+        and record["format"] == 2
     )
     assert record["git"].keys() == {"commit", "dirty"} and record["versions"]["safetensors"]
     assert record["seeds"] == {"run": 0, "teacher": 0} and record["hardware"]["cores"]
@@ -467,7 +479,7 @@ def test_the_manifest_names_code_machine_seeds_and_hashes(finished, phantom):
 
 
 def sha256(path: Path | str) -> str:
-    path = Path(running.__file__).resolve().parents[2] / path if isinstance(path, str) else path
+    path = Path(store.__file__).resolve().parents[2] / path if isinstance(path, str) else path
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -479,21 +491,43 @@ def test_a_finished_folder_holds_these_files_and_no_others(finished):
         assert "checkpoint.safetensors" not in names and not any(name.startswith(".") for name in names - {".lock"})
 
 
-def test_a_manifest_of_before_is_still_a_result(finished, tmp_path, capsys):
-    """Results of the version before had no format, code or steps."""
+def test_results_of_other_code_are_used_and_said(finished, tmp_path, capsys):
     results, runs, found = finished
     old = tmp_path / "results"
     shutil.copytree(results, old)
     for path in (old / "runs").glob("*/manifest.json"):
         record = json.loads(path.read_text())
-        for name in ("format", "code", "steps", "sessions", "hardware", "seeds", "notebook", "started"):
-            del record[name]
-        path.write_text(json.dumps(record))
+        path.write_text(json.dumps(record | {"code": {}}))
     again = study(runs, old, "cpu")
     pd.testing.assert_frame_equal(again.cases, found.cases)
     assert "3 of 3 runs were made by another version of the code and are used as they are" in capsys.readouterr().out
     study(runs, results, "cpu")
     assert "another version" not in capsys.readouterr().out
+
+
+def test_a_manifest_of_an_older_format_is_no_result(finished, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 1, "status": "done"}')
+    assert store.read_manifest(tmp_path) == {} and not store.is_marked_done(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "metrics.csv", "slices.npz"])
+def test_a_file_that_was_changed_after_its_run_is_refused(finished, tmp_path, name):
+    results, runs, _ = finished
+    other = tmp_path / "results"
+    shutil.copytree(results, other)
+    path = run_folder(runs[1], other) / name
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} was changed after its run: delete .* to train that run again"):
+        store.trained(runs[1], 1, other, torch.device("cpu")) if "best" in name else study(runs, other, "cpu")
+
+
+def test_a_run_keeps_its_projectors(finished):
+    results, runs, _ = finished
+    names = store.manifest(runs[1], results)["files"]
+    assert {"best.safetensors", "projectors.safetensors", "metrics.csv"} <= names.keys()
+    assert "projectors.safetensors" not in store.manifest(runs[0], results)["files"]
 
 
 @pytest.mark.parametrize(
@@ -547,13 +581,13 @@ def test_a_failed_arm_leaves_its_cause_and_is_trained_again(half_done, monkeypat
     assert record["rerun"] == "make study" and "Traceback" in (folder / "log.txt").read_text()
     assert not (folder / "checkpoint.safetensors").exists()
     with pytest.raises(InputError, match="has no result"):
-        running.manifest(runs[1], results)
+        store.manifest(runs[1], results)
     assert study(runs, results, "cpu").runs["run"].nunique() == 3
-    assert "error" not in running.manifest(runs[1], results)
+    assert "error" not in store.manifest(runs[1], results)
 
 
 def test_a_bad_case_costs_its_run_alone_and_the_training_is_kept(half_done, monkeypatch):
-    (results, runs), original, steps, bad = half_done, running.evaluate, [], []
+    (results, runs), original, steps, bad = half_done, runner.evaluate, [], []
 
     def spoilt(model, bank, dataset, cases, threshold):
         bad.append(cases[0])
@@ -562,10 +596,10 @@ def test_a_bad_case_costs_its_run_alone_and_the_training_is_kept(half_done, monk
         return original(model, bank, dataset, cases, threshold)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "evaluate", spoilt)
+        patch.setattr(runner, "evaluate", spoilt)
         with pytest.raises(TrainingError, match="1 of 3 runs failed.*case phantom_.* cannot be evaluated .EOFError"):
             study(runs, results, "cpu")
-    assert [running.is_done(run, results) for run in runs] == [True, False, True]
+    assert [store.is_done(run, results) for run in runs] == [True, False, True]
     step = training.training_step
     monkeypatch.setattr(training, "training_step", lambda *args: steps.append(args) or step(*args))
     study(runs, results, "cpu")
@@ -591,7 +625,7 @@ def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(half_done, monkey
             TrainingError, match="1 of 3 runs.*another version of kdlib/training/loop.py: delete that file"
         ):
             study(runs, results, "cpu")
-    assert path.is_file() and [running.is_done(run, results) for run in runs] == [True, False, True]
+    assert path.is_file() and [store.is_done(run, results) for run in runs] == [True, False, True]
     study(runs, results, "cpu")
     assert not path.exists()
 
@@ -599,7 +633,7 @@ def test_a_checkpoint_of_other_code_stops_its_run_and_no_other(half_done, monkey
 def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypatch, capsys):
     recipes, (results, runs) = [thesis_recipe("S1", only=(name,)) for name in ("E-E", "B-B", "D-D")], half_done
     runs = [dataclasses.replace(runs[1], recipe=recipe) for recipe in recipes]
-    calls, original = [], running.train_cohort
+    calls, original = [], runner.train_cohort
 
     def small(group, *args):
         calls.append(len(group))
@@ -607,10 +641,10 @@ def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(group, *args)
 
-    monkeypatch.setattr(running, "train_cohort", small)
+    monkeypatch.setattr(runner, "train_cohort", small)
     assert study(runs, results, "cpu").runs["run"].nunique() == 3
     assert calls == [3, 1, 2, 1, 1], "the cohort, its first arm, the other two, each alone"
-    assert "3 arms at once do not fit into memory (CUDA out of memory. Tried" in capsys.readouterr().out
+    assert "3 runs at once do not fit into memory (CUDA out of memory. Tried" in capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, capsys):
@@ -623,24 +657,24 @@ def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, 
 
     monkeypatch.setattr(training, "losses_of", small)
     study(runs, results, "cpu")
-    parts = [running.manifest(run, results)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
+    parts = [store.manifest(run, results)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
     assert parts == [1, 1, 4, 4]
     printed = capsys.readouterr().out
-    assert "KD(T1, S1) (PMD): batches of 8 slices do not fit into memory (CUDA out of memory.): split into 4" in printed
+    assert "KD(T1,S1)@50:PMD: batches of 8 slices do not fit into memory (CUDA out of memory.): split into 4" in printed
 
 
 def test_a_batch_that_cannot_be_split_further_is_named_and_the_others_go_on(half_done, monkeypatch):
-    (results, runs), original = half_done, running.train_cohort
+    (results, runs), original = half_done, runner.train_cohort
 
     def small(group, *args):
         if group[0].teacher:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(group, *args)
 
-    monkeypatch.setattr(running, "train_cohort", small)
+    monkeypatch.setattr(runner, "train_cohort", small)
     with pytest.raises(TrainingError, match="2 of 3 runs failed.*batches of 2 slices do not fit into memory .CUDA out"):
         study(runs, results, "cpu")
-    assert running.is_done(runs[0], results)
+    assert store.is_done(runs[0], results)
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
@@ -673,10 +707,10 @@ def test_what_another_process_trains_is_left_for_the_end_and_then_read(
     shutil.copytree(results / "splits", mine / "splits")
     done = run_folder(runs[1], results)
     copy = f"import shutil; shutil.copytree({str(done)!r}, folder, dirs_exist_ok=True)"
-    trained, original = [], running.train_missing
-    monkeypatch.setattr(running, "train_missing", lambda group, *args: trained.append(group) or original(group, *args))
+    trained, original = [], runner.train_missing
+    monkeypatch.setattr(runner, "train_missing", lambda group, *args: trained.append(group) or original(group, *args))
     with another_process(runs[1], mine, copy) as other:
-        locked = running._locked
+        locked = runner.locked
 
         @contextmanager
         def noticed(run, folder, wait=False):
@@ -686,7 +720,7 @@ def test_what_another_process_trains_is_left_for_the_end_and_then_read(
             with locked(run, folder, wait) as got:
                 yield got
 
-        monkeypatch.setattr(running, "_locked", noticed)
+        monkeypatch.setattr(runner, "locked", noticed)
         again = study(runs, mine, "cpu")
     assert runs[1] not in [run for group in trained for run in group]
     assert trained[-1] == [runs[2]], "the others of the cohort did not wait"
@@ -701,15 +735,14 @@ def test_a_lock_whose_holder_died_is_taken_over(phantom, tmp_path, monkeypatch):
         other.wait()
         assert (run_folder(run, tmp_path) / ".lock").exists()
         study([run], tmp_path, "cpu")
-    assert running.is_done(run, tmp_path)
+    assert store.is_done(run, tmp_path)
 
 
 def test_a_failure_of_another_process_is_reported_not_repeated(phantom, tmp_path, monkeypatch):
     run = runs_on(phantom)[0]
-    failed = (
-        """(folder / 'manifest.json').write_text(json.dumps({"status": "failed", "error": "S1: loss became nan"}))"""
-    )
-    monkeypatch.setattr(running, "train_missing", lambda *args: pytest.fail("trained"))
+    record = {"format": 2, "status": "failed", "error": "S1: loss became nan"}
+    failed = f"(folder / 'manifest.json').write_text(json.dumps({record}))"
+    monkeypatch.setattr(runner, "train_missing", lambda *args: pytest.fail("trained"))
     with another_process(run, tmp_path, failed) as other:
         Timer(0.5, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
         with pytest.raises(TrainingError, match="1 of 1 runs failed.*S1: loss became nan"):

@@ -33,7 +33,9 @@ from kdlib.apps.notebooks import check_parameters, check_study, execute, main, r
 from kdlib.config import InputError
 from kdlib.data import build_bank, index, make_phantom, split_file, splits
 from kdlib.data.decathlon import Dataset
-from kdlib.experiments.runs import Results, load_arrays, load_weights
+from kdlib.experiments.store import load_weights
+from kdlib.experiments.tables import Results
+from kdlib.files import read_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
@@ -169,7 +171,7 @@ def test_no_pickle_in_a_results_folder_is_loaded(canary, tmp_path, kind):
     with pytest.raises(InputError, match="best.safetensors cannot be read"):
         load_weights(torch.nn.Linear(1, 1), tmp_path / "best.safetensors")
     with pytest.raises(InputError, match="slices.npz holds no plain arrays"):
-        load_arrays(tmp_path / "slices.npz")
+        read_arrays(tmp_path / "slices.npz")
     with pytest.raises(InputError, match="x.ipynb is not a readable notebook"):
         read_notebook(tmp_path / "x.ipynb")
     for part in ("cases", "history", "runs"):
@@ -419,5 +421,5 @@ def test_a_zip_among_the_arrays_cannot_write_a_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("../../escaped.npy", b"\x93NUMPY")
     with pytest.raises(InputError, match="holds no plain arrays"):
-        load_arrays(tmp_path / "x.npz")
+        read_arrays(tmp_path / "x.npz")
     assert files_of(tmp_path) == ["x.npz"]

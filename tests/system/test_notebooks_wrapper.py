@@ -372,7 +372,7 @@ def test_input_errors_are_one_line_and_status_2(notebook, monkeypatch, capsys, c
 
 
 def test_the_wrapper_waits_for_neither_torch_nor_training_code():
-    code = "import sys, kdlib.apps.notebooks; print({'torch', 'monai', 'pandas', 'kdlib.experiments.runs'} & sys.modules.keys())"
+    code = "import sys, kdlib.apps.notebooks; print({'torch', 'monai', 'pandas', 'kdlib.experiments.runner'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

@@ -22,12 +22,25 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from kdlib.config import PROFILES, PROTOCOLS, InputError, Preprocessing, Profile, Recipe, Run, Term, override_profile
+from kdlib.config import (
+    PROFILES,
+    PROTOCOLS,
+    InputError,
+    Preprocessing,
+    Profile,
+    Recipe,
+    Run,
+    Term,
+    from_json,
+    override_profile,
+    to_json,
+)
 from kdlib.data import SliceBank, make_phantom
 from kdlib.experiments import parallel
-from kdlib.experiments.parallel import describe, launch, main, read
-from kdlib.experiments.recipes import controls, distiller, thesis_recipe
-from kdlib.experiments.runs import manifest, run_folder, study
+from kdlib.experiments.parallel import launch, main
+from kdlib.experiments.recipes import distiller, controls, thesis_recipe
+from kdlib.experiments.runner import study
+from kdlib.experiments.store import manifest, run_folder
 from kdlib.training import ranks
 from kdlib.training.checkpoint import InterruptHandler
 from kdlib.training.loop import new_model, train_cohort
@@ -247,7 +260,7 @@ def until(child: subprocess.Popen, pattern: str) -> None:
         said.append(line)
         if re.search(pattern, line):
             return
-    pytest.fail(f"never said {pattern}: {''.join(said)} {child.stderr.read()}")
+    pytest.fail(f"never said {pattern}: {''.join(said)} {child.stderr.from_json()}")
 
 
 def rank_of(parent: int, number: int) -> psutil.Process:
@@ -259,7 +272,7 @@ def rank_of(parent: int, number: int) -> psutil.Process:
 def test_two_processes_of_which_one_is_killed_say_so_in_one_line_and_go_on_to_the_end_of_one(tmp_path, monkeypatch):
     run, results = taught(str(make_phantom(tmp_path / "data", patients=9))), tmp_path / "pair"
     folder, file = run_folder(run, results), tmp_path / "run.json"
-    file.write_text(json.dumps(describe(run)))
+    file.write_text(json.dumps(to_json(run)))
 
     child = started(file, results)
     until(child, r"KD\(T1, S1\).*epoch 2/12")
@@ -299,9 +312,9 @@ def test_a_run_survives_its_description():
     runs = [*controls("S1", "T1", **view), Run(model="T2", protocol=PROTOCOLS["thesis"], **view)]
     runs.append(Run(model="S2", teacher="T1+T2", recipe=Recipe("own", terms=(contrast,), balance=0.5), **view))
     runs.append(Run(model="S1", teacher="T1", recipe=distiller("cirkd", "S1"), **view))
-    assert [read(json.loads(json.dumps(describe(run)))) for run in runs] == runs
+    assert [from_json(json.loads(json.dumps(to_json(run)))) for run in runs] == runs
     short = {"data": "phantom", "target": "spleen", "model": "S1", "profile": "ct128", "protocol": "thesis"}
-    assert read(short) == Run("phantom", "spleen", "S1", profile=PROFILES["ct128"], protocol=PROTOCOLS["thesis"])
+    assert from_json(short) == Run("phantom", "spleen", "S1", profile=PROFILES["ct128"], protocol=PROTOCOLS["thesis"])
 
 
 @pytest.mark.parametrize(

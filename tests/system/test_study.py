@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 from kdlib.apps.notebooks import EXPERIMENTS, NOTEBOOKS, execute, main, run_study, study_parameters
-from kdlib.config import LOSS_NAMES, SWITCHES, InputError, override_profile
+from kdlib.config import SWITCHES, InputError, override_profile
 from kdlib.experiments import dry_run as plan
 from kdlib.experiments.recipes import QUICK, thesis_recipe
-from kdlib.experiments.runs import is_done, run_key
+from kdlib.experiments.store import is_done, run_key
+from kdlib.losses import LOSSES
 
 TINY = {
     "width": 0.125, "folds": 3, "teacher_epochs": 2, "student_epochs": 2, "teacher_steps": 4, "student_steps": 4,
@@ -83,7 +84,7 @@ def test_the_experiments_have_the_arms_of_the_thesis(done):
     assert set(pd.read_csv(tables / "02_outside_runs.csv")["arm"]) == {"SegResNet (50 %)", "KD(T1, SegResNet)"}
     losses = set(pd.read_csv(tables / "04_loss_comparison_runs.csv")["recipe"])
     thesis = {thesis_recipe("S1", loss).name for loss in ("fitnet", "infonce", "supcon")}
-    assert losses == controls | thesis | {LOSS_NAMES[loss] for loss in QUICK} | {"baseline"}
+    assert losses == controls | thesis | {LOSSES[loss].label for loss in QUICK} | {"baseline"}
     signal = pd.read_csv(tables / "04_liveness.csv").groupby("arm")["alive"].agg(set)
     assert signal.pop("all weights 0") == {"no gradient"} and all(alive == {"yes"} for alive in signal)
     cases = pd.read_csv(tables / "02_distillation_cases.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -16,15 +17,18 @@ from kdlib.config import (
     Optimisation,
     Preprocessing,
     Profile,
+    Protocol,
     Recipe,
     Run,
     Term,
     cumulative_correction,
     derive_seed,
+    from_json,
     lookup,
     override_profile,
+    to_json,
 )  # fmt: skip
-from kdlib.experiments.recipes import DISTILLERS, distiller, thesis_recipe
+from kdlib.experiments.recipes import comparison_losses, distiller, thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.training.distiller import check_recipe
 
@@ -33,22 +37,22 @@ from kdlib.training.distiller import check_recipe
     "build, word",
     [
         (lambda: Preprocessing(size=100), "multiple of 16"),
-        (lambda: Preprocessing(size=8), "multiple of 16"),
+        (lambda: Preprocessing(size=8), "size 8: give a whole number of 16 or more"),
         (lambda: Preprocessing(spacing=0), "spacing"),
         (lambda: Preprocessing(channels="rgb"), "neighbours"),
         (lambda: Preprocessing(window=(10, 10)), "window"),
         (lambda: Preprocessing(percentiles=(50, 101)), "percentiles"),
         (lambda: Term("E-B", "fitnet", 0.1), "say where it reads .*'E-E', 'B-B', 'D-D' or 'PMD'"),
         (lambda: Term("E-E", "fitnet", -0.1), "weight -0.1"),
-        (lambda: Term("E-E", "fitnet", 0.1, projector="fixed"), "learned, frozen or redrawn"),
+        (lambda: Term("E-E", "fitnet", 0.1, projector="fixed"), "'learned' or 'frozen'"),
         (
             lambda: Term("x", "fitnet", 0.1, student_layers="a", teacher_layers=("a", "b")),
             "1 scales of the student, 2 of the teacher",
         ),
-        (lambda: Recipe("x", smoothing=1.0), "smoothing 1.0"),
+        (lambda: Recipe("x", smoothing=1.0), "recipe 'x', smoothing 1.0: give a number from 0 and below 1"),
         (lambda: Recipe("x", teacher="absent"), "'trained', 'random' or 'shuffled'"),
-        (lambda: Recipe("x", budget="all"), "'student' or 'both'"),
-        (lambda: Recipe("x", balance=0.5), "give a positive one, and terms"),
+        (lambda: Recipe("x", budget="all"), "'student', 'teacher\\+student' or 'wall_clock'"),
+        (lambda: Recipe("x", balance=0.5), "needs terms whose weights are not 0"),
         (lambda: Term("E-E", "fitnet", 0.1, 0.0), "temperature"),
         (lambda: Recipe("twice", terms=(Term("E-E", "fitnet", 0.1), Term("E-E", "fitnet", 0.2))), "twice"),
         (lambda: Recipe("x", segmentation="focal"), "dice"),
@@ -75,7 +79,7 @@ def test_unknown_key_is_an_error():
 def test_thesis_recipe_has_the_thesis_weights_and_temperatures():
     small, large = thesis_recipe("S1"), thesis_recipe("S2")
     assert {t.name: t.weight for t in small.terms} == {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}
-    assert small.segmentation_weight == 0.4 and small.segmentation == "dice"
+    assert small.segmentation_weight == 0.4 and small.segmentation == "dice+ce"
     assert {t.temperature for t in small.terms if t.name != "PMD"} == {0.4}
     assert {t.temperature for t in large.terms if t.name != "PMD"} == {0.1}
     assert {t.temperature for t in large.terms if t.name == "PMD"} == {4.0}
@@ -97,7 +101,9 @@ def arms(protocol: str) -> list[Run]:
 
 
 def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
-    assert len({run.optimisation for run in arms("corrected")}) == 1
+    teacher, *students = arms("corrected")
+    assert len({run.optimisation for run in students}) == 1 and teacher.optimisation == teacher.profile.teacher
+    assert {run.effective_recipe.segmentation for run in [teacher, *students]} == {"dice+ce"}
     teacher, baseline, distilled = (run.optimisation for run in arms("thesis"))
     assert (baseline.optimiser, baseline.lr, baseline.batch) == ("adamw", 1.5e-4, 16)
     assert (distilled.optimiser, distilled.lr, distilled.batch) == ("rmsprop", 1e-2, 20)
@@ -114,18 +120,17 @@ def test_the_lesson_keeps_the_published_faults():
     assert {term.name: term.loss for term in thesis.effective_recipe.terms} == {
         "E-E": "infonce", "B-B": "infonce", "D-D": "infonce", "PMD": "softmax_kl",
     }  # fmt: skip
-    assert {term.projector for term in thesis.effective_recipe.terms[:3]} == {"redrawn"}
+    assert thesis.effective_recipe.redrawn_projectors and not corrected.effective_recipe.redrawn_projectors
     assert thesis.preprocessing.published and thesis.threshold == pytest.approx(0.6225, abs=1e-4)
     weights = [(term.weight, term.temperature) for term in thesis.recipe.terms]
     assert [(term.weight, term.temperature) for term in thesis.effective_recipe.terms] == weights
 
 
-@pytest.mark.parametrize("loss", DISTILLERS)
+@pytest.mark.parametrize("loss", comparison_losses())
 def test_every_distiller_can_be_had_with_the_published_faults(loss):
     run = Run("phantom", "spleen", "S1", teacher="T1", recipe=distiller(loss, "S1"), protocol=PROTOCOLS["thesis"])
     check_recipe(run.effective_recipe)
-    redrawn = {term.projector == "redrawn" for term in run.effective_recipe.terms}
-    assert redrawn == {LOSSES[loss].adapt in ("both", "student") and LOSSES[loss].reads == "features"}
+    assert run.effective_recipe.redrawn_projectors == (LOSSES[loss].reads == "features")
 
 
 def test_options_of_labels_are_dropped_where_labels_are():
@@ -173,8 +178,10 @@ def test_run_names_recipe_and_teacher_run():
     student = Run(
         "phantom", "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), seed=3, teacher_seed=1
     )
-    assert student.name == "KD(T1, S1)"
-    assert Run("phantom", "spleen", "S2", fraction=0.5).name == "S2 (50 %)"
+    assert (student.method, student.role) == ("KD(T1,S1)@50:supcon:E-E+B-B+D-D+PMD", "distilled")
+    alone = Run("phantom", "spleen", "S2", fraction=0.5)
+    assert (alone.method, alone.role) == ("S2@50", "baseline")
+    assert dataclasses.replace(student, fold=1, seed=4).method == student.method
     assert Run("phantom", "spleen", "S2").recipe == BASELINE
     (teacher,) = student.teacher_runs().values()
     assert (teacher.model, teacher.fraction, teacher.seed, teacher.recipe) == ("T1", 1.0, 1, TEACHER_RECIPE)
@@ -196,3 +203,79 @@ def test_derived_seeds_differ_and_repeat():
 
 def test_errors_show_as_one_line_in_jupyter():
     assert InputError("no such fold")._render_traceback_() == ["InputError: no such fold"]
+
+
+# ----------------------------------------------------------------------------------------------------- strict reading
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"folds": "three"}, "profile 'quick', folds 'three': give a whole number of 2 or more"),
+        ({"folds": 0}, "folds 0: give a whole number of 2 or more"),
+        ({"spacing": "two"}, "preprocessing, spacing 'two': give a number above 0, or None"),
+        ({"spacing": float("nan")}, "spacing nan: give a number above 0"),
+        ({"student_steps": -3}, "student_steps -3: give a whole number of 1 or more, or None"),
+        ({"student_epochs": 0}, "student_epochs 0: give a whole number of 1 or more"),
+        ({"teacher_epochs": 2.5}, "teacher_epochs 2.5: give a whole number"),
+        ({"width": -1}, "width -1: give a number above 0"),
+        ({"size": True}, "size True: give a whole number of 16 or more"),
+        ({"window": [1]}, "window \\(1,\\): give 2 values, each a number"),
+        ({"published": "yes"}, "published 'yes': give true or false"),
+        ([3], "changes \\[3\\] of profile 'quick': give fields and values"),
+    ],
+)
+def test_changes_of_a_profile_are_read_strictly(changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        override_profile("quick", changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Preprocessing, Term, Recipe, Optimisation, Protocol, Profile, Run])
+def test_every_field_of_every_description_refuses_another_type(kind):
+    """An object is of no type that a field may have."""
+    made = {
+        Preprocessing: Preprocessing(), Term: Term("E-E", "fitnet", 0.1), Recipe: BASELINE, Optimisation: Optimisation(),
+        Protocol: PROTOCOLS["thesis"], Profile: PROFILES["quick"], Run: Run("phantom", "spleen", "S1"),
+    }[kind]  # fmt: skip
+    for field in dataclasses.fields(kind):
+        with pytest.raises(InputError, match=rf"{field.name}.* give "):
+            dataclasses.replace(made, **{field.name: object()})
+
+
+def test_a_run_survives_json():
+    run = Run(
+        "phantom", "spleen", "S1", 1, 0.5, "T1", thesis_recipe("S1"), profile=override_profile("quick", {"spacing": 2})
+    )
+    assert from_json(json.dumps(to_json(run))) == run and from_json(to_json(run)) == run
+    whole, real = (override_profile("quick", {"spacing": spacing}).preprocessing for spacing in (2, 2.0))
+    assert whole == real and json.dumps(whole.spacing) == "2.0", "equal descriptions have equal keys"
+    named = {"data": "phantom", "target": "spleen", "model": "S1", "profile": "thesis", "protocol": "thesis"}
+    assert from_json(named).profile == PROFILES["thesis"] and from_json(named).protocol == PROTOCOLS["thesis"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fold": "a"}, "run, fold 'a': give a whole number of 0 or more @ run"),
+        ({"colour": 1}, "field 'colour' of a run does not exist: choose from data, target"),
+        ({"profile": "fast"}, "profile 'fast' does not exist: choose from quick"),
+        ({"profile": {"name": "x"}}, "a required field is missing @ run.profile.preprocessing"),
+        ({"recipe": 3}, "3 is no recipe: give its fields @ run.recipe"),
+        ({"recipe": {"name": "r", "terms": 3}}, "give a list @ run.recipe.terms"),
+        (
+            {"recipe": {"name": "r", "terms": [{"name": "E-E", "loss": "kl", "weight": "big"}]}},
+            "weight 'big': give a number",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_one_clear_line(change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        from_json({"data": "phantom", "target": "spleen", "model": "S1"} | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_text_that_is_no_run(text):
+    with pytest.raises(InputError):
+        from_json(text)

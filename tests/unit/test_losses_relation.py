@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdlib.config import InputError
-from kdlib.losses._common import Context
+from kdlib.losses.base import Context
 from kdlib.losses.relation import IFVD, CrossImageRelation, PairwiseAffinity, SimilarityPreserving
 
 SHAPES = [(3, 5, 6, 4), (2, 3, 4, 2, 3)]

@@ -22,7 +22,8 @@ from kdlib.config import PROTOCOLS, InputError, Run, Term, derive_seed, override
 from kdlib.data import make_phantom
 from kdlib.experiments.illustrate import pairs as pairs_of
 from kdlib.experiments.recipes import thesis_recipe
-from kdlib.experiments.runs import load_arrays, run_bank, run_source, save_arrays
+from kdlib.experiments.source import run_bank, run_source
+from kdlib.files import read_arrays, write_arrays
 from kdlib.losses import Context, SupervisedContrastiveLoss
 from kdlib.training.distiller import FeatureHooks
 from kdlib.training.loop import batch_indices, new_arm, new_model
@@ -179,8 +180,8 @@ def as_table(arrays) -> pd.DataFrame:
 
 def test_the_figure_of_pairs_marks_what_was_drawn(place, tmp_path):
     results, run = place
-    save_arrays(tmp_path / "pairs.npz", pairs_of(run, results))
-    panels = load_arrays(tmp_path / "pairs.npz")
+    write_arrays(tmp_path / "pairs.npz", pairs_of(run, results))
+    panels = read_arrays(tmp_path / "pairs.npz")
     figure = pairs(panels)
     check(figure, DOUBLE)
     assert len(figure.axes) == 6

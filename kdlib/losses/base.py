@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib.config import InputError
 
@@ -27,6 +28,43 @@ class Context:
 
 
 EMPTY_CONTEXT = Context()
+LOSSES: dict[str, type[DistillationLoss]] = {}  # by name; filled as the classes below are defined
+FAMILIES = ("prediction", "feature", "relation", "contrast")
+ADAPTS = ("none", "student", "both", "own")
+
+
+class DistillationLoss(nn.Module):
+    """A distillation loss: compares a student's maps with a teacher's, and returns a scalar.
+
+    A subclass with a `name` is registered in `kdlib.losses.LOSSES`, and can then be named by a `Term`.
+
+    Attributes:
+        name: unique; what a `Term` calls the loss.
+        label: for readers, in tables and figures.
+        family: "prediction", "feature", "relation" or "contrast".
+        reads: "logits" or "features".
+        adapt: channels that the loss needs: "none" (as they come), "student" (the student is projected to the
+            teacher's), "both" (both are projected to a common width) or "own" (the loss has its own projections).
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    family: ClassVar[str]
+    reads: ClassVar[str]
+    adapt: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            return
+        for field, known in (("family", FAMILIES), ("reads", ("logits", "features")), ("adapt", ADAPTS)):
+            if getattr(cls, field, None) not in known:
+                raise InputError(f"loss {cls.__name__}: give its {field}, one of {', '.join(known)}")
+        other = LOSSES.get(cls.name)
+        # a cell of a notebook, or a module, that is run again defines its class again
+        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"loss {cls.__name__}: the name {cls.name!r} is that of {other.__name__}; choose another")
+        LOSSES[cls.name] = cls
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from kdlib.config import STUDENTS, TEACHERS, InputError
 from kdlib.models import MODELS, Output, UNet, build_model, count_parameters, gflops
 from kdlib.models.transunet import TransformerBottleneck
 
-SMALL = {"T1": 0.125, "T2": 0.125, "S1": 1.0, "S2": 1.0}  # widths that a test can afford
+SMALL = {"T1": 0.125, "T2": 0.125, "S1": 1.0, "S2": 1.0, "E1": 1.0}  # widths that a test can afford
 
 
 def small(name, **options):
@@ -137,6 +137,10 @@ EXPECTED_SCALES = {  # channels and the divisor of the side, in 2D at full width
         "encoder1": (32, 1), "encoder2": (64, 2), "bottleneck": (128, 4), "decoder1": (32, 1), "decoder2": (64, 2),
         "logits": (1, 1),
     },
+    "E1": {
+        "encoder1": (16, 1), "encoder2": (24, 2), "encoder3": (32, 4), "encoder4": (48, 8), "bottleneck": (72, 16),
+        "decoder1": (16, 1), "decoder2": (24, 2), "decoder3": (32, 4), "decoder4": (48, 8), "logits": (1, 1),
+    },
 }  # fmt: skip
 EXPECTED_SCALES["T2"] = EXPECTED_SCALES["T1"]
 
@@ -162,8 +166,12 @@ def test_scales_are_the_maps_that_the_output_is_made_of(name):
     assert torch.equal(maps["logits"], output.segmentation)
     assert torch.equal(model.segmentation.head(maps["decoder1"]), output.segmentation)
     assert torch.equal(model.encoder["2"](model.pool(maps["encoder1"])), maps["encoder2"])
-    up = model.segmentation.up["2"](maps["decoder3"] if "decoder3" in maps else maps["bottleneck"])
-    assert torch.equal(model.segmentation.decoder["2"](torch.cat([maps["encoder2"], up], 1)), maps["decoder2"])
+    below = maps["decoder3"] if "decoder3" in maps else maps["bottleneck"]
+    if name == "E1":
+        merged = model.segmentation.up(model.segmentation.narrow["2"](below)) + maps["encoder2"]
+    else:
+        merged = torch.cat([maps["encoder2"], model.segmentation.up["2"](below)], 1)
+    assert torch.equal(model.segmentation.decoder["2"](merged), maps["decoder2"])
 
 
 @pytest.mark.parametrize("name", TEACHERS)

@@ -1,0 +1,51 @@
+"""Has a training converged? Nothing is compared before it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from kdlib.config import InputError
+
+TOLERATED_GAIN = 0.01  # Dice that the last fifth of a training may still gain
+
+
+def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
+    """Validation Dice at 25, 50 and 100 % of the steps of every method, and what the last fifth of them gained.
+
+    The Dice at a share of a training is the best of the validations until then, as the best weights are those that are
+    kept; it is averaged over the runs (folds and seeds) of a method. The learning rate falls to 0 over each training,
+    so that Dice at 50 % of the steps is less than that of a training of half the length.
+
+    Args:
+        history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`.
+        by: columns that make a method.
+
+    Returns:
+        a table with columns `by`, runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice) and converged (the gain
+        is at most 0.01).
+
+    Raises:
+        InputError: the history holds no validation Dice.
+    """
+    dice = history[history["name"] == "val_dice"]
+    if dice.empty:
+        raise InputError("a history without val_dice: give the history table of a study")
+    rows = []
+    for _, run in dice.groupby("run", sort=False):
+        best = run.sort_values("epoch").set_index("epoch")["value"].cummax()
+        end = best.index.max()
+
+        def until(share: float, best: pd.Series = best, end: int = end) -> float:
+            known = best[best.index <= share * end]
+            return known.iloc[-1] if len(known) else 0.0
+
+        shares = {f"dice_{percent}": until(percent / 100) for percent in (25, 50, 100)}
+        gain = shares["dice_100"] - until(0.8)
+        rows.append({name: run[name].iloc[0] for name in by} | shares | {"last_fifth": gain})
+    table = pd.DataFrame(rows)
+    values = ["dice_25", "dice_50", "dice_100", "last_fifth"]
+    found = table.groupby(list(by), sort=False)[values].mean()
+    found.insert(0, "runs", table.groupby(list(by), sort=False).size())
+    return found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()

@@ -1,0 +1,301 @@
+"""The experiments: each is a function from a setting to the list of runs that answer its question."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Literal
+
+from monai.networks.nets import SegResNet
+
+from kdlib.config import PROTOCOLS, InputError, Profile, Recipe, Run, cumulative_correction, lookup, override_profile
+from kdlib.experiments.recipes import (
+    WEIGHTS,
+    comparison_losses,
+    consistency,
+    controls,
+    distiller,
+    prediction_recipe,
+    pseudo_labels,
+    thesis_recipe,
+    unlabelled,
+)
+from kdlib.experiments.source import run_source
+from kdlib.models import MODELS, ExternalModel
+from kdlib.strict import Range, check_fields
+from kdlib.training.device import pick_device
+
+STUDENTS, TEACHERS = ("S1", "S2"), ("T1", "T2")  # of the thesis's tables
+LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
+LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+Number = Annotated[int, Range(0)]
+RESERVED = ("data", "runs", "splits")  # folders of `results` that are no study
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the experiments of a study share: the parameters of every notebook, checked once.
+
+    Args:
+        data: a folder in Decathlon or nnU-Net layout, or "phantom".
+        target: label names joined by ",", or "all".
+        profile: name in `kdlib.PROFILES`; `changes`: fields of it to change.
+        protocol: name in `kdlib.PROTOCOLS`.
+        folds, seeds: outer folds whose patients are tested, and seeds of the students.
+        on_defect: "raise" or "drop", see `kdlib.data.index`; `group`: how cases are grouped into patients.
+        device: "auto", "cpu" or "cuda".
+        results: folder that keeps runs and studies; `study`: folder in it for this study's tables and figures.
+
+    Raises:
+        InputError: names the parameter, its value and what is allowed.
+    """
+
+    data: str = "phantom"
+    target: str = "spleen"
+    profile: str = "quick"
+    changes: dict = field(default_factory=dict)
+    protocol: str = "corrected"
+    folds: tuple[Number, ...] = (0,)
+    seeds: tuple[Number, ...] = (0,)
+    on_defect: Literal["raise", "drop"] = "raise"
+    group: str = "auto"
+    device: str = "auto"
+    results: Path = Path("results")
+    study: str = "phantom-spleen-quick"
+
+    def __post_init__(self):
+        for name, kind in (("data", str), ("results", Path)):
+            if isinstance(getattr(self, name), str | os.PathLike):
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        check_fields(self)
+        for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
+        check_study(self.study.split("/")[0])
+        pick_device(self.device)
+        self.run("S1")  # whatever a run refuses
+        for fold, seed in self.places:
+            self.run("S1", fold=fold, seed=seed)
+
+    @property
+    def sized(self) -> Profile:
+        """The profile with its changes."""
+        return override_profile(self.profile, dict(self.changes))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the target classes; reads the data set."""
+        return list(run_source(self.run("S1"), self.results).classes)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's tables and figures are."""
+        return self.results / self.study
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Every fold with every seed."""
+        return [(fold, seed) for fold in self.folds for seed in self.seeds]
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """The fields of `kdlib.Run` that all runs share."""
+        shared = dict(data=self.data, target=self.target, profile=self.sized, on_defect=self.on_defect)
+        return shared | dict(protocol=lookup("protocol", self.protocol, PROTOCOLS), group=self.group)
+
+    def run(self, model: str, **fields: object) -> Run:
+        """A run of this setting, of its first fold unless `fields`, further fields of `kdlib.Run`, say otherwise."""
+        return Run(model=model, **(self.fields | dict(fold=self.folds[0]) | fields))
+
+    def everywhere(self, model: str, **fields: object) -> list[Run]:
+        """The same run in every fold and seed."""
+        return [self.run(model, fold=fold, seed=seed, **fields) for fold, seed in self.places]
+
+
+def check_study(name: str) -> None:
+    """Raises InputError where a study's name is not that of a folder in results, or of one that is taken."""
+    if name in RESERVED:
+        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+
+
+def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
+    """The teachers of every fold, trained on all labels with the first seed of teachers."""
+    return [setting.run(model, fold=fold) for fold in setting.folds for model in models]
+
+
+def baseline(setting: Setting, models: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
+    """Teachers, and students without distillation on all and on half of the labels."""
+    for model in models:
+        lookup("network", model, MODELS)
+    students = [model for model in models if model not in TEACHERS]
+    runs = teachers(setting, [model for model in models if model in TEACHERS])
+    return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
+
+
+def pairs(setting: Setting, students: Sequence[str] = STUDENTS) -> list[Run]:
+    """The thesis's recipe for every teacher and student, on half of the labels."""
+    return [
+        run
+        for teacher in TEACHERS
+        for model in students
+        for run in setting.everywhere(model, fraction=0.5, teacher=teacher, recipe=thesis_recipe(model))
+    ]
+
+
+def distillation(setting: Setting) -> list[Run]:
+    """The thesis's Table 4.2: teachers, students, and every teacher with every student."""
+    return baseline(setting) + pairs(setting)
+
+
+def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
+    """Baseline, the thesis's recipe and its negative controls, on half of the labels."""
+    half = dict(fraction=0.5)
+    runs = setting.everywhere(student, **half)
+    for recipe in (thesis_recipe(student), prediction_recipe()):
+        runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+    for fold, seed in setting.places:
+        runs += controls(student, teacher, fold=fold, seed=seed, **half, **setting.fields)
+    return runs
+
+
+def ablation(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
+    """Every subset of the thesis's terms, on half of the labels, beside the baseline."""
+    subsets = [only for size in range(1, 5) for only in combinations(WEIGHTS, size)]
+    recipes = [thesis_recipe(student, only=only) for only in subsets]
+    return setting.everywhere(student, fraction=0.5) + [
+        run for recipe in recipes for run in setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
+    ]
+
+
+def loss_comparison(
+    setting: Setting,
+    student: str = "S1",
+    teacher: str = "T1",
+    losses: Sequence[str] = (),
+    shuffled_controls: bool = False,
+) -> list[Run]:
+    """Every distillation loss alone under one training setup, the thesis's terms with three losses, and the controls.
+
+    Args:
+        losses: names in `kdlib.losses.LOSSES`; none: all, or two of each family in profile quick. DKD
+            equals KL where there is one class, and is left out where it is not named.
+        shuffled_controls: every loss also with a shuffled teacher, as its own control.
+    """
+    names = list(losses or comparison_losses(quick=setting.profile == "quick"))
+    if not losses and len(setting.classes) == 1:
+        names.remove("dkd")
+    recipes = [thesis_recipe(student, loss) for loss in ("fitnet", "infonce", "supcon")]
+    recipes += [distiller(loss, student) for loss in names]
+    if shuffled_controls:
+        shuffled = dict(teacher="shuffled", control="shuffled_teacher")
+        recipes += [dataclasses.replace(r, name=f"{r.name} shuffled", **shuffled) for r in recipes[3:]]
+    runs = negative_controls(setting, student, teacher)
+    for recipe in recipes:
+        runs += setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
+    return list(dict.fromkeys(runs))
+
+
+def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
+    """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol.
+
+    Raises:
+        InputError: the target has several classes.
+    """
+    if len(setting.classes) > 1:
+        raise InputError(
+            f"target {setting.target!r} has several classes: pooled Dice and the one-channel softmax need one; name it"
+        )
+    zero = thesis_recipe(student)
+    silent = tuple(dataclasses.replace(term, weight=0.0) for term in zero.terms)
+    zero = dataclasses.replace(zero, name="zero_weights", terms=silent, control="zero_weights")
+    runs = []
+    for protocol in cumulative_correction():
+        shared = dict(fraction=0.5, protocol=protocol)
+        runs += setting.everywhere(student, **shared)
+        for recipe in (thesis_recipe(student), zero):
+            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **shared)
+    return runs
+
+
+def label_fractions(
+    setting: Setting, student: str = "S1", teacher: str = "T1", fractions: Sequence[float] = LABEL_FRACTIONS
+) -> list[Run]:
+    """With how few labels does distillation help? Baseline, distilled, distilled with unlabelled images and its two
+    controls at every label fraction, and the teacher, which has all labels."""
+    runs = teachers(setting, [teacher])
+    for fraction in fractions:
+        runs += setting.everywhere(student, fraction=fraction)
+        taught: list[tuple[str, Recipe]] = [(teacher, prediction_recipe())]
+        if fraction < 1:
+            taught += [(teacher, unlabelled()), ("self", consistency()), (teacher, pseudo_labels())]
+        for name, recipe in taught:
+            runs += setting.everywhere(student, fraction=fraction, teacher=name, recipe=recipe)
+    return runs
+
+
+def training_length(
+    setting: Setting, student: str = "S1", teacher: str = "T1", lengths: Sequence[float] = LENGTHS
+) -> list[Run]:
+    """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own."""
+    runs = []
+    for length in lengths:
+        half = dict(fraction=0.5, length=length)
+        runs += setting.everywhere(student, **half)
+        for recipe in (prediction_recipe(), unlabelled()):
+            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+    return runs
+
+
+def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
+    """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
+    layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
+
+    def build(dims: int, channels: int, classes: int) -> ExternalModel:
+        return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
+
+    MODELS.setdefault("SegResNet", build)
+    half = dict(fraction=0.5)
+    taught = dict(teacher=teacher, recipe=thesis_recipe("SegResNet"))
+    return setting.everywhere("SegResNet", **half) + setting.everywhere("SegResNet", **half, **taught)
+
+
+def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:
+    """The runs of a notebook with these parameters, teachers first; none where the notebook trains nothing.
+
+    Raises:
+        InputError: parameters that its experiment cannot use.
+    """
+    if name not in EXPERIMENTS:
+        return []
+    fields = {field.name for field in dataclasses.fields(Setting)}
+    setting = Setting(**{key: value for key, value in parameters.items() if key in fields})
+    own = {key: value for key, value in parameters.items() if key not in fields}
+    known = list(inspect.signature(EXPERIMENTS[name]).parameters)[1:]
+    for key in own:
+        lookup(f"parameter of {name}", key, dict.fromkeys([*fields, *known]))
+    runs = EXPERIMENTS[name](setting, **own)
+    teachers = [teacher for run in runs for teacher in run.teacher_runs().values()]
+    return list(dict.fromkeys(teachers + runs))
+
+
+EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
+    "01_baseline": baseline,
+    "02_distillation": lambda setting: list(
+        dict.fromkeys(distillation(setting) + negative_controls(setting) + external_network(setting))
+    ),
+    "03_ablation": ablation,
+    "04_loss_comparison": loss_comparison,
+    "05_correction": correction,
+    "07_fractions": label_fractions,
+    "08_length": training_length,
+}

@@ -1,0 +1,319 @@
+"""`study`: trains what has no result yet, cohort by cohort, and returns the tables of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, lookup
+from kdlib.data import SliceBank
+from kdlib.evaluation.cases import evaluate
+from kdlib.experiments.source import TrainingData, run_bank, run_source
+from kdlib.experiments.store import (
+    checkpoint_of,
+    fail,
+    is_done,
+    is_marked_done,
+    locked,
+    manifest,
+    manifest_header,
+    read_manifest,
+    run_folder,
+    run_key,
+    trained,
+    write_manifest,
+)  # fmt: skip
+from kdlib.experiments.tables import Results, collect
+from kdlib.files import write_arrays, write_csv
+from kdlib.models import MODELS, count_parameters
+from kdlib.training import ranks
+from kdlib.training.checkpoint import CODE_HASH, Checkpoint, remove_partial_files, save_tensors
+from kdlib.training.device import pick_device
+from kdlib.training.distiller import check_recipe, scales_of
+from kdlib.training.loop import RunState, epochs_of, new_model, steps_per_epoch, train_cohort
+
+
+def study(runs: Iterable[Run], results: Path | str = "results", device: str = "auto") -> Results:
+    """Trains and evaluates every run that has no result yet, teachers first, and returns the tables of all.
+
+    Raises:
+        InputError: the data, a fold, a target or the device cannot be used.
+        TrainingError: some runs failed, each named with its cause; the others are finished and kept.
+    """
+    results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
+    place = pick_device(device)
+    teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
+    check(teachers + runs)
+    check_names(runs)
+    if ranks.asked() > 1:
+        from kdlib.experiments.parallel import launch  # which imports this module
+
+        # a network that was added to `MODELS` is known in this process alone, and trained here
+        own = {*TEACHERS, *STUDENTS}
+        launch([run for run in runs if {run.model, *run.teacher_runs()} <= own], results, ranks.asked(), device)
+    failures: list[str] = []
+    for stage in (teachers, runs):
+        failures += _train_stage(cohorts(stage), results, place)
+    ranks.agree(None)  # by now rank 0 has written everything
+    if failures:
+        raise TrainingError(
+            f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
+        )
+    others = [run for run in runs if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
+    if others:
+        print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
+    return collect(runs, results)
+
+
+def check(runs: Iterable[Run]) -> None:
+    """Raises InputError where a run names a model, a distiller or a scale that does not exist."""
+    scales = {}
+    for run in runs:
+        for model in (run.model, *run.teacher_runs()):
+            lookup("model", model, MODELS)
+            if model not in scales:
+                with torch.device("meta"):
+                    scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
+        check_recipe(run.effective_recipe)
+        for models, taught in (([run.model], False), (run.teacher_runs(), True)):
+            for model, scale in [
+                (model, scale) for model in models for scale in scales_of([run.effective_recipe], taught)
+            ]:
+                lookup(f"scale of {model}", scale, scales[model])
+
+
+def check_names(runs: Iterable[Run]) -> None:
+    """Raises InputError where two runs that differ would stand under one name in a table."""
+    named: dict[tuple, Run] = {}
+    for run in runs:
+        name = (run.method, run.data, run.target, run.protocol, run.fold, run.seed, run.length, run.profile)
+        if named.setdefault(name, run) != run:
+            raise InputError(
+                f"two runs of this study are called {run.method} (fold {run.fold}, seed {run.seed}) and differ: "
+                "give their recipes different names"
+            )
+
+
+def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that can share their teachers' pass: alike in all but model and recipe, trained with the same batches."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        how = run.optimisation
+        alone = run.model if run.is_teacher else None
+        key = (
+            run.data,
+            run.target,
+            run.fold,
+            run.seed,
+            run.fraction,
+            run.profile,
+            run.protocol,
+            run.teacher,
+            run.teacher_seed,
+            run.recipe.teacher == "random",
+            run.recipe.budget,
+            run.recipe.unlabelled,
+            run.length,
+            how.batch,
+            how.target_share,
+            alone,
+        )
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device) -> list[str]:
+    """Trains what has no result; what another process is training is left for the end, and waited for."""
+    failures, waiting = [], []
+    for group in groups:
+        found, busy = _train_free(group, results, place)
+        failures, waiting = failures + found, waiting + [busy]
+    for busy in waiting:
+        while busy:
+            print(f"{busy[0].method}: another process is training it, waiting", flush=True)
+            with locked(busy[0], results, wait=True):
+                pass
+            records = ranks.agree([read_manifest(run_folder(run, results)) for run in busy])
+            failures += [record["error"] for record in records if record.get("status") == "failed"]
+            left = [run for run, record in zip(busy, records, strict=True) if record.get("status") != "failed"]
+            found, busy = _train_free(left, results, place)
+            failures += found
+    return failures
+
+
+def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tuple[list[str], list[Run]]:
+    """Trains those runs of a cohort that have no result and that no other process is training.
+
+    Returns:
+        failures, and the runs that another process is training.
+    """
+    # runs of several protocols may be one and the same, and done by now
+    missing = {}
+    for run in group:
+        if not is_done(run, results):
+            missing[run_key(run, results)] = run
+            continue
+        with suppress(OSError):  # there is one where the process was killed between its last two steps
+            (run_folder(run, results) / "checkpoint.safetensors").unlink()
+    if not missing:
+        return [], []
+    if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
+        return [f"{run.method}: its teacher {run.teacher} has no result" for run in missing.values()], []
+    with ExitStack() as locks:
+        mine = {key for key in sorted(missing) if locks.enter_context(locked(missing[key], results))}
+        busy = [run for key, run in missing.items() if key not in mine]
+        free = [run for key, run in missing.items() if key in mine and not is_done(run, results)]
+        return [str(failure) for failure in train_missing(free, results, place)] if free else [], busy
+
+
+def train_missing(group: list[Run], results: Path, device: torch.device, parts: int = 1) -> list[TrainingError]:
+    """Trains one cohort, whose locks are held, and saves each of its runs; returns the failures of single runs.
+
+    Where the GPU's memory does not hold all runs, its halves are trained one after the other; where it does not hold
+    one, its batch is split into `parts`, twice as many each time.
+    """
+    try:
+        return _train(group, results, device, parts)
+    except torch.OutOfMemoryError as error:
+        if ranks.size() > 1:  # the others are still at it
+            raise
+        cause = str(error).splitlines()[0]
+    gc.collect()  # the arms of the failed try: its traceback held their tensors until here
+    torch.cuda.empty_cache()
+    if len(group) > 1:
+        print(f"{len(group)} runs at once do not fit into memory ({cause}): trained in two halves", flush=True)
+        half = len(group) // 2
+        return [failure for some in (group[:half], group[half:]) for failure in train_missing(some, results, device)]
+    run = group[0]
+    batch, parts = run.optimisation.batch, 2 * parts
+    text = f"{run.method}: batches of {2 * batch // parts} slices do not fit into memory ({cause})"
+    if batch // parts >= 2:  # a contrast needs two images
+        print(f"{text}: split into {parts} parts, whose losses are not those of the whole", flush=True)
+        return train_missing(group, results, device, parts)
+    record = manifest_header(run, run_source(run, results), results, device)
+    return [fail(run, run_folder(run, results), record, TrainingError(text))]
+
+
+def _train(group: list[Run], results: Path, device: torch.device, parts: int) -> list[TrainingError]:
+    run = group[0]
+    found = run_source(run, results)
+    fold = found.folds[run.fold]
+    bank = run_bank(run, results)
+    labelled = fold.subset(run.fraction)
+    train, val = bank.select(labelled), bank.select(fold.val)
+    if run.recipe.unlabelled:
+        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
+    if run.protocol.test_selection:
+        val = bank.select(fold.test)
+    slices = len(bank.select(fold.train))
+    teachers = {}
+    for name, teacher_run in run.teacher_runs().items():
+        if run.recipe.teacher == "random":
+            teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=torch.channels_last)
+            teachers[name] = teacher.eval().requires_grad_(False)
+        else:
+            teachers[name] = trained(teacher_run, len(bank.classes), results, device)
+    steps, epochs = steps_per_epoch(run, slices), epochs_of(run, slices)
+    keep = [checkpoint_of(run, results) for run in group]
+    records = [manifest_header(run, found, results, device) for run in group]
+    for checkpoint, record in zip(keep, records, strict=True):
+        remove_partial_files(checkpoint.folder)
+        write_manifest(checkpoint.folder, record | {"status": "training"})
+        checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
+    try:
+        banks = train.to(device), val.to(device)
+        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, parts)
+        return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
+    except torch.OutOfMemoryError:
+        raise
+    except InputError:  # nothing can be written
+        raise
+    except Exception as error:
+        for run, checkpoint, record in zip(group, keep, records, strict=True):
+            if not is_marked_done(checkpoint.folder):
+                fail(run, checkpoint.folder, record, error)
+        raise
+
+
+def _finish(
+    arm: RunState, checkpoint: Checkpoint, record: dict, bank: SliceBank, found: TrainingData
+) -> TrainingError | None:
+    """Saves a trained arm, or its failure."""
+    folder = checkpoint.folder
+    try:
+        if arm.failure is not None:
+            raise arm.failure
+        save_run(arm, bank, found, record, folder)
+    except TrainingError as error:
+        if arm.failure is not None:  # from a state that has failed, it would fail again
+            checkpoint.delete()
+        return fail(arm.run, folder, record, error)
+    except InputError as error:
+        if error is not arm.failure:
+            raise
+        return fail(arm.run, folder, record, error)
+    checkpoint.delete()
+    checkpoint.note("done")
+    listing = os.environ.get("KDLIB_TRAINED")
+    if listing and not ranks.rank():  # whoever runs the notebook puts its executed copy there
+        with open(listing, "a", encoding="utf-8") as file:
+            file.write(f"{folder}\n")
+    return None
+
+
+def save_run(arm: RunState, bank: SliceBank, found: TrainingData, record: dict, folder: Path) -> None:
+    """Evaluates the best weights on the test patients and writes the run folder, its manifest last.
+
+    Raises:
+        TrainingError: a case that cannot be evaluated.
+        InputError: the folder cannot be written.
+    """
+    run, fold = arm.run, found.folds[arm.run.fold]
+    save_tensors(arm.model.state_dict(), folder / "last.safetensors")
+    save_tensors(arm.best, folder / "best.safetensors")
+    if arm.best_projectors:
+        save_tensors(arm.best_projectors, folder / "projectors.safetensors")
+    arm.model.load_state_dict(arm.best)
+    begin, own, cause = time.perf_counter(), [], None
+    test = bank.select(fold.test).to(next(arm.model.parameters()).device)
+    for case in ranks.deal(fold.test):
+        try:
+            table, (example,) = evaluate(arm.model, test, found.dataset, [case], run.threshold)
+            own.append((table.to_dict("records"), example, ""))
+        except Exception as error:  # whatever a bad file raises, it must name the case and cost this run alone
+            own.append(([], {}, f"case {case} cannot be evaluated ({type(error).__name__}: {error})"))
+            cause = error
+    tables, examples, faults = zip(*ranks.collect(own), strict=True)
+    if any(faults):
+        text = "; ".join(filter(None, faults))
+        raise TrainingError(f"{arm.label}: {text}; fix it and run again, the training is kept") from cause
+    metrics = pd.DataFrame(sum(tables, []))
+    metrics["patient"] = metrics["case"].map(fold.groups)
+    parts = {
+        part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")
+    }
+    if not ranks.rank():
+        write_csv(folder / "history.csv", pd.DataFrame(arm.history))
+        write_csv(folder / "metrics.csv", metrics)
+        write_arrays(folder / "slices.npz", parts)
+    record = record | {
+        "adapters": arm.distiller.describe() if arm.distiller is not None else {},
+        "parameters": count_parameters(arm.model),
+        "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
+        "steps": arm.step,
+        "sessions": arm.sessions,
+        "micro_batches": max(session.get("micro_batches", 1) for session in arm.sessions),
+        "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "status": "done",
+    }
+    write_manifest(folder, record)

@@ -1,0 +1,292 @@
+"""Run folders: under which key a run is kept, its manifest, its weights and who holds its lock.
+
+`results/runs/<key>/` holds `best.safetensors`, `last.safetensors`, `projectors.safetensors` (of a distilled run),
+`history.csv`, `metrics.csv`, `slices.npz`, `log.txt`, `notebook.ipynb` (the executed notebook that trained it) and
+`manifest.json`. A run is done when the manifest says so, which is written last and names the hash of each file; until
+then it says "training", or "failed" and why. Such a run is trained again, from `checkpoint.safetensors` where there is
+one. Whoever trains a run holds the lock of its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import nn
+
+from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, lookup, to_json
+from kdlib.experiments.identity import identity
+from kdlib.experiments.source import TrainingData, run_source
+from kdlib.files import sha256, write_error, write_json
+from kdlib.models import MODELS
+from kdlib.training import ranks
+from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint
+from kdlib.training.device import computes_bf16
+from kdlib.training.loop import new_model
+
+FORMAT = 2  # of manifests
+OUTPUTS = (
+    "best.safetensors", "last.safetensors", "projectors.safetensors", "history.csv", "metrics.csv", "slices.npz",
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------- what
+
+
+def run_key(run: Run, results: Path) -> str:
+    """A hash of what a run is: two with the same key have the same result on one machine and version of the code."""
+    return hashlib.sha256(json.dumps(key_facts(run, results), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def key_facts(run: Run, results: Path) -> dict[str, object]:
+    """What a run is, as JSON values: all that its key depends on.
+
+    That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
+    evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
+    teachers. Device, precision and versions stand in the manifest instead: a run made elsewhere is not trained again.
+    """
+    profile, protocol = run.profile, run.protocol
+    length = [profile.teacher_epochs, profile.teacher_steps]
+    if not run.is_teacher:
+        length = [
+            profile.student_epochs,
+            profile.student_steps,
+            *(length if run.effective_recipe.budget == "teacher+student" else ()),
+            *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
+        ]
+    return {
+        "data": run_source(run, results).digest,
+        "run": [run.model, run.fold, run.fraction, run.seed],
+        "recipe": dataclasses.asdict(run.effective_recipe) | {"name": "", "control": ""},
+        "preprocessing": dataclasses.asdict(run.preprocessing),
+        "length": length if run.length == 1 else [*length, run.length],
+        "width": profile.width if run.model in TEACHERS else None,
+        "network": _architecture(run.model),
+        "optimisation": dataclasses.asdict(run.optimisation),
+        "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
+        "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
+    }
+
+
+def _architecture(model: str) -> list | None:
+    """The layers of a network from outside, in words, and its scales: its name alone says nothing of them."""
+    if model in TEACHERS + STUDENTS:
+        return None
+    with torch.device("meta"):  # no weights: they come from the seed
+        network = lookup("model", model, MODELS)(2, 3, 1)
+    return [str(network), network.scales]
+
+
+def run_folder(run: Run, results: Path) -> Path:
+    return results / "runs" / run_key(run, results)
+
+
+# ----------------------------------------------------------------------------------------------------------- manifests
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a run's folder, whatever its status; empty where there is none, or one of an older version.
+
+    Raises:
+        InputError: it is of a newer version of kdlib, or damaged.
+    """
+    path = folder / "manifest.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        number = int(record.get("format", 0))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete {folder} to train that run again") from None
+    if number > FORMAT:
+        raise InputError(f"{path}: written by a newer version (format {number}); update kdlib")
+    return record if number == FORMAT else {}
+
+
+def is_done(run: Run, results: Path) -> bool:
+    """As rank 0 sees it: it writes while the others may be further on."""
+    return ranks.agree(is_marked_done(run_folder(run, results)))
+
+
+def is_marked_done(folder: Path) -> bool:
+    return read_manifest(folder).get("status") == "done"
+
+
+def manifest(run: Run, results: Path | str = "results") -> dict:
+    """The metadata of a finished run: its parameters, data, adapters, timings and versions.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    record = read_manifest(run_folder(run, Path(results).resolve()))
+    if record.get("status") != "done":
+        raise InputError(f"{run.method} has no result in {results}: train it first")
+    return record
+
+
+def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.device) -> dict:
+    """What is known of a run before it is trained: the first part of its manifest."""
+    fold = found.folds[run.fold]
+    parts = {"train": fold.subset(run.fraction), "val": fold.val, "test": fold.test}
+    notebook = os.environ.get("KDLIB_NOTEBOOK")
+    return {
+        "format": FORMAT,
+        "key": run_key(run, results),
+        "identity": identity(run),
+        "run": to_json(run) | {"data": found.dataset.name},
+        "effective_recipe": dataclasses.asdict(run.effective_recipe),
+        "seeds": {"run": run.seed, "teacher": run.teacher_seed},
+        "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
+        "data": {"digest": found.digest, "fold_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} | parts,
+        "code": {"hash": CODE_HASH, "files": CODE},
+        "git": git_state(),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "precision": "bf16" if computes_bf16(device) else "fp32",
+        **machine(),
+        "processes": ranks.size(),
+        "notebook": os.path.relpath(notebook, results) if notebook else None,
+        "started": _now(),
+    }
+
+
+def write_manifest(folder: Path, record: dict) -> None:
+    """Writes a run's manifest; of a finished run with the hash of each file that it names as its result."""
+    if ranks.rank():
+        return
+    if record.get("status") == "done":
+        made = [name for name in OUTPUTS if (folder / name).is_file()]
+        record = record | {"files": {name: sha256(folder / name) for name in made}}
+    write_json(folder / "manifest.json", record)
+
+
+def verified(path: Path) -> Path:
+    """A file of a finished run, after a look at its hash.
+
+    Raises:
+        InputError: it is not the file that the manifest beside it names; or what `read_manifest` refuses.
+    """
+    known = read_manifest(path.parent).get("files", {}).get(path.name)
+    if known is not None and path.is_file() and sha256(path) != known:
+        raise InputError(f"{path} was changed after its run: delete {path.parent} to train that run again")
+    return path
+
+
+def fail(run: Run, folder: Path, record: dict, failure: Exception) -> TrainingError:
+    """Leaves the cause of a failure, and how to try again, in a run's manifest and log; returns the failure."""
+    again = os.environ.get("KDLIB_RERUN", "call kdlib.study with this run again")
+    error = failure if isinstance(failure, TrainingError) else TrainingError(f"{run.method}: {failure}")
+    record = record | {"failed": _now(), "status": "failed", "error": str(error), "rerun": again}
+    write_manifest(folder, record)
+    Checkpoint(folder, {}).note("failed: " + "".join(traceback.format_exception(failure)).rstrip())
+    return error
+
+
+@functools.cache
+def git_state() -> dict[str, object]:
+    """Commit of the code and whether the tree differs from it; nulls outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+@functools.cache
+def machine() -> dict[str, object]:
+    """Hardware and package versions of this process."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    packages = ("torch", "monai", "numpy", "scipy", "scikit-learn", "pandas", "nibabel", "safetensors")
+    return {
+        "hardware": {"cpu": name, "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()},
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# ------------------------------------------------------------------------------------------------------ weights, locks
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads safetensors into `model`.
+
+    Raises:
+        InputError: no such file, one that is damaged or was changed after its run, or one that does not fit the model
+            (names what differs).
+    """
+    try:
+        weights = safetensors.torch.load_file(verified(path))
+    except FileNotFoundError:
+        raise InputError(f"weights {path} do not exist: train that run first") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights {path} cannot be read ({error}): delete the run's folder and train again") from None
+    own = model.state_dict()
+    differ = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
+    if faults:
+        raise InputError(
+            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of "
+            f"another shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
+        )
+    model.load_state_dict(weights)
+
+
+def trained(run: Run, classes: int, results: Path, device: torch.device) -> nn.Module:
+    """The network of a finished run with its best weights, frozen, in eval mode."""
+    model = new_model(run, classes)
+    load_weights(model, run_folder(run, results) / "best.safetensors")
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def checkpoint_of(run: Run, results: Path) -> Checkpoint:
+    identity = json.loads(json.dumps(key_facts(run, results)))
+    return Checkpoint(run_folder(run, results), identity, git_state()["commit"])
+
+
+@contextmanager
+def locked(run: Run, results: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock of a run's folder; yields False where another process holds it and is not waited for.
+
+    The operating system keeps it, and frees it when its holder dies. Of several ranks the first holds it for all.
+    """
+    if ranks.rank():
+        yield ranks.agree(None)
+        return
+    folder = run_folder(run, results)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield ranks.agree(False)
+        return
+    except OSError as error:
+        raise write_error(folder, error) from None
+    try:
+        yield ranks.agree(True)
+    finally:
+        lock.release()

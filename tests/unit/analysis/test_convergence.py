@@ -1,0 +1,33 @@
+import pandas as pd
+import pytest
+
+from kdlib import InputError
+from kdlib.analysis.convergence import convergence
+
+
+def history(**runs):
+    rows = [
+        dict(run=f"{method}{number}", method=method, epoch=epoch, name="val_dice", value=value)
+        for method, several in runs.items()
+        for number, values in enumerate(several)
+        for epoch, value in enumerate(values, start=1)
+    ]
+    return pd.DataFrame([*rows, dict(run="a0", method="a", epoch=1, name="loss", value=9.0)])
+
+
+def test_dice_at_shares_of_the_training_by_hand():
+    table = convergence(history(a=[[0.1, 0.5, 0.4, 0.6, 0.7, 0.6, 0.6, 0.8, 0.8, 0.805]])).iloc[0]
+    assert table[["runs", "dice_25", "dice_50", "dice_100"]].tolist() == [1, 0.5, 0.7, 0.805]
+    assert table["last_fifth"] == pytest.approx(0.005) and table["converged"]
+
+
+def test_methods_are_means_over_their_runs_and_judged_each_alone():
+    still_rising, flat = [0.1 * epoch for epoch in range(1, 6)], [0.5] * 5
+    table = convergence(history(a=[still_rising, flat], b=[flat])).set_index("method")
+    assert table.loc["a", "last_fifth"] == pytest.approx(0.05) and not table.loc["a", "converged"]
+    assert table.loc["b", "converged"] and table["runs"].to_dict() == {"a": 2, "b": 1}
+
+
+def test_a_history_without_validation_is_one_clear_line():
+    with pytest.raises(InputError, match="without val_dice"):
+        convergence(history(a=[[0.1]]).query("name == 'loss'"))
