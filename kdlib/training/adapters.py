@@ -25,7 +25,7 @@ def resize(features: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 class Projector(nn.Module):
-    """A 1x1 convolution: learned, frozen at its random weights, or redrawn at every step (both as controls)."""
+    """A 1x1 convolution: learned, frozen at its random weights (a control), or redrawn at every step (as published)."""
 
     def __init__(self, channels: int, out_channels: int, dims: int, kind: str):
         super().__init__()

@@ -26,8 +26,7 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
             f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}; "
             f"it has {', '.join(options) or 'none'}"
         )
-    places = {place == "logits" for place in term.student_layers + term.teacher_layers}
-    if places != {loss.reads == "logits"}:
+    if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
     if len(term.student_layers) > 1 and loss.adapt != "own":
@@ -46,7 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
         loss, arguments = _arguments(term)
         shapes = ([8] * len(term.student_layers), [8] * len(term.student_layers), 2) if loss.adapt == "own" else ()
         loss(*shapes, **arguments)
-    scales_of([recipe]), scales_of([recipe], taught=True)
+    scales_of([recipe]), scales_of([recipe], "teacher")
 
 
 class DistillationTerm(nn.Module):
@@ -72,33 +71,32 @@ class DistillationTerm(nn.Module):
         loss, arguments = _arguments(term)
         self.adapters = nn.ModuleList()
         if loss.adapt == "own":
-            sides = self._sides(student, teacher)
-            channels = [[shapes[_split(place)[0]][0] for place in places] for shapes, places in sides]
+            channels = [[shape[0] for shape in shapes] for shapes in self._read(student, teacher)]
             self.loss = loss(*channels, dims, **arguments)
             return
         self.loss = loss(**arguments)
         if loss.reads == "features":
-            (place,), (taught,) = term.student_layers, term.teacher_layers
-            shapes = student[_split(place)[0]], teacher[_split(taught)[0]]
-            self.adapters.append(
-                Adapter(loss.adapt, *shapes, (place, taught), "redrawn" if redrawn else term.projector)
-            )
+            (shape,), (teacher_shape,) = self._read(student, teacher)
+            scales, kind = (*term.student_layers, *term.teacher_layers), "redrawn" if redrawn else term.projector
+            self.adapters.append(Adapter(loss.adapt, shape, teacher_shape, scales, kind))
 
-    def _sides(self, student, teacher):
-        return (student, self.term.student_layers), (teacher, self.term.teacher_layers)
+    def _read(self, student: Mapping, teacher: Mapping) -> tuple[list, list]:
+        """What the term reads of both sides, scale by scale."""
+        sides = (student, self.term.student_layers), (teacher, self.term.teacher_layers)
+        return tuple([found[split_scale(scale)[0]] for scale in scales] for found, scales in sides)
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, context: Context, seed: int
     ) -> Tensor:
-        seen = [[features[_split(place)[0]] for place in places] for features, places in self._sides(student, teacher)]
+        students, teachers = self._read(student, teacher)
         if self.loss.adapt == "own":
-            return self.loss(*seen, labels, context)
-        (mine,), (taught,) = seen
+            return self.loss(students, teachers, labels, context)
+        (student,), (teacher,) = students, teachers
         if self.adapters:
-            mine, taught = self.adapters[0](mine, taught, derive_seed(seed, "projector"))
+            student, teacher = self.adapters[0](student, teacher, derive_seed(seed, "projector"))
         else:
-            taught = resize(taught, mine.shape[2:])
-        return self.loss(mine, taught, labels, context)
+            teacher = resize(teacher, student.shape[2:])
+        return self.loss(student, teacher, labels, context)
 
     def describe(self) -> str:
         """What is compared with what, in words."""
@@ -109,15 +107,26 @@ class DistillationTerm(nn.Module):
         )
 
 
+def shuffled_features(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
+    """Every image gets the features of another one of the batch, the same one for all scales: of another patient, as
+    far as no patient has more than half of the batch. The shuffled teacher, a negative control, gives these."""
+    ring = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed))
+    ring = ring[patients.cpu()[ring].argsort(stable=True)]  # a ring through all images, patient by patient
+    steps = int(patients.unique(return_counts=True)[1].max())  # along it, so many lead out of every patient
+    other = torch.empty_like(ring)
+    other[ring] = ring.roll(steps if steps < len(ring) else 1)
+    return {name: feature[other.to(feature.device)] for name, feature in features.items()}
+
+
 class Distiller(nn.Module):
     """All distillation terms of a recipe for one student and its teachers.
 
     Its parameters are the projectors; they belong into the student's optimiser. Initial weights depend on `seed` and
     on the term's name alone, so a term starts alike in every subset of an ablation. With several teachers every term
-    is there once a teacher, under the name "<teacher> <term>", and its weight is divided among them.
+    is there once per teacher, under the name "<teacher> <term>", and its weight is divided among them.
 
     Args:
-        recipe: its terms say what is compared, how, and with which temperature.
+        recipe: its terms say what is compared, how, and with which temperature; a "shuffled" teacher is shuffled here.
         student: scale name -> [N, H, W (, D)] of the student (see `probe`).
         teachers: teacher -> the same of it.
         seed: of the projectors.
@@ -135,7 +144,8 @@ class Distiller(nn.Module):
         patients: Iterable[int] = (),
     ):
         super().__init__()
-        self.terms, self.weights, self.parts = nn.ModuleDict(), {}, {}
+        self.shuffled = recipe.teacher == "shuffled"
+        self.terms, self.weights, self.teacher_of = nn.ModuleDict(), {}, {}
         for teacher, shapes in teachers.items():
             for term in recipe.terms:
                 name = term.name if len(teachers) == 1 else f"{teacher} {term.name}"
@@ -143,7 +153,7 @@ class Distiller(nn.Module):
                     torch.manual_seed(derive_seed(seed, "projector", name))
                     self.terms[name] = DistillationTerm(term, student, shapes, dims, recipe.redrawn_projectors)
                 self.weights[name] = term.weight / len(teachers)
-                self.parts[name] = teacher
+                self.teacher_of[name] = teacher
         known = sorted(set(patients))
         for module in self.modules():
             if hasattr(module, "allow_patients"):
@@ -152,7 +162,7 @@ class Distiller(nn.Module):
     def forward(
         self,
         student: Mapping[str, Tensor],
-        taught: Mapping[str, Mapping[str, Tensor]],
+        teachers: Mapping[str, Mapping[str, Tensor]],
         labels: Tensor,
         seed: int,
         patients: Tensor | None = None,
@@ -161,17 +171,21 @@ class Distiller(nn.Module):
         """Unweighted terms by name.
 
         Args:
-            student: scale name -> features (BNH[WD]), with "logits" the segmentation logits; taught: the same of
-                every teacher.
+            student: scale name -> features (BNH[WD]), with "logits" the segmentation logits;
+                teachers: the same of every teacher.
             labels: BH[WD] class indices of the student's input.
             seed: of whatever a term draws in this step (the pixels of a contrast); each term has its own stream.
-            patients: [B], the patient of each image; step: number of the step; both for terms with a memory.
+            patients: [B], the patient of each image, for terms with a memory and a shuffled teacher.
+            step: number of the step, for terms with a memory.
         """
+        if self.shuffled:
+            mix = derive_seed(seed, "shuffle")
+            teachers = {name: shuffled_features(features, patients, mix) for name, features in teachers.items()}
         losses = {}
         for name, module in self.terms.items():
             own = derive_seed(seed, name)
             context = Context(torch.Generator().manual_seed(own), patients, step)
-            losses[name] = module(student, taught[self.parts[name]], labels, context, own)
+            losses[name] = module(student, teachers[self.teacher_of[name]], labels, context, own)
         return losses
 
     def learned(self, name: str) -> list[nn.Parameter]:
