@@ -1,7 +1,7 @@
 # Needs git, make and Python >= 3.11; all else is set up in .venv, at the versions of requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab lock strip clean FORCE
+.PHONY: help study check test lab lock strip clean FORCE
 
 DATA ?= phantom
 TARGET ?= spleen
@@ -9,6 +9,7 @@ PROFILE ?= quick
 PROTOCOL ?= corrected
 CHANGES ?= {}
 ON_DEFECT ?= raise
+GROUP ?= auto
 FOLDS ?= 0
 SEEDS ?= 0
 DEVICE ?= auto
@@ -23,7 +24,7 @@ LAB ?=
 PYTHON ?=
 
 # Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
-VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES CLUSTER SNAKEMAKE_ARGS LAB PYTHON
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT GROUP FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES CLUSTER SNAKEMAKE_ARGS LAB PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
@@ -33,11 +34,12 @@ export MALLOC_MMAP_THRESHOLD_ ?= 20000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
-make study   run every experiment, jobs side by side; what is finished is kept, so a stopped study goes on where it was
-make test    run all tests
-make lab     open JupyterLab on notebooks/, on 127.0.0.1 and behind a token
-make strip   take outputs out of notebooks/ before a commit
-make lock    write requirements.lock anew (needs python3.11, the oldest Python that it must serve)
+make study   run every experiment and write report.html; what is finished is kept, so a stopped study resumes
+make check   run the unit tests, in under a minute
+make test    run all tests, and measure which lines they reach
+make lab     open notebooks/explore.ipynb in JupyterLab, on 127.0.0.1 and behind a token
+make strip   remove outputs from notebooks/ before a commit
+make lock    regenerate requirements.lock (needs python3.11, the oldest Python that it must serve)
 make clean   remove the environment and caches, never results
 
 Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3"
@@ -47,6 +49,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   PROTOCOL  corrected   corrected, or thesis: with the faults of the published study
   CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
   ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
+  GROUP     auto        how cases are grouped into patients: a regular expression, or a CSV of case and patient
   FOLDS     0           outer folds to train
   SEEDS     0           seeds to train
   DEVICE    auto        auto, cpu or cuda
@@ -94,16 +97,21 @@ endif
 	@pwd -P > $(STAMP)
 
 study: $(STAMP)
-	@.venv/bin/python -m kdlib.apps.notebooks study --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" \
-	    --protocol="$$PROTOCOL" --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --folds="$$FOLDS" --seeds="$$SEEDS" --device="$$DEVICE" --results="$$RESULTS" \
-	    --study="$$STUDY" $${DRY:+--dry-run} $${CORES:+--cores="$$CORES"} $${CLUSTER:+--executor="$$CLUSTER"} \
-	    $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"} $${ONLY:+--only $$ONLY}
+	@if [ -n "$$DRY" ]; then set -- dry-run; else set -- study $${CORES:+--cores="$$CORES"} \
+	    $${CLUSTER:+--executor="$$CLUSTER"} $${SNAKEMAKE_ARGS:+--snakemake-args="$$SNAKEMAKE_ARGS"}; fi; \
+	.venv/bin/python -m kdlib "$$@" --data="$$DATA" --target="$$TARGET" --profile="$$PROFILE" --protocol="$$PROTOCOL" \
+	    --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --group="$$GROUP" --folds="$$FOLDS" --seeds="$$SEEDS" \
+	    --device="$$DEVICE" --results="$$RESULTS" --study="$$STUDY" $${ONLY:+--only $$ONLY}
+
+check: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto tests/unit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=15 -n auto --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rs --durations=15 -n auto --dist loadfile \
+	    --cov=kdlib --cov-report=term:skip-covered
 
 lab: $(STAMP)
-	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks
+	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks/explore.ipynb
 
 strip: $(STAMP)
 	@.venv/bin/python -m nbconvert --log-level=WARN --inplace --clear-output --ClearMetadataPreprocessor.enabled=True \

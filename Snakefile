@@ -2,30 +2,33 @@
 
     snakemake --snakefile Snakefile --directory results/<study> --configfile results/<study>/jobs/study.json --cores 2
 
-Every job is a notebook in the project's strict papermill, so that the same command runs it by hand. Teachers come first,
-T1 and T2 of each fold as two jobs. An experiment is cut by fold and seed, not by arm: the arms of one fold and seed share
-their teacher's pass. Its wide notebook then finds every run done and draws; with one fold and one seed it is the job.
-A job's end is jobs/<job>/done.json, so that a notebook that fails leaves the last good copy of itself in place.
+Each job is a notebook, run by `python -m kdlib run`. Teachers come first, T1 and T2 of each fold as two jobs. An
+experiment has one job per fold and seed, not per method: the methods of one fold and seed share their teacher's pass.
+Its aggregate notebook then finds every run done and draws; with one fold and one seed it is the only job.
+A job ends with jobs/<job>/done.json, so that a notebook that fails leaves the last good copy of itself in place.
+Nothing waits for the package's source: runs that are done stay done, and ONLY=<experiment> draws anew.
 """
 
+import shutil
 import sys
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(workflow.basedir)
-EXPERIMENTS, PARAMETERS = config["experiments"], config["parameters"]
-FOLDS, SEEDS = config["folds"], config["seeds"]
-TEACHERS = {  # whose runs an experiment builds on; the bridge trains teachers of its own at every stage
+EXPERIMENTS, PARAMETERS, SHARED = config["experiments"], config["parameters"], config["shared"]
+FOLDS, SEEDS = SHARED["folds"], SHARED["seeds"]
+TEACHERS = {  # whose runs an experiment builds on; the cumulative correction trains its own at every step
     "01_baseline": ("T1", "T2"),
     "02_distillation": ("T1", "T2"),
     "03_ablation": ("T1",),
     "04_loss_comparison": ("T1",),
 }
 TRAINING = [name for name in EXPERIMENTS if name not in ("00_data", "06_figures")]
-FIGURES = ["jobs/06_figures/done.json"] if "06_figures" in EXPERIMENTS else []
-RUN = (  # exec: a scheduler's SIGTERM to the shell is the notebook's
-    "exec {sys.executable:q} -P -m kdlib.apps.notebooks run {input.notebook:q} --output {params.executed:q} --record {output:q}"
-    " {params.words:q}"
+GPU = int(SHARED["device"].startswith("cuda") or (SHARED["device"] == "auto" and bool(shutil.which("nvidia-smi"))))
+JOBS_AT_ONCE = max(1, len(TRAINING) * len(FOLDS) * len(SEEDS))
+THREADS = max(1, config["cores"] // (JOBS_AT_ONCE if config["local"] and not GPU else 1))
+RUN = (  # exec: a scheduler's SIGTERM to the shell reaches the notebook
+    "exec {sys.executable:q} -P -m kdlib run {input.notebook:q} --output {params.executed:q}"
+    " --record {output:q} {params.given:q}"
 )
 
 
@@ -36,108 +39,99 @@ wildcard_constraints:
     seed=r"-?\d+",
 
 
-def values(experiment, **changed):
-    """The parameters of a notebook, as words of a command line."""
+def given(experiment, job=None, **changed):
+    """The parameters of a notebook, as words of a command line; a per-fold job keeps its own tables and figures."""
     parameters = PARAMETERS[experiment] | {name: str(value) for name, value in changed.items()}
+    if job:
+        parameters["study"] += f"/jobs/{job}"
     return [word for name, value in parameters.items() for word in ("-p", name, value)]
 
 
-def narrow(experiment, job, **changed):
-    """The same for a job that is cut out of a study: its tables and figures stay with it."""
-    return values(experiment, study=f"{PARAMETERS[experiment]['study']}/jobs/{job}", **changed)
-
-
 def notebook(experiment):
-    return Path(config["notebooks"], f"{experiment}.ipynb")
+    return str(Path(config["notebooks"], f"{experiment}.ipynb"))
 
 
-def data(wildcards):
-    return ["jobs/00_data/done.json"] if "00_data" in EXPERIMENTS else []
+def checked(wildcards):
+    """The data are looked at first; a later look alone makes nothing run again."""
+    return [ancient("jobs/00_data/done.json")] if "00_data" in EXPERIMENTS else []
 
 
 def teachers(experiment, folds):
     pairs = product(TEACHERS.get(experiment, ()), folds)
-    return [f"jobs/teacher-{teacher}-fold{fold}/done.json" for teacher, fold in pairs]
+    return [ancient(f"jobs/teacher-{teacher}-fold{fold}/done.json") for teacher, fold in pairs]
 
 
-def runs(experiment):
-    """What an experiment's wide notebook waits for."""
+def runs(wildcards):
+    """What an experiment's aggregate notebook waits for."""
+    name = wildcards.experiment
     if len(FOLDS) * len(SEEDS) == 1:
-        return teachers(experiment, FOLDS)
-    return expand(f"jobs/{experiment}-fold{{fold}}-seed{{seed}}/done.json", fold=FOLDS, seed=SEEDS)
+        return teachers(name, FOLDS)
+    return [f"jobs/{name}-fold{fold}-seed{seed}/done.json" for fold, seed in product(FOLDS, SEEDS)]
 
 
-def ended(wildcards):
-    """The experiments that figures and report are made of: all of them, or after failures what there is."""
-    files = [f"jobs/{name}/done.json" for name in TRAINING]
+def ended(*names):
+    """The ends of experiments: of all that were asked for, or after failures of those that there are."""
+    files = [f"jobs/{name}/done.json" for name in names]
     return [file for file in files if Path(file).exists()] if config["ended"] else files
-
-
-def sources(wildcards):
-    """What drawing depends on; a run that is done stays done, whatever version of the code made it."""
-    return sorted((ROOT / "kdlib").rglob("*.py"))
 
 
 rule all:
     input:
-        data,
-        ended,
-        FIGURES,
-        ["report.html"] if config["report"] else [],
+        ended(*EXPERIMENTS),
+        "jobs/report/done.json",
 
 
 rule data:
     input:
-        notebook=lambda wildcards: notebook("00_data"),
-        sources=sources,
+        notebook=notebook("00_data"),
     output:
         "jobs/00_data/done.json",
     params:
         executed="notebooks/00_data.ipynb",
-        words=lambda wildcards: values("00_data"),
-        state=config["state"],
+        given=given("00_data"),
+        files=config["files"],
     shell:
         RUN
 
 
 rule teacher:
     input:
-        data,
-        notebook=lambda wildcards: notebook("01_baseline"),
+        checked,
+        notebook=ancient(notebook("01_baseline")),
     output:
         "jobs/teacher-{teacher}-fold{fold}/done.json",
     params:
         executed="jobs/teacher-{teacher}-fold{fold}/01_baseline.ipynb",
-        words=lambda wildcards: narrow(
+        given=lambda wildcards: given(
             "01_baseline", f"teacher-{wildcards.teacher}-fold{wildcards.fold}",
             networks=wildcards.teacher, folds=wildcards.fold, seeds=SEEDS[0],
         ),
-        state=config["state"],
-    threads: config["threads"]
+        files=config["files"],
+    threads: THREADS
     resources:
-        gpu=config["gpu"],
+        gpu=GPU,
     priority: 2
     shell:
         RUN
 
 
-rule place:
+rule fold_and_seed:
     input:
-        data,
+        checked,
         lambda wildcards: teachers(wildcards.experiment, [wildcards.fold]),
-        notebook=lambda wildcards: notebook(wildcards.experiment),
+        notebook=lambda wildcards: ancient(notebook(wildcards.experiment)),
     output:
         "jobs/{experiment}-fold{fold}-seed{seed}/done.json",
     params:
         executed="jobs/{experiment}-fold{fold}-seed{seed}/{experiment}.ipynb",
-        words=lambda wildcards: narrow(
+        given=lambda wildcards: given(
             wildcards.experiment, f"{wildcards.experiment}-fold{wildcards.fold}-seed{wildcards.seed}",
             folds=wildcards.fold, seeds=wildcards.seed,
         ),
-        state=config["state"],
-    threads: config["threads"]
+        files=config["files"],
+    threads: THREADS
     resources:
-        gpu=config["gpu"],
+        gpu=GPU,
     priority: 1
     shell:
         RUN
@@ -145,48 +139,43 @@ rule place:
 
 rule experiment:
     input:
-        data,
-        lambda wildcards: runs(wildcards.experiment),
+        checked,
+        runs,
         notebook=lambda wildcards: notebook(wildcards.experiment),
-        sources=sources,
     output:
         "jobs/{experiment}/done.json",
     params:
         executed="notebooks/{experiment}.ipynb",
-        words=lambda wildcards: values(wildcards.experiment),
-        state=config["state"],
-    threads: config["threads"]
+        given=lambda wildcards: given(wildcards.experiment),
+        files=config["files"],
+    threads: THREADS
     resources:
-        gpu=config["gpu"],
+        gpu=GPU,
     shell:
         RUN
 
 
 rule figures:
     input:
-        ended,
-        notebook=lambda wildcards: notebook("06_figures"),
-        sources=sources,
+        ended(*TRAINING),
+        notebook=notebook("06_figures"),
     output:
         "jobs/06_figures/done.json",
     params:
         executed="notebooks/06_figures.ipynb",
-        words=lambda wildcards: values("06_figures"),
+        given=given("06_figures"),
     shell:
         RUN
 
 
 rule report:
     input:
-        ended,
-        FIGURES,
-        sources=sources,
+        ended(*EXPERIMENTS),
+        notebook=notebook("report"),
     output:
-        "report.html",
-    log:
-        "jobs/report.log",
+        "jobs/report/done.json",
     shell:
-        "{sys.executable:q} -P -m kdlib.apps.report \"$PWD\" > {log:q} 2>&1"
+        "exec {sys.executable:q} -P -m kdlib report \"$PWD\" --notebook {input.notebook:q} --record {output:q}"
 
 
 ruleorder: data > figures > experiment

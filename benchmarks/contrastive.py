@@ -4,7 +4,7 @@
                                      [--repeats 5]
 
 Needs pytorch-metric-learning and info-nce-pytorch. N unit vectors of width d of a student, with gradient, against N of
-a frozen teacher, at temperature 0.1; labels of 4 classes. `self` is the contrast of the student with itself. Every
+a frozen teacher, at temperature 0.1; labels of 4 classes. Every
 method runs in an interpreter of its own. Time is the median of the repeats (as many as fit into a minute), the
 process's own time where it has one thread. Memory is the peak above what the process held with its inputs and after a
 run of 256 vectors. The floor is 4 N^2 d floating-point operations in matrix products and N^2 exponentials, each at the
@@ -91,39 +91,6 @@ def infonce_public(dims: int) -> Callable:
     return lambda student, teacher, labels: term(student, teacher)
 
 
-def self_kdlib(dims: int) -> Callable:
-    from kdlib.losses.linear import self_log_sum_exp
-
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        z = F.normalize(student)
-        members = F.one_hot(labels, CLASSES).to(z)
-        positives = members @ (members.T @ z) - z
-        number = members @ members.sum(0) - 1
-        return (self_log_sum_exp(z, 1 / TEMPERATURE, unit=True) - (z * positives).sum(1) / number / TEMPERATURE).mean()
-
-    return loss
-
-
-def self_dense(dims: int) -> Callable:
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        z = F.normalize(student)
-        logits = z @ z.T / TEMPERATURE
-        logits = logits - logits.max(1, keepdim=True).values.detach()
-        others = 1 - torch.eye(len(z), device=z.device)
-        positives = (labels[:, None] == labels).float() * others
-        log_probability = logits - (torch.exp(logits) * others).sum(1, keepdim=True).log()
-        return -((positives * log_probability).sum(1) / positives.sum(1)).mean()
-
-    return loss
-
-
-def self_pml(dims: int) -> Callable:
-    from pytorch_metric_learning.losses import SupConLoss
-
-    term = SupConLoss(TEMPERATURE)
-    return lambda student, teacher, labels: term(student, labels)
-
-
 METHODS = {
     "supcon": {
         "kdlib": labelled_kdlib,
@@ -134,11 +101,6 @@ METHODS = {
         "kdlib": infonce_kdlib,
         "plain dense torch": infonce_dense,
         "info-nce-pytorch": infonce_public,
-    },
-    "self": {
-        "kdlib": self_kdlib,
-        "plain dense torch": self_dense,
-        "pytorch-metric-learning SupConLoss": self_pml,
     },
 }
 

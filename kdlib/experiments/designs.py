@@ -14,7 +14,18 @@ from typing import Annotated, Literal
 
 from monai.networks.nets import SegResNet
 
-from kdlib.config import PROTOCOLS, InputError, Profile, Recipe, Run, cumulative_correction, lookup, override_profile
+from kdlib.config import (
+    PROTOCOLS,
+    STUDENTS,
+    TEACHERS,
+    InputError,
+    Profile,
+    Recipe,
+    Run,
+    cumulative_correction,
+    lookup,
+    override_profile,
+)
 from kdlib.experiments.recipes import (
     WEIGHTS,
     comparison_losses,
@@ -31,7 +42,6 @@ from kdlib.models import MODELS, ExternalModel
 from kdlib.strict import Range, check_fields
 from kdlib.training.device import pick_device
 
-STUDENTS, TEACHERS = ("S1", "S2"), ("T1", "T2")  # of the thesis's tables
 LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 Number = Annotated[int, Range(0)]

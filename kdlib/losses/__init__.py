@@ -1,4 +1,4 @@
-"""The losses of the study, `LOSSES` by name; a distillation loss is one class (`kdlib.losses.base.DistillationLoss`)."""
+"""The losses of the study, by name in `LOSSES`: a distillation loss is one class, see `kdlib.losses.base`."""
 
 # the order of the imports is that of the registry, and of tables: by family
 # ruff: noqa: I001, F401

@@ -10,26 +10,18 @@ from torch import Tensor
 
 from kdlib.config import InputError
 from kdlib.losses.base import (
-    EMPTY_CONTEXT,
     Context,
     DistillationLoss,
     as_float,
-    check_pair,
     check_positive,
+    check_weight,
+    check_whole,
     l2_normalize,
-    resize_labels,
+    near_boundary,
+    patients_of,
 )
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
-
-
-def _patients(context: Context, maps: Tensor, term: str) -> Tensor:
-    """The patient of each image, [B] int64 on the maps' device."""
-    if context.patients is None:
-        raise InputError(f"the {term} needs to know the patient of each image: give a Context with patients")
-    if context.patients.shape != maps.shape[:1]:
-        raise InputError(f"patients {list(context.patients.shape)} for {len(maps)} images: give one patient an image")
-    return context.patients.to(maps.device)
 
 
 class InfoNCE(DistillationLoss):
@@ -52,33 +44,18 @@ class InfoNCE(DistillationLoss):
         check_positive(temperature=temperature)
         self.temperature, self.same_patient = temperature, same_patient
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels: not used.
-            context: its patients, with `same_patient`.
-
-        Raises:
-            InputError: where the shapes differ, the batch has one image alone and so no negative, or patients are
-                missing.
-        """
-        check_pair(student, teacher)
-        if len(student) < 2:
+    def compare(self, student, teacher, labels, kept, context):
+        if len(student) < 2 and kept is None:  # an image may be alone for the others being ignored, and counts 0
             raise InputError("InfoNCE between images needs at least two images in a batch: use a larger batch")
-        keys = self._keys(student, context)
-        with torch.autocast(student.device.type, enabled=False):
-            similarity = l2_normalize(student.flatten(1)) @ l2_normalize(teacher.flatten(1)).T / self.temperature
-            similarity = similarity.masked_fill(~keys, -torch.inf)
-            return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
+        similarity = l2_normalize(student.flatten(1)) @ l2_normalize(teacher.flatten(1)).T / self.temperature
+        similarity = similarity.masked_fill(~self._keys(student, context), -torch.inf)
+        return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
 
     def _keys(self, student: Tensor, context: Context) -> Tensor:
         """Which images are keys of which anchor, [B, B] bool."""
         if not self.same_patient:
             return torch.ones(len(student), len(student), dtype=torch.bool, device=student.device)
-        patients = _patients(context, student, "InfoNCE without the same patient")
+        patients = patients_of(context, student, "InfoNCE without the same patient")
         return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
@@ -102,13 +79,14 @@ class SupervisedContrastiveLoss(DistillationLoss):
         hard: share of a class's positions to draw near a boundary, as far as there are such; the rest is drawn from all
             that are left.
         radius: a position is near a boundary if another label lies within so many positions (along each axis).
-        memory: keys of earlier steps to keep as further keys, with their labels, in a `MemoryBank` (0: none). Whoever
-            trains admits the training patients to it. Keys enter in training mode only, after the loss they were in.
+        memory: keys of earlier steps to keep as further keys, with their labels, in a `MemoryBank` (0: none). Call
+            its `allow_patients` first. Keys enter in training mode only, after the loss they were in.
         same_patient: leave out the keys of the anchor's own patient, other than the one at its own position:
             neighbouring slices are near copies.
     """
 
     name, label, family = "supcon", "supervised contrastive loss", "contrast"
+    needs_labels = True
     reads, adapt = "features", "both"
 
     def __init__(
@@ -121,56 +99,43 @@ class SupervisedContrastiveLoss(DistillationLoss):
         same_patient: bool = False,
     ):
         super().__init__()
-        if not 0 <= hard <= 1:
+        check_weight(hard=hard)
+        if samples is not None:
+            check_whole(samples=samples)
+        check_whole(radius=radius)
+        check_whole(0, memory=memory)
+        if hard > 1:
             raise InputError(f"a share of {hard} of the positions near boundaries: give one between 0 and 1")
         if hard and samples is None:
             raise InputError("all positions are taken, so none can be drawn near boundaries: give samples, or hard=0")
-        if radius < 1:
-            raise InputError(f"a radius of {radius} about a boundary: give at least 1")
         check_positive(temperature=temperature)
         self.temperature, self.samples = temperature, samples
         self.hard, self.radius, self.same_patient = hard, radius, same_patient
         self.bank = MemoryBank(memory) if memory else None
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre, because
-                averages are no labels and a majority would erase thin structures.
-            context: its generator draws the positions; its patients are needed with `memory` or `same_patient`.
-
-        Raises:
-            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions,
-                patients are missing, or one was not admitted to the memory.
-        """
-        check_pair(student, teacher)
-        labels = resize_labels(labels, student, "supervised contrastive loss")
+    def compare(self, student, teacher, labels, kept, context):
         positions = self.draw(labels, context.generator)
         image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
         key_labels = own_labels = labels.flatten()[positions]
         key_patients = patients = None
         if self.bank is not None or self.same_patient:
-            key_patients = patients = _patients(context, student, "supervised contrastive loss")[image]
-        with torch.autocast(student.device.type, enabled=False):
-            anchors, keys = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
-            own_keys = keys
-            if self.bank is not None and len(self.bank):
-                vectors, bank_labels, bank_patients, _ = self.bank.entries()
-                keys = torch.cat([keys, vectors.to(keys)])
-                key_labels, key_patients = torch.cat([own_labels, bank_labels]), torch.cat([patients, bank_patients])
-            classes = own_labels.unique()
-            members, key_members = ((x[:, None] == classes).to(keys) for x in (own_labels, key_labels))
-            if self.same_patient:
-                positives = _means_without_patient(members, key_members, own_keys, keys, patients, key_patients)
-                everything = log_sum_exp(anchors, keys, 1 / self.temperature, patients, key_patients, unit=True)
-            else:
-                positives = members @ (key_members.T @ keys / key_members.sum(0)[:, None])
-                everything = log_sum_exp(anchors, keys, 1 / self.temperature, unit=True)
-            loss = everything - (anchors * positives).sum(1) / self.temperature
-            loss = ((members.T @ loss) / members.sum(0)).mean()
+            key_patients = patients = patients_of(context, student, "supervised contrastive loss")[image]
+        anchors, keys = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+        own_keys = keys
+        if self.bank is not None and len(self.bank):
+            vectors, bank_labels, bank_patients, _ = self.bank.entries()
+            keys = torch.cat([keys, vectors.to(keys)])
+            key_labels, key_patients = torch.cat([own_labels, bank_labels]), torch.cat([patients, bank_patients])
+        classes = own_labels.unique()
+        members, key_members = ((x[:, None] == classes).to(keys) for x in (own_labels, key_labels))
+        if self.same_patient:
+            positives = _means_without_patient(members, key_members, own_keys, keys, patients, key_patients)
+            everything = log_sum_exp(anchors, keys, 1 / self.temperature, patients, key_patients, unit=True)
+        else:
+            positives = members @ (key_members.T @ keys / key_members.sum(0)[:, None])
+            everything = log_sum_exp(anchors, keys, 1 / self.temperature, unit=True)
+        loss = everything - (anchors * positives).sum(1) / self.temperature
+        loss = ((members.T @ loss) / members.sum(0)).mean()
         if self.bank is not None and self.training:
             # positions come class by class: even steps keep the classes balanced where not all keys fit
             count = min(len(positions), self.bank.size)
@@ -179,12 +144,13 @@ class SupervisedContrastiveLoss(DistillationLoss):
         return loss
 
     def draw(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Positions [n] in the flat labels (BH[WD], on the maps' grid) that a step contrasts, class by class."""
-        if self.samples is None:
-            return torch.arange(labels.numel(), device=labels.device)
+        """Positions [n] to contrast in the flat labels (BH[WD] on the grid, < 0 where ignored), class by class."""
         flat = labels.flatten()
+        if self.samples is None:
+            return (flat >= 0).nonzero()[:, 0]
         near = near_boundary(labels, self.radius).flatten() if self.hard else None
         classes = flat.unique()
+        classes = classes[classes >= 0]
         share = max(1, self.samples // len(classes))
         drawn = []
         for label in classes:
@@ -214,7 +180,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         flat, size = labels.flatten(), labels[0].numel()
         relation = torch.where(flat[anchors][:, None] == flat[keys], 1, -1)
         if self.same_patient:
-            patients = _patients(Context(patients=patients), labels, "supervised contrastive loss")
+            patients = patients_of(Context(patients=patients), labels, "supervised contrastive loss")
             same = patients[anchors // size][:, None] == patients[keys // size]
             relation = relation.masked_fill(same & (anchors[:, None] != keys), 0)
         return relation.to(torch.int8)
@@ -227,14 +193,6 @@ def _spread(found: Tensor, count: int, generator: torch.Generator | None) -> Ten
     edges = torch.arange(count + 1) * len(found) // count
     offsets = torch.rand(count, generator=generator, dtype=torch.float64) * edges.diff()
     return found[(edges[:-1] + offsets.long()).to(found.device)]
-
-
-def near_boundary(labels: Tensor, radius: int) -> Tensor:
-    """Where BH[WD] labels have another label within `radius` along each axis (the morphological gradient), bool."""
-    pool = {2: F.max_pool1d, 3: F.max_pool2d, 4: F.max_pool3d}[labels.dim()]
-    values = labels[:, None].float()
-    greatest, least = (sign * pool(sign * values, 2 * radius + 1, stride=1, padding=radius) for sign in (1, -1))
-    return (greatest != least)[:, 0]
 
 
 def _means_without_patient(
@@ -268,6 +226,7 @@ class PrototypeContrast(DistillationLoss):
     """
 
     name, label, family = "prototype", "prototype contrast", "contrast"
+    needs_labels = True
     reads, adapt = "features", "both"
 
     def __init__(self, temperature: float = 0.1, anchors: str = "regions", per_image: bool = False):
@@ -277,42 +236,29 @@ class PrototypeContrast(DistillationLoss):
         check_positive(temperature=temperature)
         self.temperature, self.anchors, self.per_image = temperature, anchors, per_image
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels: BH[WD], int64; brought to the maps' grid as in `SupervisedContrastiveLoss`.
-            context: not used.
-
-        Raises:
-            InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
-        """
-        check_pair(student, teacher)
-        labels = resize_labels(labels, student, "prototype contrast")
+    def compare(self, student, teacher, labels, kept, context):
         classes = labels.unique()
-        with torch.autocast(student.device.type, enabled=False):
-            # [G, positions, d]: groups are the images, or the batch as one
-            student, teacher = (l2_normalize(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
-            labels = labels.flatten(1)
-            if not self.per_image:
-                student, teacher, labels = (x.flatten(0, 1)[None] for x in (student, teacher, labels))
-            members = (labels[:, None] == classes[:, None]).to(student)  # [G, classes, positions]
-            counts = members.sum(2)
-            present = counts > 0
-            keys = l2_normalize(members @ teacher / counts.clamp(min=1)[:, :, None], dim=2)
-            if self.anchors == "regions":
-                anchors = l2_normalize(members @ student / counts.clamp(min=1)[:, :, None], dim=2)
-                members, counts = torch.diag_embed(present.to(student)), present.to(student)
-            else:
-                anchors = student
-            similarity = keys @ anchors.mT / self.temperature  # [G, classes, anchors]
-            # of the others alone: 1 + exp(-20) is 1 in float32, and a loss nearly solved would become a dead term
-            absent = ~present[:, :, None] | (members > 0)
-            others = similarity.masked_fill(absent, torch.finfo(similarity.dtype).min).logsumexp(1)
-            loss = members * F.softplus(others[:, None] - similarity)
-            return (loss.sum((0, 2)) / counts.sum(0)).mean()
+        classes = classes[classes >= 0]
+        # [G, positions, d]: groups are the images, or the batch as one
+        student, teacher = (l2_normalize(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
+        labels = labels.flatten(1)
+        if not self.per_image:
+            student, teacher, labels = (x.flatten(0, 1)[None] for x in (student, teacher, labels))
+        members = (labels[:, None] == classes[:, None]).to(student)  # [G, classes, positions]
+        counts = members.sum(2)
+        present = counts > 0
+        keys = l2_normalize(members @ teacher / counts.clamp(min=1)[:, :, None], dim=2)
+        if self.anchors == "regions":
+            anchors = l2_normalize(members @ student / counts.clamp(min=1)[:, :, None], dim=2)
+            members, counts = torch.diag_embed(present.to(student)), present.to(student)
+        else:
+            anchors = student
+        similarity = keys @ anchors.mT / self.temperature  # [G, classes, anchors]
+        # of the others alone: 1 + exp(-20) is 1 in float32, and a loss nearly solved would become a dead term
+        absent = ~present[:, :, None] | (members > 0)
+        others = similarity.masked_fill(absent, torch.finfo(similarity.dtype).min).logsumexp(1)
+        loss = members * F.softplus(others[:, None] - similarity)
+        return (loss.sum((0, 2)) / counts.sum(0)).mean()
 
 
 class CRD(DistillationLoss):
@@ -330,8 +276,7 @@ class CRD(DistillationLoss):
     The paper keeps a vector of every training image; here negatives are the other images of the batch and a memory of
     the latest embeddings, one for each side. What it holds of the anchor's own patient is no negative: it may be the
     anchor's own image, an epoch ago. Without any negative (one image, empty memory) the positive alone counts.
-    Embeddings enter in training mode only, after the loss; whoever trains admits the training patients to both
-    memories.
+    Embeddings enter in training mode only, after the loss; call `allow_patients` of both memories first.
 
     Args:
         temperature: divisor of the cosine similarities.
@@ -345,33 +290,21 @@ class CRD(DistillationLoss):
     def __init__(self, temperature: float = 0.07, memory: int = 1024, same_patient: bool = False):
         super().__init__()
         check_positive(temperature=temperature)
+        check_whole(0, memory=memory)
         self.temperature, self.same_patient = temperature, same_patient
         self.student_bank, self.teacher_bank = (MemoryBank(memory) if memory else None for _ in range(2))
         # log Z with students, and with teachers as anchors; -inf before the first training step with a negative
         self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels: not used.
-            context: its patients, with `memory` or `same_patient`.
-
-        Raises:
-            InputError: where the shapes differ, patients are missing, or one was not admitted to the memory.
-        """
-        check_pair(student, teacher)
+    def compare(self, student, teacher, labels, kept, context):
         patients = torch.arange(
             len(student), device=student.device
         )  # where none are asked for: as if of one image each
         if self.student_bank is not None or self.same_patient:
-            patients = _patients(context, student, "CRD")
-        with torch.autocast(student.device.type, enabled=False):
-            z, k = (l2_normalize(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
-            loss = self._direction(0, z, k, self.teacher_bank, patients)
-            loss = loss + self._direction(1, k, z, self.student_bank, patients)
+            patients = patients_of(context, student, "CRD")
+        z, k = (l2_normalize(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
+        loss = self._direction(0, z, k, self.teacher_bank, patients)
+        loss = loss + self._direction(1, k, z, self.student_bank, patients)
         if self.student_bank is not None and self.training:
             for bank, vectors in ((self.student_bank, z), (self.teacher_bank, k)):
                 bank.push(vectors, torch.zeros_like(patients), patients, context.step)
@@ -396,6 +329,6 @@ class CRD(DistillationLoss):
         if known.isfinite() or not len(negatives):
             return torch.where(known.isfinite(), known, 0.0).to(negatives)
         found = negatives.logsumexp(0) - math.log(len(negatives))
-        if self.training:
+        if self.training and found.isfinite():
             self.log_normaliser[side] = found
         return found

@@ -14,10 +14,12 @@ from kdlib.losses.base import (
     Context,
     DistillationLoss,
     as_float,
-    check_pair,
     check_positive,
+    check_whole,
     l2_normalize,
+    mean_square,
     resize_labels,
+    usable_labels,
 )
 from kdlib.losses.prediction import ChannelWiseDistillation
 
@@ -28,19 +30,8 @@ class FeatureMSE(DistillationLoss):
     name, label, family = "fitnet", "MSE", "feature"
     reads, adapt = "features", "student"
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where the shapes differ.
-        """
-        check_pair(student, teacher)
-        return F.mse_loss(as_float(student), as_float(teacher))
+    def compare(self, student, teacher, labels, kept, context):
+        return mean_square(as_float(student), as_float(teacher), kept)
 
 
 class FeatureCWD(ChannelWiseDistillation):
@@ -63,9 +54,6 @@ class AttentionTransfer(DistillationLoss):
 
     Args:
         power: of the features; a higher one looks at the strongest responses alone.
-
-    Raises:
-        InputError: where the power is below 1, which has no gradient at 0.
     """
 
     name, label, family = "at", "AT", "feature"
@@ -73,23 +61,12 @@ class AttentionTransfer(DistillationLoss):
 
     def __init__(self, power: float = 2.0):
         super().__init__()
-        if not power >= 1:
+        check_positive(power=power)
+        if power < 1:
             raise InputError(f"power of an attention map is {power}: give 1 or more")
         self.power = power
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one batch and grid, each with its own channels; gradients flow to
-                both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where batch or grid differ.
-        """
-        check_pair(student, teacher, channels=False)
+    def compare(self, student, teacher, labels, kept, context):
         return (self.attention(student) - self.attention(teacher)).pow(2).sum(1).mean()
 
     def attention(self, features: Tensor) -> Tensor:
@@ -106,9 +83,6 @@ class ImportanceMap(AttentionTransfer):
 
     Args:
         power: of the features; 4 in the authors' code.
-
-    Raises:
-        InputError: where the power is below 1.
     """
 
     name, label, family = "emkd_importance", "EMKD importance", "feature"
@@ -122,37 +96,25 @@ class RegionAffinity(DistillationLoss):
 
     The features of an image are averaged over the region of each label; the affinity of two regions is the cosine of
     their averages. The loss is the squared difference of the student's and the teacher's affinity, mean over all pairs
-    of regions that one image holds, over the batch: from 0 to 4. The authors' code has one pair, background and organ;
-    here, with several labels, every pair counts the same. Without a pair in the batch it is 0, with a gradient of 0.
-    Features of one channel have cosines of +1 or -1 and nothing to learn.
+    of regions that one image holds, over the batch: from 0 to 4. The authors' code has one pair, background and
+    organ; here, with several labels, every pair counts the same. An image of one region has no pair and is left out of
+    the mean, where that code counts it as 0. Without a pair in the batch the loss is 0, with a gradient of 0. Features
+    of one channel have cosines of +1 or -1 and nothing to learn.
     """
 
     name, label, family = "emkd_affinity", "EMKD affinity", "feature"
+    needs_labels = True
     reads, adapt = "features", "none"
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one batch and grid, each with its own channels; gradients flow to
-                both.
-            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
-            context: not used.
-
-        Raises:
-            InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
-        """
-        check_pair(student, teacher, channels=False)
-        labels = resize_labels(labels, student, "region affinity").flatten(1)
-        members = labels[:, None] == labels.unique()[:, None]  # [B, regions, positions]
+    def compare(self, student, teacher, labels, kept, context):
+        classes = labels.unique()
+        members = labels.flatten(1)[:, None] == classes[classes >= 0][:, None]  # [B, regions, positions]
         counts = members.sum(2)
         present = counts > 0
         pairs = (present[:, :, None] & present[:, None]).triu(1)
-        with torch.autocast(student.device.type, enabled=False):
-            difference = _affinity(student, members, counts) - _affinity(teacher, members, counts)
-            # with no pair all is masked: a 0 that still belongs to the student's graph
-            return (difference.pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
+        difference = _affinity(student, members, counts) - _affinity(teacher, members, counts)
+        # with no pair all is masked: a 0 that still belongs to the student's graph
+        return (difference.pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
 def _affinity(features: Tensor, members: Tensor, counts: Tensor) -> Tensor:
@@ -169,7 +131,8 @@ class ReviewKD(DistillationLoss):
     From the deepest scale to the shallowest, a 1x1 convolution brings the student's features to `width` channels; two
     attention maps, the sigmoid of a 1x1 convolution of these and the deeper fused features (resized, nearest), weigh
     the two, and their sum is the scale's fused features (ABF). A 3x3 convolution of them, of the teacher's channels, is
-    compared with the teacher's features of that scale by `hierarchical_context_loss`; mean over the scales (the
+    compared with the teacher's features of that scale (brought to
+    the student's grid bilinearly) by `hierarchical_context_loss`; mean over the scales (the
     authors' code has the sum). Convolutions have biases in place of the authors' batch norms, so that an image counts
     the same in any batch. They are trained with the student.
 
@@ -177,9 +140,6 @@ class ReviewKD(DistillationLoss):
         student_channels, teacher_channels: of each scale, from shallow to deep.
         dims: 2 or 3 spatial dimensions.
         width: channels of the fusion.
-
-    Raises:
-        InputError: where the scales do not pair, or dims is neither 2 nor 3.
     """
 
     name, label, family = "reviewkd", "ReviewKD", "feature"
@@ -194,7 +154,7 @@ class ReviewKD(DistillationLoss):
             raise InputError(f"ReviewKD between {scales}: give channels of one or more pairs, from shallow to deep")
         if dims not in (2, 3):
             raise InputError(f"ReviewKD in {dims} dimensions: give 2 or 3")
-        check_positive(width=width)
+        check_whole(width=width)
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         self.dims = dims
         self.reduce = nn.ModuleList(conv(channels, width, 1) for channels in student_channels)
@@ -214,18 +174,25 @@ class ReviewKD(DistillationLoss):
         """
         Args:
             student, teacher: feature maps BNHW[D] of each scale, from shallow to deep. Grids may differ in every way:
-                the teacher is brought to the student's by (bi/tri)linear interpolation. Gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where the maps are not those that the module was made for, or batches differ.
+                the teacher is brought to the student's by (bi/tri)linear interpolation.
+            context: ignored positions are set to 0 at every scale, and left out where features are compared.
         """
         self._check(student, teacher)
+        kept = [None] * len(student)
+        if context.ignore_index is not None:
+            labels, _ = usable_labels(labels, context.ignore_index, self.label)
+            kept, kept_of_teacher = (
+                [resize_labels(labels, x, self.label) >= 0 for x in side] for side in (student, teacher)
+            )
+            student, teacher = (
+                [x.masked_fill(~k[:, None], 0) for x, k in zip(*sides, strict=True)]
+                for sides in ((student, kept), (teacher, kept_of_teacher))
+            )
         mode = {2: "bilinear", 3: "trilinear"}[self.dims]
         with torch.autocast(student[0].device.type, enabled=False):
             losses = [
-                hierarchical_context_loss(ours, F.interpolate(as_float(theirs), size=ours.shape[2:], mode=mode))
-                for ours, theirs in zip(self.review(student), teacher, strict=True)
+                hierarchical_context_loss(ours, F.interpolate(as_float(theirs), size=ours.shape[2:], mode=mode), k)
+                for ours, theirs, k in zip(self.review(student), teacher, kept, strict=True)
             ]
         return torch.stack(losses).mean()
 
@@ -254,19 +221,32 @@ class ReviewKD(DistillationLoss):
                     raise InputError(f"ReviewKD got maps of shape {list(maps.shape)} where it takes {wanted}")
 
 
-def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def hierarchical_context_loss(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
     """The hierarchical context loss (HCL) of ReviewKD for maps BNHW[D] of one shape.
 
     The weighted mean of the mean squared differences at the full grid (weight 1) and at averages over 4, 2 and 1
-    positions an axis, each with half the weight of the one before. Sizes that the shortest axis does not exceed are
-    left out.
+    positions along each axis, each with half the weight of the one before. Sizes that the shortest axis does not exceed
+    are left out. Of `kept` (BH[WD] bool) positions alone, where given.
     """
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[student.dim() - 2]
-    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    difference = student - teacher
+    if kept is not None:
+        difference = difference * kept[:, None]
+    shares = as_float(kept.to(student.dtype))[:, None] if kept is not None else None
+    loss, weight, total = _mean_square(difference, shares), 1.0, 1.0
     for size in (4, 2, 1):
         if size < min(student.shape[2:]):
             weight /= 2
             # the mean is linear: one pooling of the difference serves both
-            loss = loss + weight * pool(student - teacher, size).pow(2).mean()
+            share = pool(shares, size) if shares is not None else None
+            loss = loss + weight * _mean_square(pool(difference, size), share)
             total += weight
     return loss / total
+
+
+def _mean_square(sums: Tensor, shares: Tensor | None) -> Tensor:
+    """Mean square of `sums / shares`, over the positions whose share (of kept positions, BHW[D]) is above 0."""
+    if shares is None:
+        return sums.pow(2).mean()
+    count = (shares > 0).sum().clamp(min=1) * sums.shape[1]
+    return (sums / shares.clamp(min=1e-12)).pow(2).sum() / count

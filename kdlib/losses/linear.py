@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdlib.config import InputError
 from kdlib.losses.base import as_float
 
 BLOCKS = {"cpu": (1024, 512)}  # queries and keys of a block: it stays in a CPU's cache
@@ -59,21 +58,6 @@ def log_sum_exp(
             other = _LogSumExp.apply(queries[members], keys[others], scale, bounded)
             result = result.index_put((members,), torch.logaddexp(own, other))
         return result
-
-
-def self_log_sum_exp(vectors: Tensor, scale: float, unit: bool = False) -> Tensor:
-    """`log sum_{j != i} exp(scale * z_i . z_j)` of every vector [n, d], as in a contrast of a batch with itself.
-
-    Each block of products serves its rows and its columns: n n d floating-point operations forward, 3 n n d backward.
-    First derivatives only.
-
-    Raises:
-        InputError: where there are fewer than two vectors.
-    """
-    if len(vectors) < 2:
-        raise InputError(f"a contrast of {len(vectors)} vectors with themselves: give at least two")
-    with torch.autocast(vectors.device.type, enabled=False):
-        return _SelfLogSumExp.apply(as_float(vectors), scale, unit and scale <= SAFE)
 
 
 def _blocks(length: int, size: int) -> Iterator[slice]:
@@ -143,59 +127,3 @@ class _LogSumExp(torch.autograd.Function):
                         softmax = torch.addmm(-result[rows], keys[columns], scaled.T).exp_()
                         grad_keys[columns].addmm_(softmax, weighted)
         return None if means is None else means * grad, grad_keys, None, None
-
-
-class _SelfLogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vectors: Tensor, scale: float, bounded: bool) -> Tensor:
-        parts = _parts(vectors)
-        sums = [_Sums(vectors[rows], bounded) for rows in parts]
-        for i, j, products in _triangle(vectors, scale, parts):
-            if i != j and bounded:  # the same exponentials serve both
-                exponentials = products.exp_()
-                sums[i].total += exponentials.sum(1)
-                sums[j].total += exponentials.sum(0)
-                continue
-            if i != j:
-                sums[j].add(products.T.clone(), vectors[parts[i]])
-            sums[i].add(products, vectors[parts[j]])
-        result = torch.cat([part.log() for part in sums])
-        ctx.save_for_backward(vectors, result)
-        ctx.scale, ctx.bounded = scale, bounded
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        vectors, result = ctx.saved_tensors
-        result_grad = torch.zeros_like(vectors)
-        weights = grad * torch.exp(-result) if ctx.bounded else None
-        with torch.autocast(grad.device.type, enabled=False):
-            parts = _parts(vectors)
-            for i, j, products in _triangle(vectors, ctx.scale, parts):
-                rows, columns = parts[i], parts[j]
-                # d loss / d product: pair (i, j) counts in the sum of i and in that of j
-                if ctx.bounded:
-                    pairs = products.exp_().mul_(weights[rows, None] + weights[columns])
-                else:
-                    pairs = torch.exp(products - result[rows, None]) * grad[rows, None]
-                    pairs += products.sub_(result[columns]).exp_().mul_(grad[columns])
-                result_grad[rows].addmm_(pairs, vectors[columns])
-                if i != j:
-                    result_grad[columns].addmm_(pairs.T, vectors[rows])
-        return result_grad.mul_(ctx.scale), None, None
-
-
-def _parts(vectors: Tensor) -> list[slice]:
-    return list(_blocks(len(vectors), min(BLOCKS.get(vectors.device.type, LARGE_BLOCKS))))
-
-
-def _triangle(vectors: Tensor, scale: float, parts: list[slice]) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks (i, j >= i) of scaled products, a vector's product with itself being -inf."""
-    for i, rows in enumerate(parts):
-        scaled = vectors[rows] * scale
-        for j in range(i, len(parts)):
-            products = scaled @ vectors[parts[j]].T
-            if i == j:
-                products.fill_diagonal_(-torch.inf)  # taking it off the sum afterwards would lose digits
-            yield i, j, products

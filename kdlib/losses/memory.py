@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.config import InputError
+from kdlib.losses.base import check_whole
 
 
 class MemoryBank(nn.Module):
@@ -23,8 +24,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        if size < 1:
-            raise InputError(f"a memory bank of {size} vectors: give at least 1")
+        check_whole(**{"the size of a memory": size})
         self.size = size
         self.register_buffer("vectors", torch.zeros(size, 0))
         for name in ("labels", "patients", "steps"):
@@ -51,7 +51,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Tensor, labels: Tensor, patients: Tensor, step: int) -> None:
-        """Keeps the vectors, detached; of more than `size` the last.
+        """Keeps the vectors, detached; of more than `size` the last. Vectors that are not finite are left out.
 
         Args:
             vectors: [n, d], of the width of the first push.
@@ -59,10 +59,12 @@ class MemoryBank(nn.Module):
             step: number of the training step.
 
         Raises:
-            InputError: before `admit`, for a patient that was not admitted, or where the shapes do not fit.
+            InputError: before `allow_patients`, for a patient that was not admitted, or where the shapes do not fit.
         """
         if not len(self.admitted):
-            raise InputError("nothing may enter the memory bank yet: call admit with the training patients first")
+            raise InputError(
+                "nothing may enter the memory bank yet: call allow_patients with the training patients first"
+            )
         shapes = [list(x.shape) for x in (vectors, labels, patients)]
         if vectors.dim() != 2 or shapes[1:] != [shapes[0][:1]] * 2:
             raise InputError(f"vectors, labels and patients of shapes {shapes}: give [n, d], [n] and [n]")
@@ -74,11 +76,13 @@ class MemoryBank(nn.Module):
         device = self.vectors.device
         patients = patients.to(device)
         self._refuse_others(patients, self.admitted)
+        finite = vectors.isfinite().all(1)  # one step of NaN would otherwise spoil every later one
+        vectors, labels, patients = vectors[finite], labels.to(device)[finite.to(device)], patients[finite.to(device)]
         n = len(vectors)
         last = slice(max(0, n - self.size), n)
         place = (self.pushed + torch.arange(n, device=device)[last]) % self.size
         self.vectors[place] = vectors[last].to(self.vectors)
-        self.labels[place] = labels[last].to(device)
+        self.labels[place] = labels[last]
         self.patients[place] = patients[last]
         self.steps[place] = step
         self.pushed += n

@@ -6,16 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config import InputError
 from kdlib.losses.base import (
-    EMPTY_CONTEXT,
-    Context,
     DistillationLoss,
     as_float,
-    check_pair,
     check_positive,
+    check_weight,
+    check_whole,
     l2_normalize,
-    resize_labels,
+    mean_over,
+    near_boundary,
 )
 from kdlib.losses.segmentation import probabilities
 
@@ -41,9 +40,6 @@ class PredictionKL(DistillationLoss):
 
     Args:
         temperature: divisor of the logits; its square keeps the gradient's size independent of it.
-
-    Raises:
-        InputError: where the temperature is not above 0.
     """
 
     name, label, family = "kl", "KL (Hinton)", "prediction"
@@ -54,22 +50,11 @@ class PredictionKL(DistillationLoss):
         check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where the shapes differ.
-        """
-        return self.of_pixels(student, teacher).mean() * self.temperature**2
+    def compare(self, student, teacher, labels, kept, context):
+        return mean_over(self.of_pixels(student, teacher), kept) * self.temperature**2
 
     def of_pixels(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The divergence BH[WD] of every pixel, without the squared temperature."""
-        check_pair(student, teacher)
         return divergence(*(self.log_probabilities(as_float(x) / self.temperature) for x in (student, teacher)))
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
@@ -84,9 +69,6 @@ class OneChannelSoftmaxKL(PredictionKL):
 
     Args:
         temperature: divisor of the logits.
-
-    Raises:
-        InputError: where the temperature is not above 0.
     """
 
     name, label, family = "softmax_kl", "KL over one channel (published)", "prediction"
@@ -107,46 +89,24 @@ class BoundaryKL(PredictionKL):
         temperature: divisor of the logits.
         boundary: weight of a pixel in the band, relative to one outside.
         radius: of the band, in pixels of the logits.
-
-    Raises:
-        InputError: where temperature or boundary is not above 0, or the radius is no whole number above 0.
     """
 
     name, label, family = "boundary_kl", "boundary KL", "prediction"
+    needs_labels = True
 
     def __init__(self, temperature: float = 4.0, boundary: float = 5.0, radius: int = 2):
         super().__init__(temperature)
         check_positive(boundary=boundary)
-        if radius != int(radius) or radius < 1:
-            raise InputError(f"radius of the boundary is {radius}: give whole pixels, 1 or more")
-        self.boundary, self.radius = boundary, int(radius)
+        check_whole(radius=radius)
+        self.boundary, self.radius = boundary, radius
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
-            labels: BH[WD], int64; for one channel every label above 0 is foreground.
-            context: not used.
-
-        Raises:
-            InputError: where the maps' shapes differ, or labels are missing or not of the same batch and dimensions.
-        """
+    def compare(self, student, teacher, labels, kept, context):
         divergences = self.of_pixels(student, teacher)
-        labels = resize_labels(labels, student, "boundary KL")
-        band = self.band(labels > 0 if student.shape[1] == 1 else labels)
+        band = near_boundary(labels.clamp(max=1) if student.shape[1] == 1 else labels, self.radius)
         weights = 1 + (self.boundary - 1) * band.to(divergences.dtype)
+        if kept is not None:
+            weights = weights * kept
         return (weights * divergences).sum() / weights.sum() * self.temperature**2
-
-    def band(self, labels: Tensor) -> Tensor:
-        """The pixels (bool, BH[WD]) whose window holds several labels: its maximum and minimum differ."""
-        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[labels.dim() - 2]
-        labels = labels[:, None].float()
-        highest, lowest = (
-            sign * pool(sign * labels, 2 * self.radius + 1, stride=1, padding=self.radius) for sign in (1, -1)
-        )
-        return (highest != lowest)[:, 0]
 
 
 class DKD(DistillationLoss):
@@ -156,50 +116,28 @@ class DKD(DistillationLoss):
     `(p_t, 1 - p_t)`; NCKD is that of the distribution among the other classes, `p_c / (1 - p_t)`. With a `beta` of each
     pixel's teacher `1 - p_t` and alpha 1 the sum would be `PredictionKL`.
     With two classes (one channel, or two) only one other class is left: NCKD is exactly 0, and DKD is alpha times
-    `PredictionKL`.
+    `PredictionKL`: with one class to segment and the default alpha, a comparison needs one row for both.
 
     Args:
         alpha, beta: weights of TCKD and NCKD.
         temperature: divisor of the logits.
-
-    Raises:
-        InputError: where the temperature is not above 0.
     """
 
     name, label, family = "dkd", "DKD", "prediction"
+    needs_labels = True
     reads, adapt = "logits", "none"
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
         super().__init__()
         check_positive(temperature=temperature)
+        check_weight(alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
-            labels: BH[WD], int64, the own class of each pixel; for one channel every label above 0 is foreground.
-            context: not used.
-
-        Raises:
-            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions, or
-                a label has no channel.
-        """
-        check_pair(student, teacher)
-        labels = resize_labels(labels, student, "DKD")
-        channels = student.shape[1]
-        if channels == 1:
-            labels = (labels > 0).long()
-        # on the CPU alone: on a GPU the check would wait for the device at every step, and the kernel asserts itself
-        elif labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < channels:
-            found = f"labels reach from {labels.min()} to {labels.max()}"
-            raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
-
+    def compare(self, student, teacher, labels, kept, context):
+        labels = labels.clamp(0, 1 if student.shape[1] == 1 else None)
         own, others = zip(*(self._decoupled(logits, labels[:, None]) for logits in (student, teacher)), strict=True)
         tckd, nckd = divergence(*own), divergence(*others)
-        return (self.alpha * tckd + self.beta * nckd).mean() * self.temperature**2
+        return mean_over(self.alpha * tckd + self.beta * nckd, kept) * self.temperature**2
 
     def _decoupled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of (p_t, 1 - p_t), and of the distribution among the other classes (0 at the own class)."""
@@ -221,14 +159,12 @@ class DIST(DistillationLoss):
 
     Over two classes a pixel's correlation is +1 or -1, a sign without gradient: for one or two channels only the intra
     term is used. One channel is correlated through its foreground probability, which gives the same as both classes.
-    A map without variation has correlation 0, hence loss 1.
+    A map without variation has correlation 0, hence loss 1; one of nearly none (a class that is absent, of a norm under
+    1e-4, see `l2_normalize`) has nearly 0, also with a student that equals its teacher.
 
     Args:
         beta, gamma: weights of the inter-class and the intra-class relation.
         temperature: divisor of the logits.
-
-    Raises:
-        InputError: where the temperature is not above 0.
     """
 
     name, label, family = "dist", "DIST", "prediction"
@@ -237,25 +173,17 @@ class DIST(DistillationLoss):
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
         super().__init__()
         check_positive(temperature=temperature)
+        check_weight(beta=beta, gamma=gamma)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: logits BNH[WD] of one shape; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where the shapes differ.
-        """
-        check_pair(student, teacher)
+    def compare(self, student, teacher, labels, kept, context):
         # [classes, pixels of the batch]
         student, teacher = (
             probabilities(as_float(logits) / self.temperature).transpose(0, 1).flatten(1)
             for logits in (student, teacher)
         )
+        if kept is not None:
+            student, teacher = (x[:, kept.flatten()] for x in (student, teacher))
         loss = self.gamma * (1 - correlation(student, teacher, dim=1).mean())
         if len(student) > 2:
             loss = loss + self.beta * (1 - correlation(student, teacher, dim=0).mean())
@@ -277,9 +205,6 @@ class ChannelWiseDistillation(DistillationLoss):
 
     Args:
         temperature: divisor of the maps; a higher one spreads the distribution over more positions.
-
-    Raises:
-        InputError: where the temperature is not above 0.
     """
 
     name, label, family = "cwd", "CWD (logits)", "prediction"
@@ -290,17 +215,11 @@ class ChannelWiseDistillation(DistillationLoss):
         check_positive(temperature=temperature)
         self.temperature = temperature
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: maps BNH[WD] of one shape; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where the shapes differ.
-        """
-        check_pair(student, teacher)
-        log_p = ((as_float(maps).flatten(2) / self.temperature).log_softmax(2) for maps in (student, teacher))
+    def compare(self, student, teacher, labels, kept, context):
+        scaled = [as_float(maps).flatten(2) / self.temperature for maps in (student, teacher)]
+        if kept is None:
+            log_p = [x.log_softmax(2) for x in scaled]
+        else:
+            ignored = ~kept.flatten(1)[:, None]
+            log_p = [x.masked_fill(ignored, -torch.inf).log_softmax(2).masked_fill(ignored, 0) for x in scaled]
         return divergence(*log_p, dim=2).mean() * self.temperature**2

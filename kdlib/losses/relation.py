@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kdlib.config import InputError
 from kdlib.losses.base import (
-    EMPTY_CONTEXT,
-    Context,
     DistillationLoss,
     as_float,
-    check_pair,
     check_positive,
+    check_weight,
+    check_whole,
     l2_normalize,
-    resize_labels,
+    mean_square,
+    patients_of,
 )
 from kdlib.losses.memory import MemoryBank
 
@@ -28,35 +28,28 @@ class SimilarityPreserving(DistillationLoss):
 
     Every map is flattened to one vector an image, `q`; `G = q q^T` over the batch, its rows divided by their lengths;
     `loss = |G_teacher - G_student|^2 / B^2`, a mean over the pairs of images. Nothing is said of a single image: a
-    batch of one gives 0. Values are small, and the paper weighs them with 3000.
+    batch of one gives 0. A common scale of a side is not seen; an image whose features are under a hundredth of
+    the batch's greatest counts less (see `l2_normalize`). Values are small, and the paper weighs them with 3000.
     """
 
     name, label, family = "sp", "SP", "relation"
     reads, adapt = "features", "none"
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where batch or grid differ.
-        """
-        check_pair(student, teacher, channels=False)
-        with torch.autocast(student.device.type, enabled=False):
-            vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
-            of_student, of_teacher = (l2_normalize(q @ q.T) for q in vectors)
-            return F.mse_loss(of_student, of_teacher)
+    def compare(self, student, teacher, labels, kept, context):
+        # the loss does not depend on a scale of all vectors together, but squares of large or small ones over- and
+        # underflow: the greatest value is a constant, so no gradient is lost
+        vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
+        vectors = [q / q.detach().abs().amax().clamp(min=1e-30) for q in vectors]
+        of_student, of_teacher = (l2_normalize(q @ q.T) for q in vectors)
+        return F.mse_loss(of_student, of_teacher)
 
 
 class PairwiseAffinity(DistillationLoss):
     """Squared difference of the affinities between positions: the pair-wise term of SKD (Liu 2019, arXiv 1903.04197).
 
     Maps are pooled to a grid of N positions. The affinity of two positions of an image is the cosine of their vectors;
-    the loss is the mean of the squared difference over the N^2 pairs of every image.
+    the loss is the mean of the squared difference over the N^2 pairs of every image. The authors' code detaches the
+    lengths of the vectors, here they are part of the gradient (which then differs by about half of its length).
 
     Args:
         scale: size of the grid relative to the maps, a half for the paper's nodes of 2 x 2 pixels (in the published
@@ -64,9 +57,6 @@ class PairwiseAffinity(DistillationLoss):
         nodes: most positions of the grid, because cost grows with their square: longer axes are cut to one length,
             16 x 16 or 6 x 6 x 6 for 256.
         pool: "avg", as in the paper, or "max", as in its code; windows are as even as the sizes allow.
-
-    Raises:
-        InputError: where an option is out of its range.
     """
 
     name, label, family = "skd", "SKD pair-wise", "relation"
@@ -74,28 +64,21 @@ class PairwiseAffinity(DistillationLoss):
 
     def __init__(self, scale: float = 0.5, nodes: int = 256, pool: str = "avg"):
         super().__init__()
-        if not 0 < scale <= 1 or nodes < 2 or pool not in ("avg", "max"):
-            given = f"scale {scale}, nodes {nodes}, pool {pool!r}"
-            raise InputError(f"{given}: give a scale in (0, 1], at least 2 nodes, and the pool 'avg' or 'max'")
+        check_positive(scale=scale)
+        check_whole(2, nodes=nodes)
+        if scale > 1 or pool not in ("avg", "max"):
+            raise InputError(f"scale {scale}, pool {pool!r}: give a scale of at most 1 and the pool 'avg' or 'max'")
         self.scale, self.nodes, self.pool = scale, nodes, pool
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both.
-            labels, context: not used.
-
-        Raises:
-            InputError: where batch or grid differ.
-        """
-        check_pair(student, teacher, channels=False)
+    def compare(self, student, teacher, labels, kept, context):
         grid = _cut([ceil(n * self.scale) for n in student.shape[2:]], self.nodes)
-        with torch.autocast(student.device.type, enabled=False):
-            vectors = [l2_normalize(_pool(maps, grid, self.pool)).flatten(2) for maps in (student, teacher)]
-            of_student, of_teacher = (z.transpose(1, 2) @ z for z in vectors)
+        vectors = [l2_normalize(_pool(maps, grid, self.pool, kept)).flatten(2) for maps in (student, teacher)]
+        of_student, of_teacher = (z.transpose(1, 2) @ z for z in vectors)
+        if kept is None:
             return F.mse_loss(of_student, of_teacher)
+        nodes = _pooled(kept, grid)
+        pairs = nodes[:, :, None] & nodes[:, None]
+        return ((of_student - of_teacher).pow(2) * pairs).sum() / pairs.sum()
 
 
 class IFVD(DistillationLoss):
@@ -109,26 +92,13 @@ class IFVD(DistillationLoss):
     """
 
     name, label, family = "ifvd", "IFVD", "relation"
+    needs_labels = True
     reads, adapt = "features", "none"
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one batch and grid; gradients flow to both, also through the
-                prototypes.
-            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
-            context: not used.
-
-        Raises:
-            InputError: where batch or grid differ, or labels are missing or not of the same batch and dimensions.
-        """
-        check_pair(student, teacher, channels=False)
-        members = _members(resize_labels(labels, student, "intra-class variation"))
-        with torch.autocast(student.device.type, enabled=False):
-            of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
-            return F.mse_loss(of_student, of_teacher)
+    def compare(self, student, teacher, labels, kept, context):
+        members = _members(labels, _classes(labels))
+        of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
+        return mean_square(of_student, of_teacher, None if kept is None else kept.flatten(1))
 
     @staticmethod
     def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:
@@ -137,7 +107,7 @@ class IFVD(DistillationLoss):
         prototypes = l2_normalize(_class_means(vectors, members))
         # to every prototype, then the own one: cheaper than a map of prototypes, for classes are fewer than channels
         along = ((vectors.transpose(1, 2) @ prototypes) * members).sum(2)
-        return along / vectors.norm(dim=1).clamp(min=1e-4)  # the bound of `unit`, without a map of unit vectors
+        return along / vectors.norm(dim=1).clamp(min=1e-4)  # the bound of `l2_normalize`, without a map of unit vectors
 
 
 class CrossImageRelation(DistillationLoss):
@@ -157,8 +127,8 @@ class CrossImageRelation(DistillationLoss):
     the loss, and only in training mode, the same pixels of the teacher and the batch's regions enter the memories, so
     that no batch is compared with itself. While the memories are empty only the first part counts.
 
-    The memories are `pixel_bank` and `region_bank`: tell both which patients may enter with `admit`. Where the weights
-    of both parts are 0 the memories are not used, and labels and patients not needed.
+    The memories are `pixel_bank` and `region_bank`: tell both which patients may enter with `allow_patients`. Where the
+    weights of both parts are 0 the memories are not used, and labels and patients not needed.
 
     Args:
         temperature: t, divisor of the cosines.
@@ -168,9 +138,6 @@ class CrossImageRelation(DistillationLoss):
         pixels: most pixels to draw from each class of an image.
         pixel_memory, region_memory: vectors that each memory keeps, of all classes together.
         pixel_keys, region_keys: most vectors to draw from each memory (at least one a class).
-
-    Raises:
-        InputError: where an option is out of its range.
     """
 
     name, label, family = "cirkd", "CIRKD", "relation"
@@ -189,76 +156,70 @@ class CrossImageRelation(DistillationLoss):
     ):
         super().__init__()
         check_positive(temperature=temperature)
-        if len(weights) != 3 or not all(weight >= 0 for weight in weights):
-            raise InputError(f"weights {weights}: give three of at least 0, for mini-batch, pixel and region")
-        if min(nodes, pixels, pixel_keys, region_keys) < 1:
-            given = f"nodes {nodes}, pixels {pixels}, pixel_keys {pixel_keys}, region_keys {region_keys}"
-            raise InputError(f"{given}: give at least 1 of each")
+        if isinstance(weights, str) or len(weights) != 3:
+            raise InputError(f"weights {weights}: give three, for mini-batch, pixel and region")
+        check_weight(**{f"number {i} of the weights": weight for i, weight in enumerate(weights)})
+        check_whole(nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)
         self.temperature, self.weights, self.nodes, self.pixels = temperature, tuple(weights), nodes, pixels
         self.pixel_keys, self.region_keys = pixel_keys, region_keys
         self.pixel_bank, self.region_bank = MemoryBank(pixel_memory), MemoryBank(region_memory)
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
-    ) -> Tensor:
-        """
-        Args:
-            student, teacher: feature maps BNH[WD] of one shape; gradients flow to both, but none to a memory.
-            labels: BH[WD], int64; brought to the maps' grid by the label nearest to each position's centre.
-            context: its generator draws pixels and keys; in training mode its patients and step go into the memories.
-
-        Raises:
-            InputError: where the maps' shapes differ, labels are missing or not of the same batch and dimensions, or,
-                in training mode, patients are missing, not one an image, or not admitted to the memories.
-        """
-        check_pair(student, teacher)
-        with torch.autocast(student.device.type, enabled=False):
-            loss = self.weights[0] * self._minibatch(student, teacher)
-            if not any(self.weights[1:]):
-                return loss
-            labels = resize_labels(labels, student, "relation to a memory")
-            patients = self._patients(context, labels) if self.training else None
-
-            classes = int(labels.max()) + 1
-            groups = labels.flatten(1) + classes * torch.arange(len(labels), device=labels.device)[:, None]
-            drawn = _draw(groups.flatten(), self.pixels, context.generator)
-            image, pixel = drawn // groups.shape[1], drawn % groups.shape[1]
-            of_student, of_teacher = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
-            banks = ((self.pixel_bank, self.pixel_keys), (self.region_bank, self.region_keys))
-            for weight, (bank, keys) in zip(self.weights[1:], banks, strict=True):
-                if len(bank):
-                    vectors = _keys(bank, keys, context.generator).to(of_student).T / self.temperature
-                    loss = loss + weight * _divergence(of_student @ vectors, of_teacher @ vectors)
-
-            if patients is not None:
-                self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[image], context.step)
-                self._push_regions(teacher, labels, patients, context.step)
+    def compare(self, student, teacher, labels, kept, context):
+        loss = self.weights[0] * self._minibatch(student, teacher, kept)
+        if not self.needs_labels:
             return loss
+        patients = patients_of(context, student, "a memory") if self.training else None
 
-    def _minibatch(self, student: Tensor, teacher: Tensor) -> Tensor:
+        classes = _classes(labels)
+        flat = labels.flatten(1)
+        groups = (
+            torch.searchsorted(classes, flat.contiguous())
+            + len(classes) * torch.arange(len(labels), device=labels.device)[:, None]
+        )
+        groups = groups.flatten() if kept is None else groups[kept.flatten(1)]
+        drawn = _draw(groups, self.pixels, context.generator)
+        if kept is not None:
+            drawn = kept.flatten().nonzero()[:, 0][drawn]
+        image, pixel = drawn // flat.shape[1], drawn % flat.shape[1]
+        of_student, of_teacher = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+        banks = ((self.pixel_bank, self.pixel_keys), (self.region_bank, self.region_keys))
+        for weight, (bank, keys) in zip(self.weights[1:], banks, strict=True):
+            if len(bank):
+                vectors = _keys(bank, keys, context.generator).to(of_student).T / self.temperature
+                loss = loss + weight * _divergence(of_student @ vectors, of_teacher @ vectors)
+
+        if patients is not None:
+            self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[image], context.step)
+            self._push_regions(teacher, labels, classes, patients, context.step)
+        return loss
+
+    @property
+    def needs_labels(self) -> bool:
+        return any(self.weights[1:])
+
+    def _minibatch(self, student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
         grid = _cut(student.shape[2:], self.nodes)
+        nodes = None if kept is None else _pooled(kept, grid)
         relations = []
         for maps in (student, teacher):
-            z = l2_normalize(_pool(maps, grid, "avg")).flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
+            z = (
+                l2_normalize(_pool(maps, grid, "avg", kept)).flatten(2).transpose(1, 2).flatten(0, 1)
+            )  # [B * P, channels]
             relations.append((z @ z.T / self.temperature).unflatten(1, (len(maps), -1)))
+        if nodes is None:
+            return _divergence(*relations)
+        # relations of the nodes that are left to those of each image
+        relations = [r[nodes.flatten()].masked_fill(~nodes, torch.finfo(r.dtype).min) for r in relations]
         return _divergence(*relations)
 
-    @staticmethod
-    def _patients(context: Context, labels: Tensor) -> Tensor:
-        given = context.patients
-        if given is None or given.shape != labels.shape[:1]:
-            got = "none" if given is None else f"shape {list(given.shape)}"
-            raise InputError(f"a memory needs to know the patients, got {got}: give context.patients, one an image")
-        return given.to(labels.device)
-
     @torch.no_grad()
-    def _push_regions(self, teacher: Tensor, labels: Tensor, patients: Tensor, step: int) -> None:
-        members = _members(labels)
+    def _push_regions(self, teacher: Tensor, labels: Tensor, classes: Tensor, patients: Tensor, step: int) -> None:
+        members = _members(labels, classes)
         means = l2_normalize(_class_means(l2_normalize(teacher).flatten(2), members)).transpose(
             1, 2
         )  # [B, classes, channels]
         image, label = members.any(1).nonzero(as_tuple=True)
-        self.region_bank.push(means[image, label], label, patients[image], step)
+        self.region_bank.push(means[image, label], classes[label], patients[image], step)
 
 
 def _cut(size: Sequence[int], most: int) -> list[int]:
@@ -267,14 +228,35 @@ def _cut(size: Sequence[int], most: int) -> list[int]:
     return [min(n, length) for n in size]
 
 
-def _pool(maps: Tensor, grid: Sequence[int], pool: str) -> Tensor:
-    """Maps in single precision, pooled ("avg" or "max") to the grid."""
-    return getattr(F, f"adaptive_{pool}_pool{len(grid)}d")(as_float(maps), grid)
+def _pool(maps: Tensor, grid: Sequence[int], pool: str, kept: Tensor | None = None) -> Tensor:
+    """Maps in single precision, pooled ("avg" or "max") to the grid; of kept positions alone, 0 where there is none.
+
+    An average is that up to a factor, which no direction depends on, where positions are 0 for being ignored.
+    """
+    maps = as_float(maps)
+    if kept is None or pool == "avg":
+        pooled = getattr(F, f"adaptive_{pool}_pool{len(grid)}d")(maps, grid)
+        if kept is not None:  # the mean of the kept, so that small shares are not shortened by `l2_normalize`
+            pooled = pooled / _pool(kept[:, None].to(maps.dtype), grid, "avg").clamp(min=1e-12)
+        return pooled
+    lowest = maps.masked_fill(~kept[:, None], torch.finfo(maps.dtype).min)
+    return _pool(lowest, grid, "max").masked_fill(~_pooled(kept, grid).unflatten(1, grid)[:, None], 0)
 
 
-def _members(labels: Tensor) -> Tensor:
-    """Which class each pixel is of, [B, P, classes] (bool), from labels BH[WD]."""
-    return labels.flatten(1)[..., None] == torch.arange(int(labels.max()) + 1, device=labels.device)
+def _pooled(kept: Tensor, grid: Sequence[int]) -> Tensor:
+    """Which positions of the grid hold a kept one, [B, P] bool."""
+    return _pool(kept[:, None].float(), grid, "max").flatten(1) > 0
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """The labels that occur, ascending, without ignored ones."""
+    classes = labels.unique()
+    return classes[classes >= 0]
+
+
+def _members(labels: Tensor, classes: Tensor) -> Tensor:
+    """Which of the classes each pixel is of, [B, P, classes] (bool), from labels BH[WD]."""
+    return labels.flatten(1)[..., None] == classes
 
 
 def _class_means(vectors: Tensor, members: Tensor) -> Tensor:
@@ -303,5 +285,5 @@ def _draw(groups: Tensor, most: int, generator: torch.Generator | None) -> Tenso
 def _keys(bank: MemoryBank, most: int, generator: torch.Generator | None) -> Tensor:
     """At most `most` vectors of the bank, in equal number from each class in it, at least one a class."""
     vectors, labels, _, _ = bank.entries()
-    classes = int((labels.bincount() > 0).sum())
-    return vectors[_draw(labels, max(1, most // classes), generator)]
+    classes, groups = labels.unique(return_inverse=True)
+    return vectors[_draw(groups, max(1, most // len(classes)), generator)]

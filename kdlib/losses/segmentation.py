@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch import nn
 
 from kdlib.config import InputError
-from kdlib.losses.base import as_float
+from kdlib.losses.base import as_float, check_classes, usable_labels
 
 
 def one_hot(labels: torch.Tensor, channels: int) -> torch.Tensor:
@@ -46,11 +46,12 @@ class SegmentationLoss(nn.Module):
     Args:
         cross_entropy: add the mean cross entropy (binary for one channel), as the teachers do; else Dice alone.
         smoothing: share of every pixel's target spread evenly over the classes (Szegedy 2016, arXiv 1512.00567).
+        ignore_index: label of positions that take no part; None where there is none.
     """
 
-    def __init__(self, cross_entropy: bool, smoothing: float = 0.0):
+    def __init__(self, cross_entropy: bool, smoothing: float = 0.0, ignore_index: int | None = None):
         super().__init__()
-        self.cross_entropy, self.smoothing = cross_entropy, smoothing
+        self.cross_entropy, self.smoothing, self.ignore_index = cross_entropy, smoothing, ignore_index
         # MONAI's default Dice of soft targets is not least at the target itself
         soft = dict(batch=True, soft_label=smoothing > 0)
         self.binary = DiceLoss(sigmoid=True, **soft)
@@ -63,22 +64,33 @@ class SegmentationLoss(nn.Module):
             labels: BH[WD], int64, 0 is background; for one channel, every other label is foreground.
 
         Raises:
-            InputError: where the shapes do not fit or a label has no channel.
+            InputError: where the shapes do not fit, labels are not int64, or a label is below 0 or has no channel.
         """
         channels = logits.shape[1]
-        if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.dtype != torch.int64:
+        if labels.shape != logits.shape[:1] + logits.shape[2:]:
             raise InputError(
-                f"labels {list(labels.shape)} ({labels.dtype}) do not fit logits {list(logits.shape)}: "
-                "give int64 labels of the logits' shape without its channels"
+                f"labels {list(labels.shape)} do not fit logits {list(logits.shape)}: "
+                "give labels of the logits' shape without its channels"
             )
-        # on the CPU alone: on a GPU the check would wait for the device at every step, and the kernel asserts itself
-        if channels > 1 and labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < channels:
-            found = f"labels reach from {labels.min()} to {labels.max()}"
-            raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
-        logits = as_float(logits)
-        target = one_hot(labels, channels).to(logits.dtype) * (1 - self.smoothing) + self.smoothing / max(channels, 2)
+        labels, kept = usable_labels(labels, self.ignore_index, "the segmentation loss")
+        if channels > 1:
+            check_classes(labels, channels)
+        logits, share = as_float(logits), 1.0
+        target = one_hot(labels.clamp(min=0), channels).to(logits.dtype)
+        target = target * (1 - self.smoothing) + self.smoothing / max(channels, 2)
+        if kept is not None:
+            # certain and true background adds nothing to Dice or cross entropy, whose mean is then of the kept alone
+            background = torch.arange(channels, device=logits.device).view(1, -1, *[1] * (logits.dim() - 2)) == (
+                0 if channels > 1 else -1
+            )
+            ignored = ~kept[:, None]
+            logits = torch.where(ignored, torch.where(background, 0.0, -1e4).to(logits), logits)
+            target = torch.where(ignored, background.to(target), target)
+            share = kept.sum().clamp(min=1) / kept.numel()
         if channels == 1:
             dice, entropy = self.binary, F.binary_cross_entropy_with_logits
         else:
             dice, entropy = self.multiclass, F.cross_entropy
-        return dice(logits, target) + (entropy(logits, target) if self.cross_entropy else 0.0)
+        if self.cross_entropy:
+            return dice(logits, target) + entropy(logits, target) / share
+        return dice(logits, target)

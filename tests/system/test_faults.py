@@ -284,7 +284,7 @@ def test_sigterm_to_the_wrapper_reaches_the_kernel_and_nothing_is_lost(phantom, 
     results, trace, output = tmp_path / "results", tmp_path / "trace", tmp_path / "out" / "job.ipynb"
     work = "from faulty_study import main\nmain(phantom, results, trace)"
     job = write_notebook(tmp_path / "job.ipynb", "phantom: str = None\nresults: str = None\ntrace: str = None", work)
-    command = [sys.executable, "-m", "kdlib.apps.notebooks", "run", str(job), "-o", str(output)]
+    command = [sys.executable, "-m", "kdlib", "run", str(job), "-o", str(output)]
     for name, value in {"phantom": phantom, "results": results, "trace": trace}.items():
         command += ["-p", name, str(value)]
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
@@ -293,9 +293,9 @@ def test_sigterm_to_the_wrapper_reaches_the_kernel_and_nothing_is_lost(phantom, 
         while len(events(trace)) < 16 and process.poll() is None:
             time.sleep(0.005)
         process.terminate()
-        text, errors = process.communicate(timeout=60)
+        text, errors = process.communicate(timeout=300)
     assert process.returncode == 143 and "its state is kept" in text
-    assert errors == "stopped: finished trainings are kept, the same command goes on from them\n"
+    assert errors == "stopped: finished trainings are kept, the same command resumes from them\n"
     assert [path.name for path in output.parent.iterdir()] == ["job.failed.ipynb"]
     records = [json.loads(path.read_text()) for path in (results / "runs").glob("*/manifest.json")]
     assert {record["notebook"] for record in records} == {"../out/job.ipynb"}
@@ -327,7 +327,7 @@ assert {ends == "well"}"""
     assert [path.name for path in output.parent.iterdir()] == [made.name]
     where, again = nbformat.read(made, 4).cells[-1].outputs[0].text.splitlines()
     assert where == str(output)
-    assert again.endswith(f"-m kdlib.apps.notebooks run {job} -o {output} -p folds '[0, 1]'")
+    assert again.endswith(f"-m kdlib run {job} -o {output} -p folds '[0, 1]'")
 
 
 @pytest.mark.slow
@@ -344,7 +344,7 @@ def test_a_kernel_that_is_killed_costs_its_experiment_alone(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "kdlib.apps.notebooks",
+        "kdlib",
         "study",
         "--notebooks",
         str(folder),
@@ -354,5 +354,5 @@ def test_a_kernel_that_is_killed_costs_its_experiment_alone(tmp_path):
     done = subprocess.run([*command, "--only", *cells], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
     assert "failed: teacher-T1-fold0: " in done.stderr and "died" in done.stderr
-    assert "the same command goes on from them:" in done.stderr and f"--results {results}" in done.stderr
+    assert "the same command resumes from them:" in done.stderr and f"--results {results}" in done.stderr
     assert f"made {results}" in done.stdout, "the other experiment"

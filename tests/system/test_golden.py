@@ -19,7 +19,8 @@ def measured(tmp_path_factory):
     then = (GOLDEN / "machine.txt").read_text().strip()
     if golden.machine() != then:
         pytest.skip(f"golden files are of {then}, this is {golden.machine()}")
-    return golden.measure(golden.golden_runs(), tmp_path_factory.mktemp("golden"))
+    results = tmp_path_factory.mktemp("golden")
+    return golden.measure(golden.golden_runs(results), results)
 
 
 @pytest.mark.slow

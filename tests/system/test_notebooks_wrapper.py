@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,17 +13,8 @@ import pytest
 from nbformat import v4
 
 import kdlib
-from kdlib.apps.notebooks import (
-    EXPERIMENTS,
-    NotebookError,
-    check_parameters,
-    convert,
-    execute,
-    main,
-    read_parameters,
-    run_study,
-    study_parameters,
-)  # fmt: skip
+from kdlib.apps.cli import main, parser, plan
+from kdlib.apps.notebooks import NotebookError, check_parameters, convert, execute, read_parameters, render
 from kdlib.config import InputError, TrainingError
 
 
@@ -62,6 +54,7 @@ def names(folder: Path) -> list[str]:
         ("[0, 1]", "list[int]", [0, 1]),
         ("", "list[int]", []),
         ((0, 1), "list[int]", [0, 1]),
+        ('["kl", "at"]', "list[str]", ["kl", "at"]),
         ("0.5,1", "list[float]", [0.5, 1.0]),
         ("None", "str | None", None),
         (None, "str | None", None),
@@ -106,7 +99,7 @@ def test_a_value_of_another_type_is_refused(value, annotation):
 
 DECLARED = """\
 # what to run
-data: str = None  # folder, must be given
+data: str = "phantom"  # folder
 folds: list[int] = [0]  # outer folds, a = b
 weight: float = 1e-4
 figure: str | None = None
@@ -118,14 +111,9 @@ def notebook(tmp_path):
     return write_notebook(tmp_path / "01_baseline.ipynb", DECLARED)
 
 
-def test_parameters_are_read_with_type_and_need(notebook):
-    declared = read_parameters(notebook)
-    assert {name: (found.annotation, found.required) for name, found in declared.items()} == {
-        "data": ("str", True),
-        "folds": ("list[int]", False),
-        "weight": ("float", False),
-        "figure": ("str | None", False),
-    }
+def test_parameters_are_read_with_their_types(notebook):
+    expected = {"data": "str", "folds": "list[int]", "weight": "float", "figure": "str | None"}
+    assert read_parameters(notebook) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,7 +122,6 @@ def test_parameters_are_read_with_type_and_need(notebook):
         ({"data": "x", "fold": "0"}, ["01_baseline.ipynb", "'fold'", "did you mean 'folds'", "data, folds, weight"]),
         ({"data": "x", "zzz": "0"}, ["'zzz'", "data, folds, weight, figure"]),
         ({"data": "x", "weight": "abc"}, ["'weight'", "float", "'abc'"]),
-        ({"folds": "0"}, ["required", "data"]),
     ],
 )
 def test_parameters_that_do_not_fit_name_what_is_wrong(notebook, given, words):
@@ -254,7 +241,7 @@ def test_ctrl_c_stops_the_kernel_and_says_how_to_go_on(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "kdlib.apps.notebooks",
+        "kdlib",
         "run",
         path,
         "-o",
@@ -266,87 +253,38 @@ def test_ctrl_c_stops_the_kernel_and_says_how_to_go_on(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         kernel = int(process.stdout.readline().split()[1])
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert errors == "stopped: finished trainings are kept, the same command goes on from them\n"
+    assert errors == "stopped: finished trainings are kept, the same command resumes from them\n"
     assert names(tmp_path) == ["a.ipynb", "b.failed.ipynb"]
-    for _ in range(100):  # the kernel may need a moment to leave
+    for _ in range(3000):  # the kernel may need a moment to leave
         if not Path(f"/proc/{kernel}").exists():
             return
         time.sleep(0.1)
     pytest.fail(f"kernel {kernel} is still running")
 
 
-# -------------------------------------------------------------------------------------------------------------- study
-
-SHARED = """\
-data: str = "phantom"
-target: str = "spleen"
-profile: str = "quick"
-protocol: str = "corrected"
-folds: list[int] = [0]
-seeds: list[int] = [0]
-device: str = "auto"
-results: str = "../results"
-study: str = "phantom-spleen-quick"
-"""
+# -------------------------------------------------------------------------------------------------------------- pages
 
 
-def parameters(tmp_path: Path, **changes) -> dict:
-    given = {
-        "data": "phantom", "target": "spleen", "profile": "quick", "protocol": "corrected", "folds": [0], "seeds": [0],
-        "device": "cpu", "results": str(tmp_path / "my results"),
-    }  # fmt: skip
-    return study_parameters(**given | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({}, "phantom-spleen-quick"),
-        ({"protocol": "thesis"}, "phantom-spleen-quick-thesis"),
-        ({"data": "Task09 Spleen/", "profile": "ct128"}, "task09-spleen-spleen-ct128"),
-        ({"study": "My_study.2"}, "My_study.2"),
-    ],
-)
-def test_a_study_is_named_after_what_it_is_made_of(tmp_path, monkeypatch, changes, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "Task09 Spleen").mkdir()
-    shared = parameters(tmp_path, **changes)
-    assert shared["study"] == name
-    assert Path(shared["results"]).is_absolute()
-    assert shared["data"] in ("phantom", str(tmp_path / "Task09 Spleen"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"study": "../elsewhere"}, "study name"),
-        ({"study": ".."}, "study name"),
-        ({"study": "a/b"}, "study name"),
-        ({"study": "runs"}, "study name"),
-        ({"data": "no-such-folder"}, "does not exist"),
-        ({"profile": "fast"}, "quick, hippocampus"),
-        ({"protocol": "old"}, "corrected, thesis"),
-        ({"folds": [0, 4]}, "folds 0 to 3"),
-        ({"folds": [-1]}, "folds 0 to 3"),
-        ({"seeds": []}, "seeds"),
-        ({"target": " "}, "target ' ': it must not be empty"),
-        ({"device": "--help"}, "device '--help'.*begin with '-'"),
-    ],
-)
-def test_a_study_that_cannot_be_is_refused_before_it_starts(tmp_path, changes, word):
-    with pytest.raises(InputError, match=word):
-        parameters(tmp_path, **changes)
-
-
-def test_nothing_runs_when_one_notebook_cannot_take_the_parameters(tmp_path):
-    for name in EXPERIMENTS:
-        write_notebook(tmp_path / f"{name}.ipynb", SHARED)
-    write_notebook(tmp_path / "03_ablation.ipynb", SHARED.replace("list[int]", "int"))
-    with pytest.raises(InputError, match="03_ablation.ipynb: parameter 'folds' is int"):
-        run_study(parameters(tmp_path), notebooks=tmp_path)
-    assert not (tmp_path / "my results").exists()
+def test_executed_notebooks_become_pages_that_load_nothing_and_hide_their_code(tmp_path):
+    folder = tmp_path / "s"
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    for name, title in (("report", "The study"), ("02_distillation", "2 · Does it <help>?")):
+        data = {"image/png": png, "text/html": "<script>alert(1)</script><table></table>"}
+        outputs = [v4.new_output("display_data", data), v4.new_output("display_data", {"image/png": png})]
+        cells = [v4.new_markdown_cell(f"# {title}\n\nWords."), v4.new_code_cell("secret = 1", outputs=outputs)]
+        (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+        nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
+    (folder / "notebooks" / "03_ablation.failed.ipynb").write_text("no notebook")
+    assert render(folder) == [folder / "report.html", folder / "notebooks" / "02_distillation.html"]
+    report, chapter = (path.read_text(encoding="utf-8") for path in render(folder))
+    assert 'href="notebooks/02_distillation.html"' in report and 'href="../report.html"' in chapter
+    assert "2 · Does it &lt;help&gt;?" in report
+    for page in (report, chapter):
+        assert "default-src 'none'" in page and "data:image/png;base64," in page
+        assert not re.search(r'(src|href)="(https?:|//)', page) and "<script src" not in page
+        assert re.search(r"<details><summary>code</summary>\s*<pre>secret = 1", page)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -359,20 +297,57 @@ def test_nothing_runs_when_one_notebook_cannot_take_the_parameters(tmp_path):
         (["run", "{notebook}", "-o", "b.ipynb", "-p", "folds", "0", "-p", "folds", "1"], "given twice"),
         (["run", "nowhere.ipynb", "-o", "b.ipynb"], "does not exist"),
         (["study", "--folds", "0 x"], "whole numbers"),
+        (["study", "--folds", "7"], "fold 7"),
+        (["study", "--folds", ""], "at least one"),
+        (["study", "--seeds", "-1"], "seed"),
         (["study", "--only", "01_base"], "00_data, 01_baseline"),
-        (["study", "--data", "no-such-folder"], "no-such-folder"),
+        (["study", "--data", "no-such-folder"], "no-such-folder does not exist"),
+        (["study", "--profile", "fast"], "quick, hippocampus"),
+        (["study", "--protocol", "theses"], "corrected, thesis"),
+        (["study", "--changes", "size=64"], "JSON object"),
+        (["study", "--changes", '{"size": 100}'], "multiple of 16"),
+        (["study", "--changes", '{"folds": "three"}'], "folds"),
+        (["study", "--changes", '{"student_steps": -3}'], "student_steps"),
+        (["study", "--study", "../elsewhere"], "study name"),
+        (["study", "--study", "runs"], "study name"),
+        (["study", "--target", " "], "target"),
+        (["study", "--target=--help"], "target"),
+        (["study", "--device", "tpu"], "'tpu'"),
+        (["study", "--on-defect", "ignore"], "ignore"),
+        (["study", "--cores", "abc"], "whole numbers"),
+        (["study", "--cores", "-2"], "number of CPUs"),
+        (["study", "--coers", "2"], "--coers"),
+        (["report", "nowhere"], "holds no study"),
     ],
 )
 def test_input_errors_are_one_line_and_status_2(notebook, monkeypatch, capsys, command, word):
     monkeypatch.chdir(notebook.parent)
-    assert main([part.format(notebook=notebook) for part in command]) == 2
+    assert main([part.replace("{notebook}", str(notebook)) for part in command]) == 2
     printed, errors = capsys.readouterr()
     assert errors.startswith("error: ") and errors.count("\n") == 1 and word in errors
-    assert printed == ""
+    assert printed == "" and [path.name for path in notebook.parent.iterdir()] == [notebook.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "phantom-spleen-quick"),
+        (["--protocol", "thesis"], "phantom-spleen-quick-thesis"),
+        (["--data", "Task09 Spleen/", "--profile", "ct128"], "task09-spleen-spleen-ct128"),
+        (["--study", "My_study.2"], "My_study.2"),
+    ],
+)
+def test_a_study_is_named_after_what_it_is_made_of(tmp_path, monkeypatch, words, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Task09 Spleen").mkdir()
+    shared = plan(parser().parse_args(["study", *words]))["shared"]
+    assert shared["study"] == name
+    assert shared["results"] == str(tmp_path / "results")
+    assert shared["data"] in ("phantom", str(tmp_path / "Task09 Spleen"))
 
 
 def test_the_wrapper_waits_for_neither_torch_nor_training_code():
-    code = "import sys, kdlib.apps.notebooks; print({'torch', 'monai', 'pandas', 'kdlib.experiments.runner'} & sys.modules.keys())"
+    code = "import sys, kdlib.apps.cli; print({'torch', 'monai', 'pandas', 'kdlib.experiments'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

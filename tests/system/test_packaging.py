@@ -18,8 +18,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-import kdlib.apps.notebooks
-from kdlib.apps.notebooks import EXPERIMENTS, check_parameters, read_parameters, study_parameters
+from kdlib.apps.cli import EXPERIMENTS, parser, plan
+from kdlib.apps.notebooks import read_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -158,14 +158,12 @@ def test_a_committed_notebook_holds_nothing_of_a_run(path):
     assert len([cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]) == 1
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_takes_what_a_study_gives(name, tmp_path):
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    shared = study_parameters("phantom", "spleen", "quick", "corrected", [0], [0], "cpu", str(tmp_path))
-    wanted = {"results", "study"} if name == "06_figures" else shared.keys()
-    declared = read_parameters(path)
-    assert wanted <= declared.keys()
-    check_parameters(path, {key: value for key, value in shared.items() if key in declared})
+def test_every_experiment_takes_what_a_study_gives(tmp_path):
+    found = plan(parser().parse_args(["study", "--results", str(tmp_path)]))
+    for name in found["experiments"]:
+        wanted = {"results", "study"} if name == "06_figures" else found["shared"].keys()
+        assert wanted <= found["parameters"][name].keys()
+    assert read_parameters(ROOT / "notebooks" / "report.ipynb").keys() == {"results", "study"}
 
 
 # --------------------------------------------------------------------------------------------------------------- make
@@ -270,6 +268,7 @@ def test_variables_reach_a_study_as_plain_text(project, nasty):
         "protocol",
         "changes",
         "on-defect",
+        "group",
         "folds",
         "seeds",
         "device",
@@ -277,7 +276,7 @@ def test_variables_reach_a_study_as_plain_text(project, nasty):
         "study",
     )
     _, calls, _ = project.make("study", *(f"{name.upper().replace('-', '_')}={nasty}" for name in names))
-    assert calls[-1] == "<-m><kdlib.apps.notebooks><study>" + "".join(f"<--{name}={nasty}>" for name in names)
+    assert calls[-1] == "<-m><kdlib><study>" + "".join(f"<--{name}={nasty}>" for name in names)
     _, calls, _ = project.make("study", DATA=nasty, LAB=nasty)  # from the environment
     assert f"<--data={nasty}>" in calls[-1]
     project.make("lab", f"LAB={nasty}")
@@ -288,13 +287,14 @@ def test_variables_reach_a_study_as_plain_text(project, nasty):
 def test_the_defaults_of_make_are_those_of_the_command_line(project):
     _, calls, _ = project.make("study")
     command = re.findall("<([^>]*)>", calls[-1])[2:]
-    given = kdlib.apps.notebooks._parser().parse_args(command)
-    assert given == kdlib.apps.notebooks._parser().parse_args(["study"])
+    assert parser().parse_args(command) == parser().parse_args(["study"])
+    _, calls, _ = project.make("study", "DRY=1", "CORES=abc")
+    assert calls[-1].startswith("<-m><kdlib><dry-run><--data=phantom>")
 
 
 def test_lab_stays_on_this_machine_and_behind_its_token(project):
     _, calls, _ = project.make("lab", "LAB=--no-browser --port=8890")
-    assert calls[-1] == "<-m><jupyterlab><--ip=127.0.0.1><--no-browser><--port=8890><notebooks>"
+    assert calls[-1] == "<-m><jupyterlab><--ip=127.0.0.1><--no-browser><--port=8890><notebooks/explore.ipynb>"
 
 
 def test_clean_keeps_results_and_help_lists_every_variable(project):
@@ -333,7 +333,7 @@ def test_ci_goes_on_where_a_browser_and_slurm_cannot_be_installed(tmp_path):
     tools.mkdir()
     script = (ROOT / ".ci" / "run").read_text()
     (folder / "run").write_text(script.replace(":/usr/sbin:/sbin", ""))
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "mktemp", "tee", "grep", "rm"):
         (tools / name).symlink_to(shutil.which(name))
     stubs = {"make": "echo made $*", "git": "", "python3.13": "", "id": "echo 0", "apt-get": "exit 100"}
     for name, does in stubs.items():
@@ -343,6 +343,22 @@ def test_ci_goes_on_where_a_browser_and_slurm_cannot_be_installed(tmp_path):
     done = subprocess.run([folder / "run"], env={"PATH": str(tools)}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("+ make test\nmade test\n"), done.stderr
     assert "warning: chromium slurm-wlm munge could not be installed" in done.stderr
+
+
+@pytest.mark.parametrize("reason, status", [("needs a CUDA device", 0), ("no Chromium: x", 1), ("no reason", 1)])
+def test_ci_fails_on_a_skip_that_it_does_not_know(tmp_path, reason, status):
+    (tmp_path / "repo" / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / "repo" / ".ci")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    stubs = dict.fromkeys(("git", "python3.13", "chromium", "slurmctld", "munged"), "")
+    for name, does in (stubs | {"make": f"echo 'SKIPPED [1] tests/test_x.py:1: {reason}'"}).items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin"}
+    done = subprocess.run([tmp_path / "repo" / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert ("for a reason that CI does not know" in done.stderr) == bool(status)
 
 
 @pytest.mark.parametrize("path", ["Makefile", ".ci/run", "requirements.lock", "environment.yml", "pyproject.toml"])

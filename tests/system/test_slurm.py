@@ -36,10 +36,10 @@ def slurm(tmp_path):
         pytest.skip(f"{', '.join(missing)} not installed: apt-get install slurm-wlm munge")
     folder = tmp_path / "slurm"
     try:
-        subprocess.run([SCRIPT, "start", folder], check=True, timeout=60)
+        subprocess.run([SCRIPT, "start", folder], check=True, timeout=300)
         yield os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{folder}/bin:{tools}"}
     finally:
-        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=60)
+        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=300)
 
 
 def training_only(folder: Path) -> Path:
@@ -49,13 +49,15 @@ def training_only(folder: Path) -> Path:
     notebook.cells = notebook.cells[: last + 1]
     folder.mkdir()
     nbformat.write(notebook, folder / "01_baseline.ipynb")
+    for name in ("00_data", "06_figures", "report"):
+        shutil.copy(NOTEBOOKS / f"{name}.ipynb", folder)
     return folder
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     begin = time.monotonic()
     while not path.exists():
-        assert process.poll() is None and time.monotonic() - begin < 60, f"{path} did not appear"
+        assert process.poll() is None and time.monotonic() - begin < 600, f"{path} did not appear"
         time.sleep(0.1)
 
 
@@ -69,7 +71,7 @@ def job_of(wildcards: str, environment: dict[str, str]) -> str:
 def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, tmp_path, capfd):
     results = tmp_path / 'my "$HOME" & more'
     command = [
-        sys.executable, "-m", "kdlib.apps.notebooks", "study", "--results", results, "--study", "tiny", "--device", "cpu",
+        sys.executable, "-m", "kdlib", "study", "--results", results, "--study", "tiny", "--device", "cpu",
         "--only", "01_baseline", "--notebooks", training_only(tmp_path / "notebooks"), "--changes", json.dumps(CHANGES),
         "--executor", "slurm", "--cores", "1", f"--snakemake-args={CHECKS}",
     ]  # fmt: skip
@@ -77,11 +79,11 @@ def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, 
         wait_for(results / "tiny" / "jobs" / "teacher-T2-fold0" / "failed.json", process)
         killed = job_of("T2", slurm)
         subprocess.run(["scancel", "--full", "--signal=KILL", killed], env=slurm, check=True)
-        assert process.wait(timeout=240) == 0, capfd.readouterr().out
+        assert process.wait(timeout=1200) == 0, capfd.readouterr().out
     assert "Trying to restart job" in capfd.readouterr().out
     states = subprocess.check_output(["squeue", "--noheader", "--states=all", "--format=%i %T"], env=slurm, text=True)
     ends = dict(line.split() for line in states.splitlines())
-    assert ends.pop(killed) in ("FAILED", "CANCELLED") and list(ends.values()) == ["COMPLETED"] * 4
+    assert ends.pop(killed) in ("FAILED", "CANCELLED") and list(ends.values()) == ["COMPLETED"] * 5
 
     setting = dict(data="phantom", target="spleen", profile=kdlib.override_profile("quick", CHANGES))
     runs = [kdlib.Run(model=model, **setting) for model in ("T1", "T2")]

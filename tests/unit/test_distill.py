@@ -246,7 +246,7 @@ def test_redrawn_projectors_depend_on_the_seed_alone():
     "term, message",
     [
         (Term("B-B", "msee", 1.0), "distillation loss 'msee' does not exist: choose from kl"),
-        (Term("B-B", "fitnet", 1.0, 0.1), "loss 'mse' has no option temperature; it has none"),
+        (Term("B-B", "fitnet", 1.0, 0.1), "loss 'fitnet' has no option temperature; it has none"),
         (Term("PMD", "kl", 1.0, options={"tau": 3}), "no option tau; it has temperature"),
         (Term("B-B", "kl", 1.0, 4.0), "loss 'kl' compares logits: let it read at 'logits'"),
         (Term("PMD", "infonce", 1.0, 0.1), "loss 'infonce' compares features"),

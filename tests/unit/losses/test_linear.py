@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdlib.config import InputError
 from kdlib.losses import linear
-from kdlib.losses.linear import log_sum_exp, self_log_sum_exp
+from kdlib.losses.linear import log_sum_exp
 
 
 @pytest.fixture
@@ -97,43 +96,14 @@ def test_products_far_beyond_the_exponential_are_exact():
     assert one.item() == pytest.approx(-1000 + math.log(5))
 
 
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("n", [2, 3, 4, 10])
-@pytest.mark.parametrize(("scale", "unit"), [(1.0, True), (10.0, False), (100.0, True)])
-def test_the_contrast_with_itself_leaves_out_the_diagonal(n, scale, unit):
-    z = vectors(n, 4).requires_grad_()
-    found = self_log_sum_exp(z, scale, unit)
-    rows = [torch.stack([scale * (z[i] * z[j]).sum() for j in range(n) if j != i]).exp().sum().log() for i in range(n)]
-    torch.testing.assert_close(found, torch.stack(rows))
-    assert torch.autograd.gradcheck(lambda x: self_log_sum_exp(x, scale, unit), z)
-
-
-@pytest.mark.parametrize("unit", [False, True])
-def test_the_contrast_with_itself_in_single_precision(unit):
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        z = vectors(2048, 64).to(dtype).requires_grad_()
-        dense = (z @ z.T / 0.07).masked_fill(torch.eye(2048, dtype=torch.bool), -torch.inf).logsumexp(1)
-        value = self_log_sum_exp(z, 1 / 0.07, unit) if dtype == torch.float32 else dense
-        results.append((value.double(), torch.autograd.grad(value.mean(), z)[0].double()))
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_one_vector_has_nothing_to_be_contrasted_with():
-    with pytest.raises(InputError, match="two"):
-        self_log_sum_exp(vectors(1, 3), 1.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_enters_and_single_precision_leaves(dtype):
     queries, keys = (vectors(50, 8, seed=seed, dtype=dtype) for seed in (0, 1))
     leaf = queries.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = log_sum_exp(leaf, keys, 10.0, unit=True)
-        both = self_log_sum_exp(leaf, 10.0, unit=True)
-        (found.sum() + both.sum()).backward()
-    assert found.dtype == both.dtype == torch.float32 and leaf.grad.isfinite().all()
+        found.sum().backward()
+    assert found.dtype == torch.float32 and leaf.grad.isfinite().all()
     expected = (queries.double() @ keys.double().T * 10).logsumexp(1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
@@ -150,7 +120,7 @@ def test_no_tensor_of_all_pairs_is_made():
     n = 4096
     queries, keys = (vectors(n, 4, seed=seed, dtype=torch.float32).requires_grad_() for seed in (0, 1))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        (log_sum_exp(queries, keys, 10.0).mean() + self_log_sum_exp(queries, 10.0).mean()).backward()
+        log_sum_exp(queries, keys, 10.0).mean().backward()
     rows, columns = linear.BLOCKS["cpu"]
     assert max(event.cpu_memory_usage for event in profile.events()) <= 2 * rows * columns * 4 < n * n
 
@@ -161,6 +131,6 @@ def test_gpu_agrees_with_cpu(unit):
     results = []
     for device in ("cpu", "cuda"):
         queries, keys = (vectors(9000, 16, seed=s).to(device).requires_grad_() for s in (0, 1))
-        value = log_sum_exp(queries, keys, 10.0, unit=unit) + self_log_sum_exp(queries, 10.0, unit)
+        value = log_sum_exp(queries, keys, 10.0, unit=unit)
         results.append([x.cpu() for x in (value, *torch.autograd.grad(value.sum(), (queries, keys)))])
     torch.testing.assert_close(*results)
