@@ -44,14 +44,15 @@ from kdlib.config import (
 )  # fmt: skip
 from kdlib.data import Fold, SliceBank, build_bank, index, restore
 from kdlib.data.slices import Geometry
-from kdlib.evaluation.cases import predict_cases
+from kdlib.evaluation.masks import predict_cases
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.experiments.store import load_weights, run_key
 from kdlib.models import MODELS
 from kdlib.training.device import autocast, pick_device
-from kdlib.training.distiller import FeatureHooks, scales_of
-from kdlib.training.loop import RunState, batch_indices, new_arm, new_model, shuffle, teacher_forward, train_cohort
+from kdlib.training.hooks import FeatureHooks, scales_of
+from kdlib.training.loop import teacher_forward, train_cohort
+from kdlib.training.state import RunState, new_model, new_state
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
 # of classes, for the colour-blind (after Paul Tol), other than those of errors
@@ -381,16 +382,16 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState
     run, device = effective_recipe(student, teachers), student.device
     bank = _slices(student, student.fold.subset(run.fraction)[:OTHERS])
     networks = _networks(run, teachers)
-    arm = new_arm(run, len(student.classes), FITTING, device, networks, bank.patients)
+    arm = new_state(run, len(student.classes), FITTING, device, networks, bank.patients)
     load_weights(arm.model, student.folder / "best.safetensors")
     arm.model.eval().requires_grad_(False)
     taps = {
-        name: FeatureHooks(model, model.scales, scales_of([run.effective_recipe], taught=True))
+        name: FeatureHooks(model, model.scales, scales_of([run.effective_recipe], "teacher"))
         for name, model in networks.items()
     }
     learned = [parameter for parameter in arm.distiller.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, 1e-2) if learned else None
-    batches = batch_indices(len(bank), run.optimisation.batch, run.seed)
+    batches = batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed)
     for step in range(FITTING):
         drawn = next(batches).to(device)
         losses, _ = _terms(arm, taps, *bank.batch(drawn), bank.patient_of(drawn), range(step, step + 1))
@@ -414,15 +415,12 @@ def _terms(
     images = images.contiguous(memory_format=torch.channels_last)
     seen = {name: teacher_forward(tap, images) for name, tap in taps.items()}
     with autocast(images.device):
-        output, features = arm.taps(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
+        output, features = arm.hooks(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
         totals = dict.fromkeys(arm.distiller.terms, 0.0)
         for step in draws:
-            seed, taught = derive_seed(arm.run.seed, "terms", step), seen
-            if arm.run.recipe.teacher == "shuffled":
-                mix = derive_seed(seed, "shuffle")
-                taught = {name: shuffle(features, patients, mix) for name, features in seen.items()}
-            found = arm.distiller(features, taught, labels, seed, patients, step)
+            seed = derive_seed(arm.run.seed, "terms", step)
+            found = arm.distiller(features, seen, labels, seed, patients, step)
             totals = {name: totals[name] + value / len(draws) for name, value in found.items()}
         return {"segmentation": arm.segmentation(output.segmentation, labels)} | totals, features
 
@@ -475,7 +473,7 @@ def term_gradients(
     if not (0 <= top < bottom <= size and 0 <= left < right <= size):
         raise InputError(f"region {region}: give (row, row, column, column), each pair ascending, from 0 to {size}")
     arm, bank, taps = _fitted(student, teachers)
-    others = next(batch_indices(len(bank), run.optimisation.batch, run.seed))[1:].to(student.device)
+    others = next(batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed))[1:].to(student.device)
     patient = bank.patients[bank.cases.index(case)] if case in bank.cases else max(bank.patients) + 1
     here = torch.tensor([number], device=student.device)
     parts = zip(own.batch(here), bank.batch(others), strict=True)

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from kdlib.config import InputError, Run, derive_seed
-from kdlib.evaluation.agreement import sample_features
+from kdlib.evaluation.similarity import sample_features
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import trained
 from kdlib.losses import LOSSES
 from kdlib.losses.base import resize_labels
 from kdlib.models import count_parameters
 from kdlib.training.device import pick_device
-from kdlib.training.distiller import Distiller, _split, probe, scales_of
-from kdlib.training.loop import batch_indices, new_model
+from kdlib.training.distiller import Distiller
+from kdlib.training.hooks import probe, scales_of, split_scale
+from kdlib.training.state import new_model
 
 
 def features(runs: Sequence[Run], results: Path | str = "results", device: str = "auto") -> dict[str, np.ndarray]:
@@ -71,7 +72,8 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     term = max(labelled, key=lambda term: grids[term.name][0])
     if not bank.labels.any():
         raise InputError(f"{run.method}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
-    batches = enumerate(batch_indices(len(bank), run.optimisation.batch, run.seed))
+    how = run.optimisation
+    batches = enumerate(batch_indices(bank.holds_target, how.batch, run.seed, how.target_share))
     step, index = next((step, index) for step, index in batches if bank.labels[index].any())
     images, labels = bank.images[index], bank.labels[index]
     patients = bank.patient_of(index)
@@ -112,7 +114,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
 
 
 def _grid(shapes: dict[str, torch.Size], place: str) -> list[int]:
-    name, factor = _split(place)
+    name, factor = split_scale(place)
     return [side // factor for side in shapes[name][1:]]
 
 
