@@ -15,29 +15,23 @@ from typing import Annotated, Literal, get_args
 
 import cattrs
 
-from kdlib.strict import InputError, Range, TrainingError, check_fields, either, lookup
+from kdlib.recipe import BASELINE, SCALES, TEACHER_RECIPE, UNLABELLED, Optimisation, Recipe, Term
+from kdlib.strict import AtLeastOne, InputError, Positive, Range, Seed, TrainingError, check_fields, lookup
 
-__all__ = ["InputError", "TrainingError", "lookup"]  # of kdlib.strict, which others import from here
+__all__ = [  # of other files, but imported from here
+    "BASELINE", "SCALES", "TEACHER_RECIPE", "UNLABELLED", "InputError", "Optimisation", "Recipe", "Term",
+    "TrainingError", "lookup",
+]  # fmt: skip
 
-UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
 STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
 LOSS_NAMES = {  # of the distillers, as printed
     "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
     "cwd": "CWD (logits)", "boundary_kl": "boundary KL", "fitnet": "MSE", "at": "AT", "feature_cwd": "CWD (features)",
     "reviewkd": "ReviewKD", "emkd_importance": "EMKD importance", "emkd_affinity": "EMKD affinity", "sp": "SP",
-    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE", "supcon": "supervised contrastive loss",
-    "prototype": "prototype contrast", "crd": "CRD",
+    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE",
+    "supcon": "supervised contrastive loss", "prototype": "prototype contrast", "crd": "CRD",
 }  # fmt: skip
-# where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
-# stage after its pooling (teacher 128 channels, S1 32, S2 64)
-SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
-
-
-AtLeastOne = Annotated[int, Range(1)]
-NotNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(above=0)]
-Seed = Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -75,136 +69,6 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Term:
-    """One distillation term.
-
-    Args:
-        name: unique in its recipe; "E-E", "B-B", "D-D" and "PMD" are the thesis's.
-        loss: a name in `kdlib.losses.LOSSES`.
-        weight: factor in the total loss.
-        temperature: of the contrast or of the softened maps; None leaves the loss's own default.
-        options: further arguments of the loss, e.g. `{"hard": 0.5}`.
-        student_layers: scales that the student is read at, e.g. "decoder1", "encoder2/2" (pooled by 2) or "logits"; several for a
-            loss of several scales, from shallow to deep; by default where the thesis's term of this name reads.
-        teacher_layers: scales of the teacher; by default `student_layers`.
-        projector: "learned", or, as a control, "frozen" at its random weights.
-    """
-
-    name: str
-    loss: str
-    weight: NotNegative
-    temperature: Positive | None = None
-    options: tuple[tuple[str, object], ...] = ()
-    student_layers: tuple[str, ...] = ()
-    teacher_layers: tuple[str, ...] = ()
-    projector: Literal["learned", "frozen"] = "learned"
-
-    def __post_init__(self):
-        # dicts and single names are easier to write, only tuples can be part of a frozen key
-        try:
-            options = {str(name): tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
-        except (TypeError, ValueError):
-            raise InputError(
-                f"term {self.name!r}, options {self.options!r}: give a dict of the loss's arguments"
-            ) from None
-        object.__setattr__(self, "options", tuple(sorted(options.items())))
-        for field in ("student_layers", "teacher_layers"):
-            if isinstance(given := getattr(self, field), str):
-                object.__setattr__(self, field, (given,))
-        check_fields(self)
-        if not self.student_layers and self.name not in SCALES:
-            raise InputError(
-                f"distillation term {self.name!r}: say where it reads (student_layers=...), or name it {either(SCALES)}"
-            )
-        object.__setattr__(self, "student_layers", self.student_layers or SCALES[self.name])
-        object.__setattr__(self, "teacher_layers", self.teacher_layers or self.student_layers)
-        if len(self.student_layers) != len(self.teacher_layers):
-            raise InputError(
-                f"term {self.name}: {len(self.student_layers)} scales of the student, {len(self.teacher_layers)} of the teacher"
-            )
-
-    @property
-    def arguments(self) -> dict[str, object]:
-        """What the loss is made with."""
-        return dict(self.options) | ({} if self.temperature is None else {"temperature": self.temperature})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a network learns from: its labels, its input (reconstruction) and, through `terms`, a teacher.
-
-    Args:
-        name: free, and unique among the recipes of one student and teacher.
-        segmentation: "dice+ce" (Dice plus binary or softmax cross entropy), or "dice" alone.
-        segmentation_weight: factor of the segmentation loss.
-        reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
-        terms: distillation terms; none for a baseline.
-        smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
-        teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
-        budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
-            steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
-        balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
-            step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
-        redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
-        unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
-            terms see them, the segmentation loss does not.
-        pseudo_labels: the teacher's masks take the place of the labels that are missing; needs `unlabelled`.
-        control: "", or what a negative control changes, e.g. "zero_weights" (see `kdlib.experiments.recipes`).
-    """
-
-    name: str
-    segmentation: Literal["dice", "dice+ce"] = "dice+ce"
-    segmentation_weight: NotNegative = 0.4
-    reconstruction_weight: NotNegative = 0.0
-    terms: tuple[Term, ...] = ()
-    smoothing: Annotated[float, Range(0, below=1)] = 0.0
-    teacher: Literal["trained", "random", "shuffled"] = "trained"
-    budget: Literal["student", "teacher+student", "wall_clock"] = "student"
-    balance: Positive | None = None
-    redrawn_projectors: bool = False
-    unlabelled: bool = False
-    pseudo_labels: bool = False
-    control: str = ""
-
-    def __post_init__(self):
-        check_fields(self)
-        if self.pseudo_labels and not self.unlabelled:
-            raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
-        if self.balance is not None and not any(term.weight for term in self.terms):
-            raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
-        names = [term.name for term in self.terms]
-        if len(set(names)) < len(names):
-            raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
-
-
-TEACHER_RECIPE = Recipe("teacher", segmentation_weight=1.0, reconstruction_weight=0.2)
-BASELINE = Recipe("baseline")
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """Optimiser and schedule of one training.
-
-    Args:
-        batch: slices per step.
-        warmup: share of the steps in which the learning rate rises.
-        target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
-    """
-
-    optimiser: Literal["adamw", "rmsprop"] = "adamw"
-    lr: Positive = 1e-3
-    batch: AtLeastOne = 16
-    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.9, 0.95)
-    weight_decay: NotNegative = 0.05
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: Annotated[float, Range(0, below=1)] = 0.05
-    target_share: Annotated[float, Range(0, 1)] | None = None
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-@dataclass(frozen=True)
 class Protocol:
     """How a study is done. Each switch keeps one fault of the published study; `corrected` keeps none.
 
@@ -212,7 +76,7 @@ class Protocol:
         redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
         one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
         own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, slices drawn at random, and distilled students Dice alone without cross entropy (fault 4).
+            schedule and batch, slices drawn at random, and distilled students Dice without cross entropy (fault 4).
         test_selection: the best epoch is chosen on the test patients (fault 5).
         pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
         logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
@@ -451,7 +315,7 @@ class Run:
     def teacher_runs(self) -> dict[str, Run]:
         """Model -> the run that trains it as a teacher of this student: same fold, all of the training patients.
 
-        A student as teacher is trained alone, at a student's length, on the fraction of the student that learns from it.
+        A student as teacher is trained alone, at a student's length, on the fraction of the student that it teaches.
         """
         found = {}
         for model in self.teacher.split("+") if self.teacher not in (None, "self") else ():
@@ -536,7 +400,7 @@ _CONVERTER = _converter()
 
 
 def override_profile(name: str, changes: dict[str, object] | None = None) -> Profile:
-    """The profile called `name` with fields of `Profile` or of its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
+    """The profile called `name` with fields of it or its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
 
     Raises:
         InputError: no such profile, or a field that neither has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,10 +39,8 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     except OSError as error:
         raise write_error(path, error) from None
     finally:
-        try:
+        with contextlib.suppress(OSError):  # as little can be deleted as written
             partial.unlink(missing_ok=True)
-        except OSError:  # as little can be deleted as written
-            pass
 
 
 def write_text(path: Path, text: str) -> None:

@@ -64,6 +64,12 @@ class Range:
         return " and ".join(text.format(end) for text, end in ends.items() if end is not None)
 
 
+AtLeastOne = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+Seed = Annotated[int, Range(0)]
+
+
 def check_fields(made: object) -> None:
     """Checks every field of a dataclass against its annotation; lists become tuples, and whole numbers floats where
     a float belongs, so that equal descriptions have equal keys. For `__post_init__`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +29,14 @@ from torch.nn import functional as F
 from kdlib.analysis.figures.pictures import ERRORS
 from kdlib.analysis.figures.style import STYLE
 from kdlib.analysis.metrics import METRICS
-from kdlib.config import (
-    TEACHERS,
-    InputError,
-    Preprocessing,
-    Profile,
-    Protocol,
-    Recipe,
-    Run,
-    Term,
-    derive_seed,
-    lookup,
-)  # fmt: skip
+from kdlib.config import TEACHERS, InputError, Recipe, Run, derive_seed, from_json, lookup
 from kdlib.data import Fold, SliceBank, build_bank, index, restore
+from kdlib.data.sampling import batch_indices
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import predict_cases
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
-from kdlib.experiments.store import load_weights, run_key
+from kdlib.experiments.store import load_weights, read_manifest, run_key
 from kdlib.models import MODELS
 from kdlib.training.device import autocast, pick_device
 from kdlib.training.hooks import FeatureHooks, scales_of
@@ -137,25 +126,6 @@ class Finished:
         return tuple(self.source.classes)
 
 
-def _described(record: dict, data: str) -> Run:
-    """The `Run` that a manifest describes, as far as this version knows its fields."""
-    given = dict(record["run"])
-    recipe, view = dict(given["recipe"]), given["profile"]["preprocessing"]
-    recipe["terms"] = tuple(_made(Term, term) for term in recipe["terms"])
-    view = {name: tuple(value) if isinstance(value, list) else value for name, value in view.items()}
-    parts = {
-        "data": data,
-        "recipe": _made(Recipe, recipe),
-        "profile": _made(Profile, given["profile"] | {"preprocessing": _made(Preprocessing, view)}),
-        "protocol": _made(Protocol, given["protocol"]),
-    }
-    return _made(Run, given | parts)
-
-
-def _made(kind: type, fields: dict):
-    return kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields})
-
-
 @functools.cache
 def _data_name(folder: str) -> str:
     return index(folder, "drop").name
@@ -174,19 +144,18 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
     """
     results = Path(results).resolve()
     path = results / "runs" / key / "manifest.json"
-    if not path.is_file():
+    if not (record := read_manifest(path.parent)):
         raise InputError(f"run {key}: {path} does not exist; choose a run whose folder is kept")
-    record = json.loads(path.read_text())
-    arm, name = record["arm"], record["run"]["data"]
+    method, name = record["identity"]["method"], record["run"]["data"]
     if name == PHANTOM:
         data = "phantom"
     elif data == "phantom" or (found := _data_name(str(data))) != name:
         instead = "no folder is given" if data == "phantom" else f"{data} holds {found}"
-        raise InputError(f"{arm} ({key}) was trained on {name!r}, {instead}: give that data set's folder as data")
-    run = _described(record, str(data))
+        raise InputError(f"{method} ({key}) was trained on {name!r}, {instead}: give that data set's folder as data")
+    run = from_json(record["run"] | {"data": str(data)})
     source = run_source(run, results)
     if source.digest != record["data"]["digest"]:
-        raise InputError(f"{arm} ({key}) was trained on other files or folds than {data} has now: restore them")
+        raise InputError(f"{method} ({key}) was trained on other files or folds than {data} has now: restore them")
     if run_key(run, results) != key:  # a manifest of another version may say what this one does not understand
         raise InputError(f"{path} does not describe the run of its key in this version of kdlib: train that run again")
     return Finished(key, run, record, source, results, pick_device(device))
@@ -391,7 +360,8 @@ def _fitted(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState
     }
     learned = [parameter for parameter in arm.distiller.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, 1e-2) if learned else None
-    batches = batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed)
+    how = run.optimisation
+    batches = batch_indices(bank.holds_target.cpu(), how.batch, run.seed, how.target_share)
     for step in range(FITTING):
         drawn = next(batches).to(device)
         losses, _ = _terms(arm, taps, *bank.batch(drawn), bank.patient_of(drawn), range(step, step + 1))
@@ -473,7 +443,8 @@ def term_gradients(
     if not (0 <= top < bottom <= size and 0 <= left < right <= size):
         raise InputError(f"region {region}: give (row, row, column, column), each pair ascending, from 0 to {size}")
     arm, bank, taps = _fitted(student, teachers)
-    others = next(batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed))[1:].to(student.device)
+    how = run.optimisation
+    others = next(batch_indices(bank.holds_target.cpu(), how.batch, run.seed, how.target_share))[1:].to(student.device)
     patient = bank.patients[bank.cases.index(case)] if case in bank.cases else max(bank.patients) + 1
     here = torch.tensor([number], device=student.device)
     parts = zip(own.batch(here), bank.batch(others), strict=True)

@@ -59,7 +59,9 @@ def agreement(
     return pd.DataFrame(rows)
 
 
-def mask_agreement(student: np.ndarray, teacher: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+def mask_agreement(
+    student: np.ndarray, teacher: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
+) -> dict[str, float]:
     """The metrics of three boolean XYZ masks; see `agreement`."""
     band, box = surface_band(truth, spacing, TOLERANCE)
     return {

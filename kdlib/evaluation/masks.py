@@ -68,9 +68,7 @@ def grown_box(mask: np.ndarray, fraction: float = 0.25) -> tuple[slice, ...]:
     return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side, margin in grown)
 
 
-def surface_band(
-    truth: np.ndarray, spacing: Sequence[float], width: float
-) -> tuple[np.ndarray, tuple[slice, ...]]:
+def surface_band(truth: np.ndarray, spacing: Sequence[float], width: float) -> tuple[np.ndarray, tuple[slice, ...]]:
     """Voxels of a boolean XYZ mask whose centre lies within `width` mm of one on the mask's surface.
 
     The surface are the voxels of the mask with a face neighbour outside it.

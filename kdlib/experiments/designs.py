@@ -143,12 +143,12 @@ def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
     return [setting.run(model, fold=fold) for fold in setting.folds for model in models]
 
 
-def baseline(setting: Setting, models: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
+def baseline(setting: Setting, networks: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
     """Teachers, and students without distillation on all and on half of the labels."""
-    for model in models:
+    for model in networks:
         lookup("network", model, MODELS)
-    students = [model for model in models if model not in TEACHERS]
-    runs = teachers(setting, [model for model in models if model in TEACHERS])
+    students = [model for model in networks if model not in TEACHERS]
+    runs = teachers(setting, [model for model in networks if model in TEACHERS])
     return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
 
 

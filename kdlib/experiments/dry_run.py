@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from kdlib.config import InputError, Run, from_json
+from kdlib.config import Run, from_json
 from kdlib.experiments.designs import requested_runs
 from kdlib.experiments.source import run_source
 from kdlib.experiments.store import is_done, read_manifest, run_key
@@ -99,11 +97,3 @@ def describe(plan: Mapping[str, object]) -> str:
 def _time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-if __name__ == "__main__":
-    try:
-        print(describe(json.load(sys.stdin)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdlib.config import InputError, Run, derive_seed
+from kdlib.data.sampling import batch_indices
 from kdlib.evaluation.similarity import sample_features
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import trained

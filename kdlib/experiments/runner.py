@@ -131,9 +131,7 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _train_stage(
-    groups: Sequence[list[Run]], results: Path, place: torch.device, processes: Processes
-) -> list[str]:
+def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device, processes: Processes) -> list[str]:
     """Trains what has no result; what another process is training is left for the end, and waited for."""
     failures, waiting = [], []
     for group in groups:

@@ -136,9 +136,7 @@ def manifest(run: Run, results: Path | str = "results") -> dict:
     return record
 
 
-def manifest_header(
-    run: Run, found: TrainingData, results: Path, device: torch.device, processes: int = 1
-) -> dict:
+def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.device, processes: int = 1) -> dict:
     """What is known of a run before it is trained: the first part of its manifest."""
     fold = found.folds[run.fold]
     parts = {"train": fold.subset(run.fraction), "val": fold.val, "test": fold.test}

