@@ -135,7 +135,7 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 record = json.loads((file.metadata() or {})["kdlib"])
                 self._refuse(record)
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # copies, as the file may go
+                tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}  # copies
             if _checksum(tensors) != record["checksum"]:
                 raise ValueError("checksum differs")
             return _put_tensors(record["state"], tensors)

@@ -5,8 +5,8 @@ whole batch in every process: no loss of this study is a sum over images (Dice o
 means, memories), and so one code serves any number of processes. All random numbers depend on seed and step alone, so
 that each process draws the same ones.
 
-Gradients: `gather` passes back the sum over the processes, which is the gradient of the whole as many times as there are
-processes, and `average` takes the mean over them. Projectors see the whole batch everywhere: the mean is their gradient.
+Gradients: `gather` passes back the sum over the processes, which is the gradient of the whole times their number, and
+`average_gradients` takes the mean. Projectors see the whole batch in every process: the mean is their gradient.
 """
 
 from __future__ import annotations
