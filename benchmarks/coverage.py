@@ -3,7 +3,8 @@
     python benchmarks/coverage.py [--studies 2000] [--families 1000]
 
 Dice is drawn from beta distributions about each patient's own level (most patients easy, some hard), for two methods
-and one or three seeds; the truth is the mean over very many patients. The intervals are those of `kdlib.analysis.statistics`.
+and one or three seeds; the truth is the mean over very many patients. The intervals are those of
+`kdlib.analysis.intervals`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from scipy import stats
 from scipy.special import expit
 
 from kdlib.analysis import statistics
-from kdlib.analysis.statistics import holm, interval
+from kdlib.analysis.intervals import bca, interval, resample, studentised
+from kdlib.analysis.statistics import holm
 
 # what method b loses to a, in the logit of Dice, by patient
 KINDS = {
@@ -61,14 +63,12 @@ def coverage(kind: str, n: int, seeds: int, studies: int, methods=METHODS, resam
     true, hits = truth(kind), dict.fromkeys(methods, 0)
     for study in differences(kind, studies, n, seeds, np.random.default_rng((n, seeds))):
         values = study.mean(axis=1)
-        drawn = statistics._draw(values, noise_of(study) if seeds > 1 else None, resamples)
+        drawn = resample(values, noise_of(study) if seeds > 1 else None, resamples)
         for method in methods:
             if method == "studentised":
-                low, high = statistics._studentised(
-                    values.mean(), values.std(), drawn.mean(axis=1), drawn.std(axis=1), n, 0.95
-                )
+                low, high, _ = studentised(values.mean(), values.std(), drawn.mean(axis=1), drawn.std(axis=1), n, 0.95)
             elif method == "BCa":
-                low, high = statistics._bca(values, drawn, 0.95)
+                low, high, _ = bca(values, drawn, 0.95)
             elif method == "percentile":
                 low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
             else:
@@ -77,14 +77,14 @@ def coverage(kind: str, n: int, seeds: int, studies: int, methods=METHODS, resam
     return {method: count / studies for method, count in hits.items()}
 
 
-def same(arms: int, families: int, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Dice (families x patients x arms) of methods that are all the same."""
+def same(count: int, families: int, n: int, generator: np.random.Generator) -> np.ndarray:
+    """Dice (families x patients x methods) of methods that are all the same."""
     level = expit(generator.normal(1.8, 0.9, (families, n, 1)))
-    return generator.beta(60 * level, 60 * (1 - level), (families, n, arms))
+    return generator.beta(60 * level, 60 * (1 - level), (families, n, count))
 
 
 def false_families(n: int, families: int, comparisons: int = 19) -> float:
-    """Share of families, each of arms that are all the same held against one of them, with any verdict but
+    """Share of families, each of methods that are all the same compared with one of them, with any verdict but
     inconclusive: as `compare` has it."""
     dice = same(comparisons + 1, families, n, np.random.default_rng(n))
     difference = (dice[:, :, 1:] - dice[:, :, :1]).round(12)
@@ -92,27 +92,27 @@ def false_families(n: int, families: int, comparisons: int = 19) -> float:
     for family, p in zip(difference, stats.wilcoxon(difference, axis=1).pvalue, strict=True):
         if p.min() < statistics.ALPHA / comparisons:  # else Holm decides nothing
             decided = (family[:, column] for column in np.flatnonzero(holm(p) < statistics.ALPHA))
-            found += any(low > 0 or high < 0 for low, high in map(interval, decided))
+            found += any(low > 0 or high < 0 for low, high, _ in map(interval, decided))
     return found / families
 
 
-def false_walks(n: int, families: int, stages: int = 9, pooled: bool = False) -> float:
-    """The same for a bridge none of whose steps changes anything, as `walk` has it."""
+def false_corrections(n: int, families: int, stages: int = 9, pooled: bool = False) -> float:
+    """The same for a correction none of whose steps changes anything, as `step_changes` has it."""
     generator = np.random.default_rng(n)
     weight = generator.lognormal(5, 0.7, (families, n)) if pooled else np.ones((families, n))
     steps = [*((stage, stage - 1) for stage in range(1, stages)), (stages - 1, 0)]
     found = 0
     for dice, volumes in zip(same(stages, families, n, generator), weight, strict=True):
         values = np.stack([dice.T, np.tile(volumes, (stages, 1))], axis=1)
-        if statistics._swapped(values, steps).min() < statistics.ALPHA:  # else there is no verdict
-            found += (statistics._changes(values, steps)["verdict"] != "inconclusive").any()
+        if statistics.paired_permutation(values, steps).min() < statistics.ALPHA:  # else there is no verdict
+            found += (statistics.paired_changes(values, steps)["verdict"] != "inconclusive").any()
     return found / families
 
 
 def power(n: int, tests: int, studies: int) -> float:
-    """Share of studies in which the smallest detectable difference is found: 80 % if it is what it says."""
+    """Share of studies in which the minimum detectable difference is found: 80 % if it is what it says."""
     noise = np.random.default_rng(n).normal(size=(studies, n))
-    shift = statistics.detectable(np.random.default_rng(0).normal(size=n), tests)
+    shift = statistics.minimum_detectable_difference(np.random.default_rng(0).normal(size=n), tests)
     shift /= np.std(np.random.default_rng(0).normal(size=n), ddof=1)  # in standard deviations
     return float((stats.wilcoxon(noise + shift, axis=1).pvalue < statistics.ALPHA / tests).mean())
 
@@ -131,10 +131,12 @@ def main() -> None:
                 print(f"  n {n:3d}, seeds {seeds}:{row}", flush=True)
     print("\nfamilies in which nothing is different, % with any verdict but inconclusive")
     for n in (6, 8, 14, 24, 41):
-        walks = f"bridge of 8 steps {false_walks(n, given.families // 5):.1%}"
-        pooled = f"with pooled voxels {false_walks(n, given.families // 5, pooled=True):.1%}"
-        print(f"  n {n:3d}: 19 arms against one {false_families(n, given.families):.1%}; {walks}, {pooled}", flush=True)
-    print("\npower at the smallest detectable difference (80 % if it is that)")
+        walks = f"correction of 8 steps {false_corrections(n, given.families // 5):.1%}"
+        pooled = f"with pooled voxels {false_corrections(n, given.families // 5, pooled=True):.1%}"
+        print(
+            f"  n {n:3d}: 19 methods against one {false_families(n, given.families):.1%}; {walks}, {pooled}", flush=True
+        )
+    print("\npower at the minimum detectable difference (80 % if it is that)")
     for n, tests in ((8, 1), (14, 1), (14, 19), (24, 1), (24, 19), (41, 19)):
         print(f"  n {n:3d}, {tests:2d} tests: {power(n, tests, given.studies):.1%}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.analysis.metrics import METRICS
-from kdlib.analysis.statistics import ALPHA, interval_name, summarise
+from kdlib.analysis.statistics import ALPHA, interval_text, summarise
 from kdlib.config import (
     LOGIT_CUT,
     LOSS_NAMES,
@@ -455,11 +455,11 @@ def _metrics(cases: pd.DataFrame) -> list[str]:
 
 
 def _statistics(folder: Path, cases: pd.DataFrame, arms: pd.DataFrame) -> list[str]:
-    n = _tested(cases)
-    seeds = int(arms.groupby(["arm", "recipe", "protocol", "fold"])["seed"].nunique().max())
+    _tested(cases)
+    int(arms.groupby(["arm", "recipe", "protocol", "fold"])["seed"].nunique().max())
     lines = [
         "the unit is the patient: seeds, then classes, then the volumes of a patient are averaged before any test",
-        f"intervals: {LEVEL}, {interval_name(n, seeds)} for {n} patients (`kdlib.analysis.statistics.interval`, which "
+        f"intervals: {interval_text(summarise(cases, ['run'])['interval'])} (`kdlib.analysis.intervals.interval`, which "
         "states its coverage)",
         f"tests: Wilcoxon's signed-rank, paired by patient, two-sided at {ALPHA:g}, Holm over each family (the bridge: "
         "patients' values swapped at random, the largest difference of all steps, Westfall & Young 1993); a verdict "
@@ -622,7 +622,7 @@ def _card(record: dict, records: dict[str, dict], arms: pd.DataFrame, cases: pd.
         "## Metrics",
         "",
         f"Per volume; mean over the patients of the test part with {LEVEL} interval "
-        f"({interval_name(n)}); reasons in the protocol.",
+        f"({interval_text(summarise(own, ['run'])['interval'])}); reasons in the protocol.",
         "",
         "## Training data",
         *_items(

@@ -53,7 +53,10 @@ def convergence_sentence(convergence: pd.DataFrame, labels: Mapping[str, str]) -
     rising = convergence[~convergence["converged"]]
     if rising.empty:
         most = convergence["last_fifth"].max()
-        return f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most:.3f} Dice."
+        return (
+            f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most:.3f} "
+            "Dice."
+        )
     parts = [f"{labels.get(row.method, row.method)} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
     return (
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "

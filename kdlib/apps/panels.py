@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from kdlib.analysis.figures.pictures import ERRORS
 from kdlib.analysis.metrics import METRICS
-from kdlib.apps import explore
+from kdlib.apps import drawing, explore, gradients
 from kdlib.config import InputError, TrainingError
 
 
@@ -28,6 +28,22 @@ def picture(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def _image() -> widgets.Image:
+    """A picture that takes no room, and shows no broken icon, before there is one."""
+    return widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
+
+
+def _show(image: widgets.Image, png: bytes) -> None:
+    image.value = png
+    image.layout.display = "" if png else "none"
+
+
+def _legend(colours: dict[str, str]) -> str:
+    """What each colour of an overlay means."""
+    box = '<span style="display:inline-block;width:.9em;height:.9em;background:{};margin:0 .3em 0 1em"></span>{}'
+    return "".join(box.format(colour, html.escape(name)) for name, colour in colours.items())
 
 
 def _said(error: Exception) -> str:
@@ -46,16 +62,18 @@ def _number(value: float, name: str, step: float) -> widgets.FloatText:
 class Picker(widgets.VBox):
     """Three lists: study, run, case. What is chosen stands in `run`, `teachers` and `case`; panels watch `chosen`.
 
+    Where nothing has been trained yet, `empty` is True and a message says how to make a study; panels then stay blank.
+
     Args:
         results: folder that keeps runs and studies.
         data: folder of the runs' data set, or "phantom".
-        study: the first one where empty.
+        study: the newest whose runs are kept where empty.
         run: key of a run; empty for the first distilled student, else the first run.
         case: the first of the test part where empty.
         device: auto, cpu or cuda.
 
     Raises:
-        InputError: nothing to look at, or a name that is not there.
+        InputError: a name that is not there.
     """
 
     chosen = traitlets.Int(0)  # counts the choices
@@ -63,9 +81,16 @@ class Picker(widgets.VBox):
 
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
         self.results, self.data, self.device = Path(results).resolve(), data, device
-        self.study_list = _dropdown("study", explore.studies(self.results))
+        self.message, self.empty = widgets.HTML(), False
+        try:
+            names = explore.studies(self.results)
+        except InputError as error:
+            self.empty = True
+            self.message.value = _said(error)
+            super().__init__([self.message])
+            return
+        self.study_list = _dropdown("study", names)
         self.run_list, self.case_list = _dropdown("run"), _dropdown("case")
-        self.message = widgets.HTML()
         super().__init__([self.study_list, self.run_list, self.case_list, self.message])
         if study:
             self.study_list.value = explore.lookup("study", study, {name: name for name in self.study_list.options})
@@ -96,7 +121,7 @@ class Picker(widgets.VBox):
     def _list_runs(self, run: str = "") -> None:
         self.table = explore.finished_runs(self.results, self.study_list.value)
         keys = self.table["run"].tolist()
-        distilled = self.table.loc[self.table["teacher"].notna(), "run"].tolist()
+        distilled = self.table.loc[self.table["role"] == "distilled", "run"].tolist()
         students = self.table.loc[~self.table["model"].isin(explore.TEACHERS), "run"].tolist()
         first = (distilled + students + keys)[0]
         run = explore.lookup("run", run or first, dict(zip(keys, keys, strict=True)))
@@ -117,7 +142,9 @@ class Picker(widgets.VBox):
         return self.case_list.value
 
     def watch(self, show: Callable[[], None]) -> None:
-        """Calls `show` now and after each choice."""
+        """Calls `show` now and after each choice; never where there is nothing to choose."""
+        if self.empty:
+            return
         self.observe(lambda _: show(), "chosen")
         show()
 
@@ -182,9 +209,8 @@ class Viewer(widgets.VBox):
         self.number = widgets.IntSlider(
             description="slice", continuous_update=False, layout=widgets.Layout(width="90%")
         )
-        self.slices = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        self.body = widgets.VBox()
-        super().__init__([self.webgl, self.mode, self.body])
+        self.slices, self.legend, self.body = _image(), widgets.HTML(), widgets.VBox()
+        super().__init__([] if pick.empty else [self.webgl, self.mode, self.body])
         self.webgl.observe(lambda change: setattr(self.mode, "value", "volume" if change["new"] else "slices"), "there")
         self.mode.observe(lambda _: self._lay_out(), "value")
         self.number.observe(self._draw, "value")
@@ -192,12 +218,11 @@ class Viewer(widgets.VBox):
 
     def show(self) -> None:
         self.seen = explore.look(self.pick.run, self.pick.teachers, self.pick.case)
-        depth, number = self.seen.geometry.depth, explore.largest_slice(self.seen)
+        self.place = explore.on_target(self.seen)
+        depth, number = self.seen.geometry.depth, self.place[0]
         self.number.unobserve(self._draw, "value")
         self.number.max, self.number.value = depth - 1, number
         self.number.observe(self._draw, "value")
-        middle = self.seen.geometry.size // 2
-        self.place = (number, middle, middle)
         self.loaded = False
         self._lay_out()
 
@@ -205,14 +230,14 @@ class Viewer(widgets.VBox):
         if self.mode.value == "volume":
             if not self.loaded:
                 self._load()
-            self.body.children = [self.masks, self.volume]
+            self.body.children = [self.masks, self.volume, self.legend]
         else:
             self._draw()
             self.body.children = [self.number, self.slices]
 
     def _draw(self, change: object = None) -> None:
         if self.mode.value == "slices":
-            self.slices.value = picture(explore.draw_slice(self.seen, self.number.value))
+            _show(self.slices, picture(drawing.draw_slice(self.seen, self.number.value)))
         self.place = (self.number.value, *self.place[1:])
 
     def _load(self) -> None:
@@ -222,6 +247,8 @@ class Viewer(widgets.VBox):
             cal_min=seen.shown[0], cal_max=seen.shown[1],
         )  # fmt: skip
         colours = [explore.COLOURS[i % len(explore.COLOURS)] for i in range(len(seen.classes))]
+        errors = {kind: colour for colour, _, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]}
+        self.legend.value = _legend(dict(zip(seen.classes, colours, strict=True)) | errors)
         layers = {name: _volume(name, mask, seen.affine, colours, seen.classes) for name, mask in seen.masks.items()}
         wrong = [[colour for colour, _, _ in ERRORS], [kind for _, _, kind in ERRORS]]
         layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
@@ -248,6 +275,13 @@ class Viewer(widgets.VBox):
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
+HEADERS = {  # of the table of gradients, for readers
+    "value": "loss (unweighted)", "grad_norm": "gradient norm in the region",
+    "share_in_region": "share of its gradient in the region", "vs_segmentation": "relative to the segmentation loss",
+    "cosine": "cosine with the segmentation loss",
+}  # fmt: skip
+
+
 class GradientPanel(widgets.VBox):
     """The terms' gradients in a region, which follows the viewer's last click.
 
@@ -262,11 +296,11 @@ class GradientPanel(widgets.VBox):
             widgets.IntRangeSlider(description=name, continuous_update=False) for name in ("rows", "columns")
         )
         self.button = widgets.Button(description="show gradients", button_style="primary")
-        self.message, self.table, self.image = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
-        self.image.layout.max_width = "100%"
-        super().__init__(
-            [self.number, self.rows, self.columns, self.button, self.message, self.image, self.table]
-        )  # fmt: skip
+        self.message, self.table, self.image = widgets.HTML(), widgets.HTML(), _image()
+        parts = [self.number, self.rows, self.columns, self.button, self.message, self.image, self.table]
+        super().__init__([] if pick.empty else parts)
+        if pick.empty:
+            return
         self.button.on_click(lambda _: self.show())
         viewer.observe(lambda _: self._follow(), "place")
         self._follow()
@@ -274,7 +308,8 @@ class GradientPanel(widgets.VBox):
 
     def _clear(self) -> None:
         """What is shown is of another run or case."""
-        self.message.value, self.table.value, self.image.value = "", "", b""
+        self.message.value, self.table.value = "", ""
+        _show(self.image, b"")
 
     def _follow(self) -> None:
         """The region: a quarter of the slice's side about the place that was clicked."""
@@ -286,17 +321,20 @@ class GradientPanel(widgets.VBox):
             slider.value = (max(middle - half, 0), min(middle + half, geometry.size))
 
     def show(self) -> None:
-        self.message.value = "fitting projectors, then one step ..."
+        if self.pick.empty:
+            return
+        self.message.value = "one forward and backward pass ..."
         region = (*self.rows.value, *self.columns.value)
         try:
-            found = explore.term_gradients(
-                self.pick.run, self.pick.teachers, self.pick.case, self.number.value, region
-            )  # fmt: skip
+            run, teachers, case = self.pick.run, self.pick.teachers, self.pick.case
+            found = gradients.term_gradients(run, teachers, case, self.number.value, region)
         except InputError as error:
             self.message.value = _said(error)
             return
-        self.image.value = picture(explore.draw_gradients(found))
-        table = found.table.to_html(index=False, float_format="{:.3g}".format, border=0, classes="terms")
+        _show(self.image, picture(drawing.draw_gradients(found)))
+        table = found.table.rename(columns=HEADERS).to_html(
+            index=False, float_format="{:.3g}".format, border=0, classes="terms"
+        )
         self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
         self.message.value = ""
 
@@ -311,8 +349,8 @@ class ComparisonPanel(widgets.VBox):
         self.pick = pick
         self.other = _dropdown("against")
         self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
-        self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        super().__init__([self.other, self.metric, self.message, self.image])
+        self.message, self.image = widgets.HTML(), _image()
+        super().__init__([] if pick.empty else [self.other, self.metric, self.message, self.image])
         for chooser in (self.other, self.metric):
             chooser.observe(self.show, "value")
         pick.watch(self._list)
@@ -320,7 +358,9 @@ class ComparisonPanel(widgets.VBox):
     def _list(self) -> None:
         table, mine = self.pick.table, self.pick.run.run
         table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
-        same = table[table["teacher"].isna() & (table["model"] == mine.model) & (table["fraction"] == mine.fraction)]
+        same = table[
+            (table["role"] == "baseline") & (table["model"] == mine.model) & (table["fraction"] == mine.fraction)
+        ]
         options = list(zip(table["label"], table["run"], strict=True))
         self.other.unobserve(self.show, "value")
         self.other.options = options
@@ -341,8 +381,8 @@ class ComparisonPanel(widgets.VBox):
             self.message.value = _said(error)
             return
         labels = self.pick.table.set_index("run")["label"]
-        drawn = explore.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
-        self.image.value = picture(drawn)
+        drawn = drawing.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
+        _show(self.image, picture(drawn))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -357,20 +397,20 @@ class TrainingPanel(widgets.VBox):
         self.epochs = widgets.BoundedIntText(5, min=1, max=1000, description="epochs")
         self.steps = widgets.BoundedIntText(20, min=1, max=10000, description="steps each")
         self.button = widgets.Button(description="train", button_style="primary")
-        self.message, self.image = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.message, self.image = widgets.HTML(), _image()
         self.printed = widgets.Output()
-        super().__init__(
-            [self.terms, widgets.HBox([self.epochs, self.steps, self.button]), self.message, self.printed, self.image]
-        )  # fmt: skip
+        length = widgets.HBox([self.epochs, self.steps, self.button])
+        super().__init__([] if pick.empty else [self.terms, length, self.message, self.printed, self.image])
         self.button.on_click(lambda _: self.train())
         pick.watch(self._list)
 
     def _list(self) -> None:
-        """One row a term: weight and temperature."""
+        """One row per term: weight and temperature."""
         self.histories: dict = {}
-        self.message.value, self.image.value = "", b""
+        self.message.value = ""
+        _show(self.image, b"")
         try:
-            terms = explore.effective_recipe(self.pick.run, self.pick.teachers).recipe.terms
+            terms = explore.distillation_run(self.pick.run, self.pick.teachers).recipe.terms
         except InputError as error:
             self.message.value = _said(error)
             terms = ()
@@ -387,6 +427,9 @@ class TrainingPanel(widgets.VBox):
         self.terms.children = rows
 
     def train(self) -> None:
+        """Trains with the weights and temperatures as they stand."""
+        if self.pick.empty:
+            return
         weights, temperatures = (
             {name: box.value for name, box in boxes.items()} for boxes in (self.weights, self.temperatures)
         )
@@ -396,7 +439,7 @@ class TrainingPanel(widgets.VBox):
 
         def draw(history) -> None:
             self.histories[title] = history
-            self.image.value = picture(explore.draw_history({title: history, **before}))
+            _show(self.image, picture(drawing.draw_history({title: history, **before})))
 
         try:
             with self.printed:

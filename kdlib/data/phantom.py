@@ -41,7 +41,7 @@ def make_phantom(folder: str | Path, patients: int = 16, seed: int = 0) -> Path:
 
     Args:
         folder: made by this function; it must not exist, or hold a phantom of the same patients and seed.
-        patients: number of volumes, one a patient.
+        patients: number of volumes, one per patient.
         seed: of all random numbers, at least 0.
 
     Returns:
@@ -115,7 +115,9 @@ def _field(rng: np.random.Generator, sigma: tuple[float, float, float]) -> np.nd
 
 def _coordinates(rng: np.random.Generator) -> np.ndarray:
     """[3,X,Y,Z] place of each voxel in the template's body, mm to the left, anterior and superior of its middle."""
-    grid = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING)], indexing="ij")
+    grid = np.meshgrid(
+        *[(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING, strict=True)], indexing="ij"
+    )
     grid = np.stack(grid).astype(np.float32)
     bend = np.stack([_field(rng, tuple(28 / mm for mm in SPACING)) for _ in range(3)])
     build, shift = rng.uniform((0.9, 0.88, 0.88), (1.1, 1.12, 1.12)), rng.uniform(-1, 1, 3) * (10, 10, 14)
@@ -223,7 +225,7 @@ def _is_there(folder: Path, about: dict) -> bool:
 def _save(path: Path, volume: np.ndarray) -> None:
     """Stored LAS, as the arrays are; no time in the gzip header, so that equal volumes are equal files."""
     affine = np.diag([-SPACING[0], SPACING[1], SPACING[2], 1.0])
-    affine[:3, 3] = [(n - 1) / 2 * mm * sign for n, mm, sign in zip(SHAPE, SPACING, (1, -1, -1))]
+    affine[:3, 3] = [(n - 1) / 2 * mm * sign for n, mm, sign in zip(SHAPE, SPACING, (1, -1, -1), strict=True)]
     image = nib.Nifti1Image(volume, affine)
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))

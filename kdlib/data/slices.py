@@ -2,7 +2,7 @@
 
 A slice is laid out as radiologists see it: row 0 is anterior, column 0 is the patient's right; slices go from
 inferior to superior. Slices are resampled in the plane only, by the exact factor, then padded or cropped about their
-centre. Nothing is stretched to fit (but where a protocol keeps the published conversion), and z is never resampled.
+centre. Nothing is stretched to fit (except where a protocol keeps the published conversion), and z is never resampled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlib.config import UNLABELLED, InputError, Preprocessing
-from kdlib.data.decathlon import Case, Dataset, Defect, read
+from kdlib.data.decathlon import Case, Dataset
+from kdlib.data.nifti import Defect, read
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
 
@@ -32,7 +33,7 @@ class Geometry:
     Args:
         shape: of the file's volume, in its own axes.
         affine: of the file, voxel to world in mm (RAS), row by row.
-        factor: slice pixels a volume voxel takes, along rows and columns (volume spacing / slice spacing).
+        factor: slice pixels per volume voxel, along rows and columns (volume spacing / slice spacing).
         start: row and column of the slice where the resampled volume begins; negative where it is cropped.
         size: side of the slice in pixels.
         canonical: whether the slices are turned as radiologists see them, or left in the file's own axes [Z,X,Y].
@@ -55,6 +56,19 @@ class Geometry:
             return np.array([[1, 1], [2, 1], [0, 1]])
         own = orientations.io_orientation(np.array(self.affine))
         return orientations.ornt_transform(own, orientations.axcodes2ornt(SLICE_AXES)).astype(int)
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the voxels of each row and column lie in the slice, in pixels; 0 is its first pixel's centre."""
+        to_slices = self._to_slices()
+        voxels = [self.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
+        return tuple(
+            (np.arange(count) + 0.5) * factor - 0.5 + start
+            for count, factor, start in zip(voxels, self.factor, self.start, strict=True)
+        )
+
+    def in_view(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows and columns of the oriented volume the slices show."""
+        return tuple((position >= -0.5) & (position < self.size - 0.5) for position in self.positions())
 
     def orient(self, volume: np.ndarray) -> np.ndarray:
         """The file's array [X,Y,Z] as slices [D,H,W], in its own spacing."""
@@ -158,16 +172,16 @@ class SliceBank:
 def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> SliceBank:
     """Slices of all cases of a data set, on the CPU.
 
-    CT is clipped to `preprocessing.window` (HU), MR to `preprocessing.percentiles` of each volume's non-zero voxels; the range becomes
-    0..255, rounded. Images are resampled with an antialiased bilinear kernel before they are rounded. Labels are
-    sampled at the nearest voxel: a vote of the voxels under a pixel would shrink what is thinner than a pixel (the
-    adrenal glands of btcv by an eighth at 5 mm), while the nearest voxel keeps its volume on average.
+    CT is clipped to `preprocessing.window` (HU), MR to `preprocessing.percentiles` of each volume's non-zero voxels;
+    the range becomes 0..255, rounded. Images are resampled with an antialiased bilinear kernel before they are
+    rounded. Labels are sampled at the nearest voxel: a vote of the voxels under a pixel would shrink what is thinner
+    than a pixel (the adrenal glands of btcv by an eighth at 5 mm), while the nearest voxel keeps its volume on average.
 
     Args:
         dataset: from `index`.
         classes: class name -> value in the label files, from `dataset.classes(target)`; other values are background.
-        preprocessing: size, spacing, channels and intensities; where it is `published`, slices as the published code makes
-            them, which stretches what is not square.
+        preprocessing: size, spacing, channels and intensities; where it is `published`, slices as the
+            published code makes them, which stretches what is not square.
 
     Raises:
         InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
@@ -201,7 +215,7 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
 def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     """Scores of one case's slices, back on its file's own grid and in its own orientation.
 
-    Bilinear in the plane, by the inverse of the factor the slices were made with. ExternalModel the slices' field of preprocessing
+    Bilinear in the plane, by the inverse of the factor the slices were made with. Outside the slices' field of view
     no network has looked: scores are 0 there, and 1 for channel 0 (background) if there are several channels, so that
     both a threshold and an argmax give background.
 
@@ -219,12 +233,9 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     if tuple(scores.shape[1:]) != expected:
         raise InputError(f"scores of shape {tuple(scores.shape)}: this case's slices have [D, H, W] = {list(expected)}")
     to_slices = geometry._to_slices()
-    rows_columns = [geometry.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
-    inside = []
-    for dim, voxels, factor, start in zip((2, 3), rows_columns, geometry.factor, geometry.start, strict=True):
-        position = (torch.arange(voxels, device=scores.device, dtype=torch.float64) + 0.5) * factor - 0.5 + start
-        inside.append((position >= -0.5) & (position < geometry.size - 0.5))
-        position = position.clamp(0, geometry.size - 1)
+    inside = [torch.from_numpy(mask).to(scores.device) for mask in geometry.in_view()]
+    for dim, position in zip((2, 3), geometry.positions(), strict=True):
+        position = torch.from_numpy(position).to(scores.device).clamp(0, geometry.size - 1)
         low = position.long()
         high = (low + 1).clamp(max=geometry.size - 1)
         share = (position - low).to(scores).view(-1, *[1] * (3 - dim))
@@ -237,29 +248,36 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     return scores.flip(flipped).permute(0, *[1 + int(axis) for axis in to_slices[:, 0]]).contiguous()
 
 
+def place_slices(case: Case, affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
+    """How the volume of a case, with its file's affine, becomes slices."""
+    axes = tuple(map(tuple, affine.tolist()))
+    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), preprocessing.size, canonical=not preprocessing.published)
+    order = np.argsort(placed._to_slices()[:, 0])
+    voxels, spacing = np.array(case.shape)[order][1:], np.array(case.spacing)[order][1:]
+    factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
+    if preprocessing.published:
+        factor = tuple((preprocessing.size / voxels).tolist())
+    start = tuple((preprocessing.size - _pixels(n, f)) // 2 for n, f in zip(voxels.tolist(), factor, strict=True))
+    return dataclasses.replace(placed, factor=factor, start=start)
+
+
 def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
     """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
-    affine, image = _read(case.image, np.float32)
+    affine, image = read_case_file(case.image, np.float32)
     image = _unit_range(image, modality, preprocessing, case.image)
-    _, label = _read(case.label, np.int64)
+    _, label = read_case_file(case.label, np.int64)
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
 
-    axes = tuple(map(tuple, affine.tolist()))
-    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), preprocessing.size, canonical=not preprocessing.published)
+    placed = place_slices(case, affine, preprocessing)
     image, label = placed.orient(image), placed.orient(values[label])
-    spacing = np.array(case.spacing)[np.argsort(placed._to_slices()[:, 0])][1:]
-    factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
-    if preprocessing.published:
-        factor = tuple(preprocessing.size / voxels for voxels in image.shape[1:])
-    image, label = _resample(image, factor), _resample_labels(label, factor)
-    start = tuple((preprocessing.size - pixels) // 2 for pixels in image.shape[1:])
-    placed = dataclasses.replace(placed, factor=factor, start=start)
+    image, label = _resample(image, placed.factor), _resample_labels(label, placed.factor)
+    start = placed.start
     image = np.rint(image * 255).clip(0, 255).astype(np.uint8)
     return placed, _pad_or_crop(image, start, preprocessing.size), _pad_or_crop(label, start, preprocessing.size)
 
 
-def _read(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """(affine, voxels) of a NIfTI file, voxels scaled as the header says."""
     try:
         file = read(path)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import pandas as pd
 from nibabel.arrayproxy import ArrayProxy
 
 from kdlib.config import InputError
-from kdlib.data.decathlon import Case, Dataset, Defect, decode
+from kdlib.data.decathlon import WARNING_COLUMNS, Case, Dataset, DataWarning
+from kdlib.data.nifti import Defect, decode
+from kdlib.files import write_text
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -87,12 +89,38 @@ def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, se
             )
     else:
         record = _make(dataset, asked)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)  # a stopped run leaves no half file
+        write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
     groups = {name: entry["patient"] for name, entry in record["cases"].items()}
-    return tuple(Fold(*(tuple(fold[part]) for part in PARTS), groups) for fold in record["parts"])
+    found = tuple(Fold(*(tuple(fold[part]) for part in PARTS), groups) for fold in record["parts"])
+    for text in split_warnings(found, dataset, classes)["warning"]:
+        warnings.warn(f"{dataset.root}: {text}", DataWarning, stacklevel=2)
+    return found
+
+
+def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, int]) -> pd.DataFrame:
+    """What the parts of each fold lack, in the columns of `Dataset.warnings`, one row per part.
+
+    A class that no case has is not repeated here.
+    """
+    names = {value: name for name, value in classes.items()}
+    held = {case.name: {names[value] for value in case.voxels if value in names} for case in dataset.cases}
+    occurring = set().union(*held.values())
+    rows = []
+    for number, fold in enumerate(folds):
+        parts = {"train": fold.train, "validation": fold.val, "test": fold.test}
+        if len({fold.groups[case] for case in fold.train}) > 1:  # of one patient there is no half
+            parts["half of train"] = fold.subset(0.5)
+        for part, cases in parts.items():
+            missing = occurring - set().union(*(held[case] for case in cases))
+            if missing == occurring and missing:
+                text = f"fold {number}: no case of the {part} part holds the target"
+            elif missing:
+                lacking = ", ".join(name for name in classes if name in missing)
+                text = f"fold {number}: no case of the {part} part holds {lacking}"
+            else:
+                continue
+            rows.append(("", "", text, "use fewer folds, or add patients who have it"))
+    return pd.DataFrame(rows, columns=WARNING_COLUMNS)
 
 
 def _make(dataset: Dataset, asked: dict) -> dict:
@@ -118,7 +146,7 @@ def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
 
 def _stored(path: Path, blob: bytes) -> ArrayProxy:
     try:
-        return decode(io.BytesIO(blob)).dataobj
+        return decode(path, blob).dataobj
     except Defect as defect:
         raise InputError(f"{path}: changed since it was indexed: {defect}") from None
 
@@ -129,10 +157,14 @@ def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, l
     # patients from the lowest to the highest covariate, without one last; ties by name, so that file order is nothing
     ranked = table.groupby("patient")["covariate"].mean().sort_values(kind="stable").index.to_numpy()
     count = len(ranked)
-    if folds < 2 or count < folds or count - -(-count // folds) < 2:
+    if not _can_split(count, folds):
+        possible = next((fewer for fewer in range(min(folds, count), 1, -1) if _can_split(count, fewer)), None)
+        advice = f"use fewer folds: CHANGES='{json.dumps({'folds': possible})}', or add patients" if possible else ""
+        if folds < 2 and count > 2:
+            advice = f"choose from 2 to {count} folds: CHANGES='{json.dumps({'folds': min(count, 4)})}'"
         raise InputError(
             f"{count} patients cannot be split into {folds} folds with training, validation and test patients in each; "
-            "choose at least 2 folds and at most one a patient, or add patients"
+            + (advice or "add patients, at least 3 are needed")
         )
     rng = np.random.default_rng(seed)
     # each block of `folds` neighbours gives one patient to each fold; an incomplete block lies mid-rank, so that the
@@ -150,6 +182,11 @@ def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, l
         chosen = {"train": train, "val": sorted(val), "test": sorted(ranked[fold_of == fold])}
         parts.append({part: [case for patient in who for case in members[patient]] for part, who in chosen.items()})
     return parts
+
+
+def _can_split(patients: int, folds: int) -> bool:
+    """Whether each fold gets a test patient, and its rest at least two patients."""
+    return 2 <= folds <= patients and patients - -(-patients // folds) >= 2
 
 
 def _spread(ranked: list[str], rng: np.random.Generator) -> list[str]:

@@ -9,32 +9,50 @@ import numpy as np
 import pandas as pd
 from nibabel.orientations import io_orientation
 
+from kdlib.config import Preprocessing
 from kdlib.data.decathlon import Dataset
+from kdlib.data.roundtrip import best_dice, target_in_view
 from kdlib.data.slices import SliceBank
-from kdlib.data.splits import Fold
+from kdlib.data.splits import Fold, split_warnings
 
 
-def case_table(dataset: Dataset, classes: dict[str, int]) -> pd.DataFrame:
-    """One row a case: patient, grid, spacing and thickness of axial slices in mm, volume of each target class in ml."""
+def case_table(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing | None = None) -> pd.DataFrame:
+    """One row per case.
+
+    Columns: case, patient and how patients were recognised, grid, spacing and thickness of axial slices in mm, and for
+    each target class its volume in ml. With a `preprocessing` also, for each class, the share (%) that lies inside the
+    slices and the Dice that a perfect network would reach on the file's grid; NaN where a case lacks the class.
+    """
     rows = []
     for case in dataset.cases:
-        file = nib.load(case.label)
-        label = np.asarray(file.dataobj).round()
-        upwards = int(np.flatnonzero(io_orientation(file.affine)[:, 0] == 2)[0])
+        upwards = int(np.flatnonzero(io_orientation(nib.load(case.label).affine)[:, 0] == 2)[0])
         ml = float(np.prod(case.spacing)) / 1000
-        sizes = dict(zip(("x", "y", "z"), case.shape, strict=True))
-        spacing = dict(zip(("dx (mm)", "dy (mm)", "dz (mm)"), case.spacing, strict=True))
-        spacing["thickness (mm)"] = case.spacing[upwards]
-        volumes = {f"{name} (ml)": float((label == value).sum()) * ml for name, value in classes.items()}
-        rows.append({"case": case.name, "patient": case.group} | sizes | spacing | volumes)
+        row = {"case": case.name, "patient": case.group, "patients from": dataset.grouping}
+        row |= dict(zip(("x", "y", "z"), case.shape, strict=True))
+        row |= dict(zip(("dx (mm)", "dy (mm)", "dz (mm)"), case.spacing, strict=True))
+        row["thickness (mm)"] = case.spacing[upwards]
+        row |= {f"{name} (ml)": case.voxels.get(value, 0) * ml for name, value in classes.items()}
+        if preprocessing is not None:
+            kept = target_in_view(case, classes, preprocessing)
+            dice = best_dice(dataset, case, classes, preprocessing)
+            row |= {f"{name} in slices (%)": 100 * kept.get(name, np.nan) for name in classes}
+            row |= {f"{name} best Dice": dice.get(name, np.nan) for name in classes}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
+def warning_table(dataset: Dataset, folds: Sequence[Fold] = (), classes: dict[str, int] | None = None) -> pd.DataFrame:
+    """What is odd about a data set and its folds but used: columns case, file, warning, remedy."""
+    found = [dataset.warnings, split_warnings(folds, dataset, classes or {})]
+    return pd.concat([table for table in found if len(table)] or found[:1], ignore_index=True)
+
+
 def split_table(folds: Sequence[Fold]) -> pd.DataFrame:
-    """One row a fold: patients (and volumes) in the training part, its half, validation and test."""
+    """One row per fold: patients (and volumes) in the training part, its half, validation and test."""
     rows = []
     for number, fold in enumerate(folds):
-        parts = {"train": fold.train, "train, half": fold.subset(0.5), "validation": fold.val, "test": fold.test}
+        half = fold.subset(0.5) if len({fold.groups[case] for case in fold.train}) > 1 else ()
+        parts = {"train": fold.train, "train, half": half, "validation": fold.val, "test": fold.test}
         counts = {name: (len({fold.groups[case] for case in cases}), len(cases)) for name, cases in parts.items()}
         rows.append(
             {"fold": number} | {name: f"{patients} ({volumes})" for name, (patients, volumes) in counts.items()}

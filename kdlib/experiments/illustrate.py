@@ -1,4 +1,4 @@
-"""What the figures of method, features and pairs are drawn from: small tables and arrays of runs, made with torch."""
+"""What the figures of features and pairs are drawn from: small tables and arrays of runs, made with torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import nn
 
 from kdlib.config import InputError, Run, derive_seed
 from kdlib.data.sampling import batch_indices
@@ -17,9 +15,7 @@ from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import trained
 from kdlib.losses import LOSSES
 from kdlib.losses.base import resize_labels
-from kdlib.models import count_parameters
 from kdlib.training.device import pick_device
-from kdlib.training.distiller import Distiller
 from kdlib.training.hooks import probe, scales_of, split_scale
 from kdlib.training.state import new_model
 
@@ -138,89 +134,3 @@ def _anchors(labels: torch.Tensor, drawn: torch.Tensor, image: int) -> list[torc
     distance = (points - middle).norm(dim=1)
     found = [labels.flatten()[here] == wanted for wanted in (value, 0)]
     return [here[mask][distance[mask].argmin()] for mask in found if mask.any()]
-
-
-# -------------------------------------------------------------------------------------------------------------- method
-
-
-def plan(run: Run, classes: int = 1) -> pd.DataFrame:
-    """A distilled run's method as a table, read off its networks, its recipe and its distiller.
-
-    Args:
-        run: a distilled student with one teacher.
-        classes: foreground classes.
-
-    Returns:
-        a table with a column kind, and rows of these kinds:
-        "network": model, role ("teacher" or "student"), parameters and inference_parameters (without the
-        reconstruction decoder);
-        "stage", for each scale, and "reconstruction": also name, channels, stride (input pixels a side of one of its
-        own) and parameters (up-sampling included);
-        "loss", what a network learns from besides its teacher: also name and weight;
-        "term", what the student learns from its teacher: name, loss (its label), weight, temperature, student_at,
-        teacher_layers, channels (that both are projected to), balance (of the recipe) and compared (see
-        `Adapter`), one row per pair of scales.
-
-    Raises:
-        InputError: the run has not one teacher.
-    """
-    if len(run.teacher_runs()) != 1:
-        raise InputError(f"{run.method}: the method is drawn for a student of one teacher")
-    ((_, teacher),) = run.teacher_runs().items()
-    size = run.preprocessing.size
-    rows, shapes = [], {}
-    for role, who in (("teacher", teacher), ("student", run)):
-        with torch.device("meta"):  # shapes and numbers alone
-            network = new_model(who, classes)
-        shapes[role] = probe(network, network.scales, network.scales, size=size)
-        label = dict(model=who.model, role=role)
-        rows += [label | row for row in _network(network, shapes[role], size)]
-        if "logits" not in shapes[role]:  # a network from elsewhere names scales only, but has logits all the same
-            channels = 1 if classes == 1 else classes + 1
-            rows.append(label | dict(kind="stage", name="logits", channels=channels, stride=1))
-        rows += [label | row for row in _losses(who, network)]
-    distiller = Distiller(run.effective_recipe, shapes["student"], {teacher.model: shapes["teacher"]}, run.seed)
-    for term in run.effective_recipe.terms:
-        made = distiller.terms[term.name]
-        projectors = [adapter.student for adapter in made.adapters if adapter.student is not None]
-        for at, teacher_layers in zip(term.student_layers, term.teacher_layers, strict=True):
-            rows.append(
-                dict(
-                    kind="term",
-                    name=term.name,
-                    loss=LOSSES[term.loss].label,
-                    weight=term.weight,
-                    temperature=getattr(made.loss, "temperature", None),
-                    student_at=at,
-                    teacher_layers=teacher_layers,
-                    channels=projectors[0].conv.out_channels if projectors else None,
-                    balance=run.effective_recipe.balance,
-                    compared=made.describe(),
-                )  # fmt: skip
-            )
-    whole = dict.fromkeys(["channels", "stride", "parameters", "inference_parameters"], "Int64")
-    table = pd.DataFrame(rows).astype(whole)
-    return table[["kind", *table.columns.drop("kind")]]
-
-
-def _network(network: nn.Module, shapes: dict[str, torch.Size], size: int) -> list[dict]:
-    whole, spared = count_parameters(network), 0
-    rows = []
-    if getattr(network, "reconstructs", False):
-        spared = count_parameters(network.reconstruction)
-        rows = [dict(kind="reconstruction", name="reconstruction", parameters=spared)]
-    stages = []
-    for name, shape in shapes.items():
-        paths = {network.scales[name], network.scales[name].replace(".decoder.", ".up.")}  # of a decoder: both
-        parameters = sum(count_parameters(network.get_submodule(path)) for path in paths)
-        stages.append(dict(kind="stage", name=name, channels=shape[0], stride=size // shape[1], parameters=parameters))
-    return [dict(kind="network", parameters=whole, inference_parameters=whole - spared), *stages, *rows]
-
-
-def _losses(run: Run, network: nn.Module) -> list[dict]:
-    recipe = run.effective_recipe
-    name = {"dice": "Dice", "dice+ce": "Dice + cross-entropy"}[recipe.segmentation]
-    rows = [dict(kind="loss", name=name, weight=recipe.segmentation_weight)]
-    if recipe.reconstruction_weight and getattr(network, "reconstructs", False):
-        rows.append(dict(kind="loss", name="reconstruction MSE", weight=recipe.reconstruction_weight))
-    return rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdlib.config import Preprocessing, Run
-from kdlib.data import Dataset, Fold, SliceBank, build_bank, index, make_phantom, split_file, splits
+from kdlib.data import Dataset, Fold, SliceBank, build_bank, check_view, index, make_phantom, split_file, splits
 from kdlib.files import sha256, write_error
 
 
@@ -22,12 +22,15 @@ class TrainingData:
 
 
 @functools.cache
-def source(data: str, target: str, folds: int, on_defect: str, group: str, results: Path) -> TrainingData:
+def source(
+    data: str, target: str, folds: int, on_defect: str, group: str, results: Path, preprocessing: Preprocessing
+) -> TrainingData:
     """Indexes a folder (or makes the phantom), and reads or writes its splits under `results/splits/`."""
     try:
         folder = make_phantom(results / "data" / "phantom") if data == "phantom" else Path(data)
         dataset = index(folder, on_defect, group)
         classes = dataset.classes(target)
+        dataset = check_view(dataset, classes, preprocessing)
         path = split_file(results / "splits", dataset, classes, folds)
         parts = splits(dataset, classes, folds, path)
     except OSError as error:
@@ -52,4 +55,6 @@ def run_bank(run: Run, results: Path | str) -> SliceBank:
 
 
 def _source_of(run: Run, results: Path | str) -> tuple:
-    return run.data, run.target, run.profile.folds, run.on_defect, run.group, Path(results).resolve()
+    # the profile's slices, also where the protocol keeps a fault of theirs: all runs of a study have the same cases
+    asked = run.data, run.target, run.profile.folds, run.on_defect, run.group
+    return *asked, Path(results).resolve(), run.profile.preprocessing

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import kdlib.data.decathlon as decathlon
+import kdlib.data.fetch as fetch
 from kdlib.config import InputError
 from kdlib.data import download, index
 
@@ -126,7 +126,7 @@ def test_default_url_and_md5_are_monais(tmp_path, monkeypatch):
         asked.extend((url, known_hash))
         raise OSError("no network")
 
-    monkeypatch.setattr(decathlon.pooch, "retrieve", retrieve)
+    monkeypatch.setattr(fetch.pooch, "retrieve", retrieve)
     with pytest.raises(InputError, match="Task09_Spleen.tar: no network; what has arrived is kept"):
         download("Task09_Spleen", tmp_path)
     assert asked == [DecathlonDataset.resource["Task09_Spleen"], "md5:" + DecathlonDataset.md5["Task09_Spleen"]]

@@ -177,7 +177,7 @@ def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished,
     # the folds are those of the clean data: a changed data set would rightly be refused, so its hashes are renewed
     spoiled = tmp_path / "results"
     stored = next((results / "splits").glob("*.json"))
-    source.source(str(other), "spleen", 3, "raise", "auto", tmp_path / "scratch")
+    source.source(str(other), "spleen", 3, "raise", "auto", tmp_path / "scratch", Preprocessing(64, 5.0))
     hashes = json.loads(next((tmp_path / "scratch/splits").glob("*.json")).read_text())["cases"]
     document = json.loads(stored.read_text()) | {"cases": hashes}
     write(spoiled / "splits" / stored.name, lambda path: path.write_text(json.dumps(document)))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from kdlib.analysis.figures import DOUBLE, features, pairs, qualitative
 from kdlib.config import PROTOCOLS, InputError, Run, Term, derive_seed, override_profile
 from kdlib.data import make_phantom
+from kdlib.data.sampling import batch_indices
 from kdlib.experiments.illustrate import pairs as pairs_of
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.source import run_bank, run_source
@@ -104,7 +105,9 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
     # the same batch through the distiller of the run, with the seed of that step
     fold = run_source(run, results).folds[0]
     bank = run_bank(run, results).select(fold.subset(0.5))
-    index = next(i for i in batch_indices(len(bank), 16, run.seed) if bank.labels[i].any())
+    how = run.optimisation
+    drawn = batch_indices(bank.holds_target, how.batch, run.seed, how.target_share)
+    index = next(i for i in drawn if bank.labels[i].any())
     step = int(panels["step"][0])
     images, labels = bank.batch(index)
     (teacher_run,) = run.teacher_runs().values()
@@ -192,7 +195,8 @@ def test_the_figure_of_pairs_marks_what_was_drawn(place, tmp_path):
         for x, y in negative.get_offsets():
             assert panel.role[round(y), round(x)] == -1
         assert f"{(panel.role == 1).sum()} positive, {(panel.role == -1).sum()} negative" in ax.get_xlabel()
-    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n") and "16 slices of the batch" in figure.get_label()
+    assert figure.axes[0].get_ylabel().startswith("anchor: spleen\n")
+    assert f"{run.optimisation.batch} slices of the batch" in figure.get_label()
     with pytest.raises(InputError, match="no role in the table"):
         pairs(panels.drop(columns="role"))
 

@@ -10,56 +10,65 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from kdlib.analysis.figures.style import DOUBLE, MM, STYLE, entries_beside, legend_below, need_columns
+from kdlib.analysis.figures.style import (
+    ANCHOR,
+    BACKGROUND,
+    CLASSES,
+    DOUBLE,
+    ERRORS,
+    HALO,
+    MM,
+    OUTLINES,
+    PAIR_ROLES,
+    STYLE,
+    legend_below,
+    legend_lines,
+    need_columns,
+)
+from kdlib.analysis.labels import method_labels
 from kdlib.config import InputError
-
-ERRORS = (("#56B4E9", "......", "missed"), ("#D55E00", "/////", "too much"), ("#CC79A7", "xxxxx", "wrong class"))
-OUTLINES = (("white", "-", "truth"), ("#F0E442", (0, (2, 1.2)), "prediction"))
-HALO = [withStroke(linewidth=1.5, foreground="black")]  # seen on bright tissue too
-CLASSES = (("#0072B2", "^"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
-BACKGROUND = "#BBBBBB", "o"
-STAR = dict(color="#F0E442", marker="*", markersize=9, markeredgecolor="black", markeredgewidth=0.6)
-ROLES = {1: ("#56B4E9", "o", "positive"), -1: ("#E69F00", "x", "negative")}
-DARK = [withStroke(linewidth=1.4, foreground="black")]
 
 
 @plt.rc_context(STYLE)
-def qualitative(examples: pd.DataFrame, arms: Mapping[str, str], cases: Mapping[str, str]) -> Figure:
-    """The slice with most truth of chosen cases: input, truth, and each arm's contours and errors.
+def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mapping[str, str]) -> Figure:
+    """The slice with most truth of chosen cases: input, truth, and each method's contours and errors.
 
     Args:
-        examples: `Results.examples`: columns arm, case, seed, and image, truth, prediction (HW arrays); the lowest
-            seed of an arm is shown.
-        arms: role -> arm, e.g. {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}.
+        examples: `Results.examples`: columns method, case, seed, and image, truth, prediction (HW arrays); the lowest
+            seed of a method is shown.
+        chosen: role -> method, the roles "teacher", "student", "distilled student" or others to print.
         cases: rule -> case, from `choose_cases`.
 
     Raises:
-        InputError: no example of an arm and case, or several recipes of the arm.
+        InputError: no example of a method and case.
     """
-    if not arms or not cases:
-        raise InputError("qualitative figure: give at least one arm and one case")
-    side = DOUBLE / (len(arms) + 2)
+    if not chosen or not cases:
+        raise InputError("qualitative figure: give at least one method and one case")
+    labels = method_labels(examples)
+    side = DOUBLE / (len(chosen) + 2)
     size = (DOUBLE, side * len(cases) + 16 * MM)
-    figure, axes = plt.subplots(len(cases), len(arms) + 2, figsize=size, squeeze=False)
-    confused = False
+    figure, axes = plt.subplots(len(cases), len(chosen) + 2, figsize=size, squeeze=False)
+    confused = boxed = False
     for line, (rule, case) in zip(axes, cases.items(), strict=True):
-        shown = [_example(examples, arm, case) for arm in arms.values()]
+        shown = [_example(examples, method, case) for method in chosen.values()]
         image, truth = shown[0]["image"], shown[0]["truth"]
         confused |= truth.max() > 1
         rows, columns = _crop(np.any([truth > 0, *(example["prediction"] > 0 for example in shown)], axis=0))
         line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
         seen = image > 0
         seen[rows, columns] = True
-        _trim(line[0], seen)
-        corner, side = (columns.start - 0.5, rows.start - 0.5), rows.stop - rows.start
-        line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.6))
+        whole = _crop(seen, margin=1.0)
+        line[0].set(xlim=(whole[1].start - 0.5, whole[1].stop - 0.5), ylim=(whole[0].stop - 0.5, whole[0].start - 0.5))
+        side = rows.stop - rows.start
+        if side < 0.9 * (whole[0].stop - whole[0].start):  # else the same part is shown beside it
+            corner = (columns.start - 0.5, rows.start - 0.5)
+            line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
+            boxed = True
         line[0].set_ylabel(f"{rule}\n{case}")
         for ax, prediction in zip(line[1:], [None, *(example["prediction"] for example in shown)], strict=True):
             ax.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=255)
@@ -71,27 +80,26 @@ def qualitative(examples: pd.DataFrame, arms: Mapping[str, str], cases: Mapping[
                 total = (prediction > 0).sum() + (truth > 0).sum()
                 dice = 2 * ((prediction == truth) & (truth > 0)).sum() / total if total else 1.0
                 ax.set_xlabel(f"slice Dice {dice:.2f}", labelpad=2)
-    for ax, title in zip(axes[0], ["input", "truth", *(f"{role}\n{arm}" for role, arm in arms.items())], strict=True):
+    titles = [f"{role}\n{labels[method]}" for role, method in chosen.items()]
+    for ax, title in zip(axes[0], ["input", "truth", *titles], strict=True):
         ax.set_title(title)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    lines = [
-        Line2D([], [], color=colour, linestyle=style, label=label, path_effects=HALO)
-        for colour, style, label in OUTLINES
-    ]
+    lines = {label: dict(color=colour, linestyle=style) for colour, style, label in OUTLINES}
     patches = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0, label=label)
         for colour, hatch, label in ERRORS[: 3 if confused else 2]
     ]
-    legend_below(figure, [*lines, *patches], columns=5, handlelength=3)
-    figure.set_label(f"Slices with the largest true area of n = {len(cases)} cases; box: the part shown beside it.")
+    legend_below(figure, [*legend_lines(lines, path_effects=HALO), *patches], columns=5, handlelength=3)
+    note = f"Per case (n = {len(cases)}) the slice with the largest true area"
+    figure.set_label(f"{note}; box: the part shown beside it." if boxed else f"{note}.")
     return figure
 
 
 @plt.rc_context(STYLE)
 def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
-    """Slices side by side with their labels outlined; images and labels are uint8 NHW, one name a slice."""
+    """Slices side by side with their labels outlined; images and labels are uint8 NHW, one name per slice."""
     columns = min(6, len(names))
     rows = -(-len(names) // columns)
     side = DOUBLE / columns
@@ -102,89 +110,88 @@ def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
         ax.set_title(name, fontsize=7)
     for ax in axes.flat:
         ax.set_axis_off()
-    figure.set_label("One slice a case, the one with the most target, which is outlined.")
+    figure.set_label("One slice per case, the one with the most target, which is outlined.")
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------ features
-
-
 @plt.rc_context(STYLE)
-def features(samples: pd.DataFrame, similarity: pd.DataFrame, arms: Mapping[str, str], seed: int = 0) -> Figure:
+def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[str, str], seed: int = 0) -> Figure:
     """Features of the same pixels in teacher and students, by class, in two dimensions; and CKA with the teacher.
 
-    PCA and t-SNE (van der Maaten 2008), a column a model; below the students' columns the CKA of their scales (down)
+    PCA and t-SNE (van der Maaten 2008), a column per model; below the students' columns the CKA of their scales (down)
     and the teacher's (across), and how it differs between the two.
 
     Args:
-        samples: of `kdlib.experiments.illustrate.features`: columns class, case, and an arm's features ([channels]) under its name.
-        similarity: columns arm, scale_student, scale_teacher, value (`kdlib.teacher_agreement`); folds and seeds are averaged.
-        arms: role -> arm: the teacher first, then the student before and after distillation.
+        samples: of `kdlib.experiments.illustrate.features`: columns class, case, and a method's features ([channels])
+            under its id.
+        similarity: columns method, scale_student, scale_teacher, value (`kdlib.teacher_agreement`), averaged over folds
+            and seeds.
+        chosen: role -> method: the teacher first, then the student before and after distillation.
         seed: of t-SNE.
 
     Raises:
-        InputError: a missing column, an arm without similarity or with features that do not vary, or not three arms.
+        InputError: a missing column, a method without similarity or with features that do not vary, or not three.
     """
-    if len(arms) != 3:
-        raise InputError(f"features: {len(arms)} arms; give a teacher, a student and the distilled student")
-    need_columns(
-        samples, ["class", "case", *arms.values()], "features", "the arrays of kdlib.experiments.illustrate.features"
-    )
-    needed = ["arm", "scale_student", "scale_teacher", "value"]
+    if len(chosen) != 3:
+        raise InputError(f"features: {len(chosen)} methods; give a teacher, a student and the distilled student")
+    source = "the arrays of kdlib.experiments.illustrate.features"
+    need_columns(samples, ["class", "case", *chosen.values()], "features", source)
+    needed = ["method", "scale_student", "scale_teacher", "value"]
     need_columns(similarity, needed, "features", "the similarity table of kdlib.teacher_agreement")
-    teacher, before, after = arms.values()
+    labels = method_labels(similarity)
     figure, axes = plt.subplots(3, 3, figsize=(DOUBLE, 158 * MM))
     # background last, above the others: it fills little room
     names = sorted(samples["class"].unique(), key="background".__eq__)
-    looks = dict(zip(names, CLASSES * len(names), strict=False)) | {"background": BACKGROUND}
-    looks = {name: looks[name] for name in names}
-    for column, (role, arm) in enumerate(arms.items()):
-        values = np.stack(samples[arm].to_list()).astype(float)
+    styles = dict(zip(names, CLASSES * len(names), strict=False)) | {"background": BACKGROUND}
+    styles = {name: styles[name] for name in names}
+    for column, (role, method) in enumerate(chosen.items()):
+        values = np.stack(samples[method].to_list()).astype(float)
         values -= values.mean(0)
         if not values.any():
-            raise InputError(f"features: those of {arm} are the same in every pixel: its network does nothing")
+            raise InputError(f"features: those of {method} are the same in every pixel: its network does nothing")
         values /= values.std()  # one factor for all channels: their scale is no matter, their ratios are
         pca = PCA(2, random_state=seed).fit(values)
         flat = TSNE(perplexity=min(30, len(values) / 4), init="pca", random_state=seed).fit_transform(values)
         for ax, points in zip(axes[:2, column], (pca.transform(values), flat), strict=True):
-            for name, (colour, marker) in looks.items():
-                chosen = points[(samples["class"] == name).to_numpy()]
-                ax.scatter(*chosen.T, s=7, color=colour, marker=marker, linewidth=0.2, edgecolor="white")
+            for name, (colour, marker) in styles.items():
+                some = points[(samples["class"] == name).to_numpy()]
+                ax.scatter(*some.T, s=7, color=colour, marker=marker, linewidth=0.2, edgecolor="white")
             ax.set(xticks=[], yticks=[])
-        share = pca.explained_variance_ratio_
-        axes[0, column].set_title(f"{role}\n{arm}")
-        axes[0, column].set_xlabel(f"component 1 ({share[0]:.0%})".replace("%", " %"))
-        axes[0, column].set_ylabel(f"component 2 ({share[1]:.0%})".replace("%", " %"))
+        parts = [
+            f"component {number} ({100 * share:.0f} %)" for number, share in enumerate(pca.explained_variance_ratio_, 1)
+        ]
+        axes[0, column].set(xlabel=parts[0], ylabel=parts[1], title="\n".join(filter(None, [role, labels.get(method)])))
         found = silhouette_score(values, samples["class"]) if len(names) > 1 else np.nan
         axes[1, column].set_xlabel(f"silhouette of the classes {found:.2f}")
     axes[0, 0].set_ylabel(f"PCA: {axes[0, 0].get_ylabel()}")
     axes[1, 0].set_ylabel("t-SNE")
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
-        for name, (colour, marker) in looks.items()
-    ]
-    grids = {arm: _scales(similarity, arm) for arm in (before, after)}
-    shown = [(grids[after] - grids[before], f"{after} less {before}"), (grids[before], before), (grids[after], after)]
+    before, after = list(chosen.values())[1:]
+    grids = {method: _scales(similarity, method) for method in (before, after)}
+    added = f"{labels[after]} minus {labels[before]}"
+    shown = [(grids[after] - grids[before], added), (grids[before], labels[before]), (grids[after], labels[after])]
     for ax, (grid, title) in zip(axes[2], shown, strict=True):
-        _matrix(ax, grid, title, teacher, grid is shown[0][0])
-    legend_below(figure, handles, columns=entries_beside(names, DOUBLE))
+        _matrix(ax, grid, title, difference=grid is shown[0][0])
+    looks = {name: dict(color=colour, marker=marker) for name, (colour, marker) in styles.items()}
+    legend_below(figure, legend_lines(looks, linestyle=""))
     counts = samples["class"].value_counts()
     figure.set_label(
         f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ("
         + ", ".join(f"{counts[name]} {name}" for name in names)
         + f"). PCA with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the "
-        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: linear CKA of the scales (E: "
-        f"encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of {teacher} (across), in "
-        "hundredths, mean over folds and seeds; left: what distillation added."
+        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: feature similarity (linear CKA) of "
+        "the scales (E: encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of the teacher "
+        "(across), in hundredths, mean over folds and seeds; left: what distillation added."
     )
     return figure
 
 
-def _scales(similarity: pd.DataFrame, arm: str) -> pd.DataFrame:
+def _scales(similarity: pd.DataFrame, method: str) -> pd.DataFrame:
     """Mean CKA of scales of the student (rows) and the teacher (columns), in the order of a forward pass."""
-    rows = similarity[similarity["arm"] == arm]
+    rows = similarity[similarity["method"] == method]
     if rows.empty:
-        raise InputError(f"features: no similarity of {arm!r}; the table has {', '.join(similarity['arm'].unique())}")
+        raise InputError(
+            f"features: no similarity of {method!r}; the table has {', '.join(similarity['method'].unique())}"
+        )
     grid = rows.pivot_table(index="scale_student", columns="scale_teacher", values="value", aggfunc="mean")
     order = [sorted(side, key=_depth) for side in (grid.index, grid.columns)]
     return grid.loc[order[0], order[1]]
@@ -197,7 +204,7 @@ def _depth(scale: str) -> tuple[int, int]:
     return sides.index(name) if name in sides else len(sides), -number if name == "decoder" else number
 
 
-def _matrix(ax: Axes, grid: pd.DataFrame, title: str, teacher: str, difference: bool) -> None:
+def _matrix(ax: Axes, grid: pd.DataFrame, title: str, difference: bool) -> None:
     """A heat map with its numbers, in hundredths."""
     values = grid.to_numpy()
     limits = dict(cmap="PuOr_r", vmin=-0.5, vmax=0.5) if difference else dict(cmap="Greys", vmin=0, vmax=1.4)
@@ -214,20 +221,17 @@ def _matrix(ax: Axes, grid: pd.DataFrame, title: str, teacher: str, difference: 
         axis.set_ticks(range(len(names)), labels)
     ax.tick_params(length=0, labelsize=7)
     ax.set_title(title, fontsize=7)
-    ax.set_xlabel(f"scales of {teacher}", fontsize=7)
+    ax.set_xlabel("scales of the teacher", fontsize=7)
     ax.set_ylabel("scales of the student", fontsize=7)
     ax.spines[:].set_visible(False)
 
 
-# --------------------------------------------------------------------------------------------------------------- pairs
-
-
 @plt.rc_context(STYLE)
 def pairs(panels: pd.DataFrame) -> Figure:
-    """Anchors of a supervised contrastive loss and, on slices of their batch, which of the teacher's keys are positives of them.
+    """Anchors of a supervised contrastive loss and, on slices of their batch, which keys of the teacher are positives.
 
     Args:
-        panels: of `kdlib.experiments.illustrate.pairs`, a row a panel.
+        panels: of `kdlib.experiments.illustrate.pairs`, a row per panel.
 
     Raises:
         InputError: a missing column.
@@ -248,13 +252,13 @@ def pairs(panels: pd.DataFrame) -> Figure:
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
             _contours(ax, panel.labels, *OUTLINES[0][:2])
             factor = image.shape[0] / role.shape[0]  # of the slice's pixels to the term's positions
-            for value, (colour, marker, _) in ROLES.items():
+            for value, (colour, marker, _) in PAIR_ROLES.items():
                 y, x = ((index + 0.5) * factor - 0.5 for index in np.nonzero(role == value))
-                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=DARK)
+                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=HALO)
             if panel.row >= 0:
                 place = [(index + 0.5) * factor - 0.5 for index in (panel.column, panel.row)]
-                ax.plot(*place, **STAR, zorder=4)
-            counts = [int((role == value).sum()) for value in ROLES]
+                ax.plot(*place, **ANCHOR, zorder=4)
+            counts = [int((role == value).sum()) for value in PAIR_ROLES]
             ax.set_xlabel(f"{panel.case}\n{counts[0]} positive, {counts[1]} negative", fontsize=7, labelpad=2)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -262,12 +266,12 @@ def pairs(panels: pd.DataFrame) -> Figure:
         line[0].set_ylabel(f"anchor: {anchor}\n{first['positives']} positive, {first['negatives']} negative")
     for ax, title in zip(axes[0], rows["shown"], strict=True):
         ax.set_title(title)
-    handles = [Line2D([], [], linestyle="", label="anchor (student), its own key a positive", **STAR)]
-    handles += [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{label} key (teacher)", path_effects=DARK)
-        for colour, marker, label in ROLES.values()
-    ]
-    handles.append(Line2D([], [], color="white", label="labels", path_effects=HALO))
+    marks = {
+        f"{label} key (teacher)": dict(color=colour, marker=marker) for colour, marker, label in PAIR_ROLES.values()
+    }
+    handles = legend_lines({"anchor (student), its own key a positive": ANCHOR}, linestyle="")
+    handles += legend_lines(marks, linestyle="", path_effects=HALO)
+    handles += legend_lines({"labels": dict(color="white")}, path_effects=HALO)
     legend_below(figure, handles, columns=4)
     first = panels.iloc[0]
     figure.set_label(
@@ -279,15 +283,12 @@ def pairs(panels: pd.DataFrame) -> Figure:
     return figure
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _example(examples: pd.DataFrame, arm: str, case: str) -> pd.Series:
-    found = examples[(examples["arm"] == arm) & (examples["case"] == case)]
+def _example(examples: pd.DataFrame, method: str, case: str) -> pd.Series:
+    found = examples[(examples["method"] == method) & (examples["case"] == case)]
     if found.empty:
-        raise InputError(f"no example slice of arm {arm!r} and case {case!r}: run that arm on the fold of the case")
-    if "recipe" in found and found["recipe"].nunique() > 1:
-        raise InputError(f"{arm!r} has examples of several recipes: filter them by recipe")
+        raise InputError(
+            f"no example slice of method {method!r} and case {case!r}: run that method on the fold of the case"
+        )
     return found.sort_values("seed").iloc[0]
 
 
@@ -301,12 +302,6 @@ def _crop(mask: np.ndarray, margin: float = 1.3) -> tuple[slice, slice]:
     starts = [(side[0] + side[-1] + 1 - size) // 2 for side in where]
     starts = np.clip(starts, 0, np.array(mask.shape) - size).tolist()
     return slice(starts[0], starts[0] + size), slice(starts[1], starts[1] + size)
-
-
-def _trim(ax: Axes, mask: np.ndarray) -> None:
-    """Shows the square about a mask alone, whatever is drawn beyond."""
-    rows, columns = _crop(mask, margin=1.0)
-    ax.set(xlim=(columns.start - 0.5, columns.stop - 0.5), ylim=(rows.stop - 0.5, rows.start - 0.5))
 
 
 def _contours(ax: Axes, labels: np.ndarray, colour: str, style: object) -> None:

@@ -1,13 +1,13 @@
-"""The one style of all figures: printed widths, colours and markers of methods, and how a figure is saved.
+"""The one style of all figures: printed widths, colours and markers, and how a figure is saved.
 
-Colours, markers and line styles belong to a method (arm) and are the same in every figure; markers and line styles
-differ too, so that figures can be read in grey.
+Colours, markers and line styles belong to a method and are the same in every figure; markers and line styles differ
+too, so that figures can be read in grey. The colours of verdicts mean verdicts and nothing else.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,11 +16,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from kdlib.analysis.intervals import interval_text
+from kdlib.analysis.labels import is_thesis_recipe, methods
 from kdlib.analysis.metrics import METRICS
-from kdlib.analysis.statistics import interval_name
-from kdlib.config import LOSS_NAMES, InputError
+from kdlib.analysis.patients import patients_text
+from kdlib.config import InputError
+from kdlib.files import write, write_text
 
 plt.switch_backend(plt.get_backend())  # JupyterLab's interactive mode would end with the first rc_context otherwise
 MM = 1 / 25.4
@@ -29,53 +34,76 @@ STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4.5, "figure.constrained_layout.use": True,
-    "savefig.dpi": 300, "pdf.fonttype": 42, "ps.fonttype": 42,
+    "savefig.dpi": 300, "pdf.fonttype": 42, "ps.fonttype": 42, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
 }  # fmt: skip
-# Okabe & Ito's colours for the colour-blind, and shades of them: teachers grey, S1 blue, S2 green, distilled warm
-METHOD_COLOURS = {
-    "T1": "#000000", "T2": "#7F7F7F", "S1": "#0072B2", "S1 (50 %)": "#56B4E9", "S2": "#00664B", "S2 (50 %)": "#2FBF97",
-    "KD(T1, S1)": "#E69F00", "KD(T1, S2)": "#D55E00", "KD(T2, S1)": "#CC79A7", "KD(T2, S2)": "#882255",
-}  # fmt: skip
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sDod^vPX>p", strict=True))
-OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
-FAMILIES = {  # of distillers -> (names in kdlib.config.LOSS_NAMES, colour, marker)
-    "predictions": (("kl", "softmax_kl", "dkd", "dist", "cwd", "boundary_kl"), "#0072B2", "s"),
-    "features": (("fitnet", "at", "feature_cwd", "reviewkd", "emkd_importance", "emkd_affinity"), "#D55E00", "D"),
-    "relations": (("sp", "skd", "ifvd", "cirkd"), "#009E73", "^"),
-    "contrast": (("infonce", "supcon", "prototype", "crd"), "#CC79A7", "P"),
-}  # fmt: skip
-FAMILY_OF = {LOSS_NAMES[loss]: family for family, (losses, *_) in FAMILIES.items() for loss in losses}
-LINES = {"T": "-", "S": "--", "KD(T1": "-.", "KD(T2": ":"}  # by the first letters of an arm
 NO_LINE = {"linestyle": ""}
+
+# Okabe & Ito's colours for the colour-blind, and shades of them
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#56B4E9"
+GREY, PALE, DARK = "#7F7F7F", "#BBBBBB", "#444444"
+METHODS = {  # (teacher, model, whole label fraction) -> colour, marker; teachers grey, S1 blue, S2 green
+    ("", "T1", True): ("#000000", "s"), ("", "T2", True): (GREY, "D"), ("", "S1", True): (BLUE, "o"),
+    ("", "S1", False): (SKY, "d"), ("", "S2", True): ("#00664B", "^"), ("", "S2", False): ("#2FBF97", "v"),
+    ("T1", "S1", None): ("#E69F00", "P"), ("T1", "S2", None): (ORANGE, "X"),
+    ("T2", "S1", None): (PINK, ">"), ("T2", "S2", None): ("#882255", "p"),
+}  # fmt: skip
+OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
+FAMILIES = {  # column `family` -> label, colour, marker
+    "prediction": ("predictions", BLUE, "s"), "feature": ("features", ORANGE, "D"),
+    "relation": ("relations", GREEN, "^"), "contrast": ("contrast", PINK, "P"),
+    "thesis": ("thesis terms", "#E69F00", "X"), "control": ("controls", GREY, "o"),
+}  # fmt: skip
 TERMS = ("E-E", "B-B", "D-D", "PMD")
-CONTROLS = (  # arms that a distiller must beat
-    "no distillation", "all weights 0", "random teacher", "shuffled teacher", "frozen projectors", "redrawn projectors",
-    "label smoothing", "both budgets", "self-teacher",
-)  # fmt: skip
-FAMILY_STYLES = {family: style for family, (_, *style) in FAMILIES.items()}
-FAMILY_STYLES |= {"thesis terms": ("#E69F00", "X"), "controls": ("#7F7F7F", "o")}
-VERDICTS = {"better": "#0072B2", "inconclusive": "#BBBBBB", "worse": "#D55E00", "": "#444444"}
-HATCHES = {"worse": "/////"}  # of a verdict's bar: blue and orange are one grey
-TERM_COLOURS = dict(zip(("segmentation", *TERMS), ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
+TERM_COLOURS = dict(zip(("segmentation", *TERMS), (GREY, BLUE, ORANGE, GREEN, PINK), strict=True))
+SHADES = ("", "///", "...", "xxx", "\\\\\\", "ooo")  # hatches of terms, for reading in grey
+VERDICTS = {"better": "#4D9221", "inconclusive": PALE, "not converged": "#E6E6E6", "worse": "#C51B7D", "": DARK}
+HATCHES = {"worse": "/////"}  # of a verdict's bar: two verdicts may be one grey
+DIRECTIONS = {  # of a patient's change, for lines
+    "better or equal": dict(color=BLUE, linewidth=0.8, linestyle="-", alpha=0.7),
+    "worse": dict(color=ORANGE, linewidth=0.8, linestyle="--", alpha=0.9),
+}
+# of pictures: colour, hatch or line style, label
+ERRORS = ((SKY, "......", "missed"), (ORANGE, "/////", "too much"), (PINK, "xxxxx", "wrong class"))
+OUTLINES = (("white", "-", "truth"), (YELLOW, (0, (2, 1.2)), "prediction"))
+CLASSES = ((BLUE, "^"), (ORANGE, "s"), (GREEN, "D"), (PINK, "v"), ("#E69F00", "P"))
+BACKGROUND = PALE, "o"
+PAIR_ROLES = {1: (SKY, "o", "positive"), -1: ("#E69F00", "x", "negative")}
+ANCHOR = dict(color=YELLOW, marker="*", markersize=9, markeredgecolor="black", markeredgewidth=0.6)
+HALO = [withStroke(linewidth=1.5, foreground="black")]  # seen on bright tissue too
 
 
-def method_style(arm: str) -> dict[str, str]:
-    """Colour, marker and line style of a method: a distiller has its family's, the thesis's terms are orange, controls
-    grey, and an unknown method always gets the same of a reserve."""
-    family = family_of(arm)
-    if family:
-        return dict(zip(("color", "marker"), FAMILY_STYLES[family], strict=True)) | {"linestyle": ":"}
-    other = OTHER_COLOURS[zlib.crc32(arm.encode()) % len(OTHER_COLOURS)]
-    colour, marker = METHOD_COLOURS.get(arm, other), METHOD_MARKERS.get(arm, "h")
-    lines = [line for start, line in LINES.items() if arm.startswith(start)]
-    return dict(color=colour, marker=marker, linestyle=lines[0] if lines else ":")
+def method_styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Method -> colour, marker and line style, from the identity columns.
+
+    Controls are grey. Where distilled methods differ in terms or loss, each has its family's style, the thesis's terms
+    their own, and a student without a teacher is one of the controls; else a method has the style of its networks.
+    """
+    found = methods(table)
+    distilled = found[found["role"] == "distilled"]
+    by_family = distilled.groupby(["teacher", "model"]).size().max() > 1 if len(distilled) else False
+    return {row.Index: _style(row, by_family) for row in found.itertuples()}
 
 
-def family_of(arm: str) -> str:
-    """Which family a distiller or control is of; "" for other arms."""
-    if arm in CONTROLS or arm.endswith(", shuffled"):
-        return "controls"
-    return "thesis terms" if arm.startswith("thesis terms") else FAMILY_OF.get(arm, "")
+def family_of(row: tuple, by_family: bool = True) -> str:
+    """The key in `FAMILIES` of a method (a row of `methods`); "" for methods that are of none."""
+    if row.role == "control" or by_family and row.role == "baseline":
+        return "control"
+    if by_family and row.role == "distilled":
+        return "thesis" if is_thesis_recipe(row.terms) else row.family if row.family in FAMILIES else ""
+    return ""
+
+
+def _style(row: tuple, by_family: bool) -> dict[str, str]:
+    if family := family_of(row, by_family):
+        return dict(zip(("color", "marker"), FAMILIES[family][1:], strict=True), linestyle=":")
+    other = OTHER_COLOURS[zlib.crc32(str(row.Index).encode()) % len(OTHER_COLOURS)], "h"
+    whole = None if row.teacher else row.fraction == 1
+    # 50 % has a style of its own; another fraction is an unknown method
+    known = row.fraction in (1, 0.5) or row.teacher
+    colour, marker = METHODS.get((row.teacher, row.model, whole), other) if known else other
+    line = {"teacher": "-", "baseline": "--"}.get(row.role, {"T1": "-.", "T2": ":"}.get(row.teacher, ":"))
+    return dict(color=colour, marker=marker, linestyle=line)
 
 
 def save_figure(figure: Figure, folder: Path | str, name: str, caption: str) -> list[Path]:
@@ -83,13 +111,12 @@ def save_figure(figure: Figure, folder: Path | str, name: str, caption: str) -> 
 
     Files are the same to the byte for the same figure: they carry no date and no version.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "txt")]
+    paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("pdf", "png", "txt")]
     with plt.rc_context(STYLE):
-        figure.savefig(paths[0], metadata={"CreationDate": None, "Creator": None, "Producer": None})
-        figure.savefig(paths[1], metadata={"Software": None})
-    paths[2].write_text(f"{caption} {figure.get_label()}".strip() + "\n", encoding="utf-8")
+        no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
+        write(paths[0], lambda path: figure.savefig(path, metadata=no_dates))
+        write(paths[1], lambda path: figure.savefig(path, metadata={"Software": None}))
+    write_text(paths[2], f"{caption} {figure.get_label()}".strip() + "\n")
     return paths
 
 
@@ -100,34 +127,47 @@ def need_columns(table: pd.DataFrame, needed: Sequence[str], what: str, source: 
         raise InputError(f"{what}: no {', '.join(absent) or 'rows'} in the table; give {source}")
 
 
-def n_text(counts: pd.Series) -> str:
-    return f"n = {counts.min()}" + (f" to {counts.max()}" if counts.nunique() > 1 else "")
-
-
-def interval_text(means: pd.DataFrame) -> str:
-    return f"mean over patients ({n_text(means['n'])}) and {interval_kind(means['n'])}"
-
-
-def interval_kind(counts: Iterable[int]) -> str:
-    """Which 95 % intervals `kdlib.analysis.statistics.interval` makes of so many patients; below two there is none."""
-    kinds = [{interval_name(n, seeds) for seeds in (1, 2)} for n in sorted(set(counts)) if n > 1]
-    names = dict.fromkeys(found.pop() if len(found) == 1 else "bootstrap" for found in kinds)
-    return f"95 % {' or '.join(names)} interval" if names else "no interval, which takes two"
+def mean_text(means: pd.DataFrame) -> str:
+    """What points and bars of a summary (`statistics.summarise`) are, in words."""
+    counts = patients_text(means["n"], means.get("volumes", ()))
+    return f"mean over patients ({counts}) and {interval_text(means['interval'])}"
 
 
 def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def legend_below(figure: Figure, handles: list, columns: int, **how) -> None:
-    """A legend of at most so many columns, its rows evenly filled."""
+def signed(text: str) -> str:
+    """With a minus that is one."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def axis_label(metric: str) -> str:
+    label, unit, _ = METRICS[metric]
+    return f"{label} ({unit})" if unit else label
+
+
+def panels(count: int, columns: int, width: float, height: float, extra: float, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels in so many columns; `height` of a row and `extra` below all, in mm."""
+    rows = -(-count // columns)
+    size = (width, (height * rows + extra) * MM)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
+
+
+def legend_below(figure: Figure, handles: list, columns: int | None = None, **kwargs) -> None:
+    """A legend of at most so many columns (None: as many as fit), its rows evenly filled."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = columns or max(1, int(figure.get_figwidth() / MM / (13 + 1.4 * longest)))
     rows = -(-len(handles) // columns)
-    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), **how)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), **kwargs)
 
 
-def entries_beside(names: Sequence[str], width: float) -> int:
-    """How many entries of a legend with such names fit side by side."""
-    return max(1, int(width / MM / (13 + 1.4 * max(map(len, names)))))
+def legend_lines(styles: Mapping[str, Mapping[str, str]], **kwargs) -> list[Line2D]:
+    """Label -> style as entries of a legend."""
+    return [Line2D([], [], label=label, **dict(style) | kwargs) for label, style in styles.items()]
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
@@ -140,14 +180,15 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter("")
 
 
-def bar_lengths(row: tuple) -> np.ndarray:
-    """Lengths of an interval below and above the mean; rounding can make one negative by 1e-17."""
-    return np.maximum([[row.mean - row.low], [row.high - row.mean]], 0)
+def bar_lengths(value: float, low: float, high: float) -> np.ndarray:
+    """Lengths of an interval below and above a value; rounding can make one negative by 1e-17."""
+    return np.maximum([[value - low], [high - value]], 0)
 
 
 def draw_mean(ax: Axes, y: float, row: tuple, style: Mapping[str, str]) -> None:
-    look = dict(style) | NO_LINE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
-    ax.errorbar(row.mean, y, xerr=bar_lengths(row), markersize=5.5, zorder=3, **look)
+    """A row of a summary as a point with its interval."""
+    edge = NO_LINE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
+    ax.errorbar(row.mean, y, xerr=bar_lengths(row.mean, row.low, row.high), markersize=5.5, zorder=3, **style | edge)
 
 
 def spread(count: int) -> np.ndarray:
@@ -155,19 +196,10 @@ def spread(count: int) -> np.ndarray:
     return (np.arange(count) * 0.618034 % 1 - 0.5) * 0.5
 
 
-def draw_strip(ax: Axes, y: float, values: pd.Series, row: tuple, style: Mapping[str, str]) -> None:
-    """Patients as small points spread about `y`, mean and interval above them."""
-    ax.scatter(values, y + spread(len(values)), s=5, color=style["color"], alpha=0.45, linewidth=0, zorder=2)
-    draw_mean(ax, y, row, style)
-
-
-def name_rows(ax: Axes, labels: Sequence[str], metric: str, ticks: Sequence[float] | None = None) -> None:
-    """Names down the left side, first on top, and the metric along the bottom."""
-    label, unit, _ = METRICS[metric]
-    ax.set_yticks(range(len(labels)) if ticks is None else ticks, labels)
-    ax.set_xlabel(f"{label} ({unit})" if unit else label)
-    ax.tick_params(labelsize=7)
+def name_rows(ax: Axes, labels: Sequence[str], xlabel: str) -> None:
+    """Names down the left side, first on top, and what is measured along the bottom."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_xlabel(xlabel)
     ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-    ax.set_axisbelow(True)
-    ax.set_ylim(ax.dataLim.y1 + 0.6, -0.7)
+    ax.grid(axis="x")
+    ax.set_ylim(len(labels) - 0.4, -0.7)

@@ -1,0 +1,176 @@
+"""The cumulative correction: how Dice changes from the published protocol to the corrected one, step by step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from kdlib.analysis.comparisons import labels_of, smallest_p, verdict
+from kdlib.analysis.intervals import canonical_order, studentised
+from kdlib.analysis.patients import per_patient, volumes
+from kdlib.config import InputError
+
+
+def overlap_weights(table: pd.DataFrame, by: str = "method", pooled: bool = False) -> pd.DataFrame:
+    """Dice of every (group, patient) with its weight in the group's mean.
+
+    A patient's weight is 1; `pooled`, it is the volume of both masks, so that the weighted mean is the Dice of the
+    voxels of all patients together, as the published study has it: Dice = 2 |A B| / (|A| + |B|) of sums.
+
+    Args:
+        table: tidy, of one class, with dice, truth_volume and volume_error of every case.
+
+    Returns:
+        columns of `by`, patient, dice and weight; seeds are averaged.
+    """
+    if not pooled:
+        return per_patient(table, "dice", [by]).rename(columns={"value": "dice"}).assign(weight=1.0)
+    if table["class"].nunique() > 1:
+        raise InputError("pooled Dice: several classes; filter the table to one")
+    wide = table.pivot_table(index=[by, "patient", "seed", "case"], columns="metric", values="value", sort=False)
+    weight = (2 * wide["truth_volume"] + wide["volume_error"]).rename("weight")
+    found = pd.DataFrame({"weight": weight, "shared": weight * wide["dice"]})
+    found = found.groupby([by, "patient", "seed"], sort=False).sum().groupby([by, "patient"], sort=False).mean()
+    dice = (found["shared"] / found["weight"]).fillna(1.0)  # two empty masks: right, and without weight
+    return found.assign(dice=dice).drop(columns="shared").reset_index()
+
+
+def _aligned(groups: Sequence[pd.DataFrame]) -> np.ndarray:
+    """Dice and weight of the same patients in each of some groups: [groups, 2, patients], patients in a fixed order."""
+    first = groups[0].set_index("patient")
+    parts = []
+    for group in groups:
+        group = group.set_index("patient")
+        if other := set(first.index) ^ set(group.index):
+            raise InputError(f"patients {', '.join(sorted(map(str, other)))} are not in both: run their folds")
+        parts.append(group.loc[first.index, ["dice", "weight"]].to_numpy(float).T)
+    values = np.stack(parts)
+    return values[..., canonical_order(values.reshape(-1, len(first)).T)]
+
+
+def paired_changes(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Paired differences of weighted means of the same patients.
+
+    Args:
+        values: Dice and weight, [groups, 2, patients].
+        pairs: groups (a, b) to compare.
+
+    Returns:
+        one row per pair: n, dice of a, difference a - b, low, high, interval, p_adjusted (`paired_permutation`),
+        smallest_p and verdict.
+    """
+    n, rows = values.shape[-1], []
+    drawn = np.random.default_rng(0).integers(n, size=(9999, n))
+    for pair in pairs:
+        dice, weight = values[list(pair)].transpose(1, 0, 2)
+        means, shares = _weighted(dice, weight)
+        difference, share = means[0] - means[1], shares[0] - shares[1]
+        low = high = difference if n > 1 else np.nan
+        kind = ""
+        if np.ptp(share) > 1e-12:
+            several, parts = _weighted(dice[:, drawn], weight[:, drawn])
+            spreads = (parts[0] - parts[1]).std(axis=1)
+            low, high, kind = studentised(difference, share.std(), several[0] - several[1], spreads, n)
+        rows.append(dict(n=n, dice=means[0], difference=difference, low=low, high=high, interval=kind))
+    found = pd.DataFrame(rows).assign(p_adjusted=paired_permutation(values, pairs), smallest_p=smallest_p(n))
+    return found.assign(verdict=[verdict(row.p_adjusted, row.low, row.high, "dice") for row in found.itertuples()])
+
+
+def _weighted(dice: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean over the last axis, 1 without any weight (empty masks are right), and each patient's influence."""
+    total = weight.sum(axis=-1, keepdims=True)
+    mean = np.divide((dice * weight).sum(axis=-1, keepdims=True), total, out=np.ones(total.shape), where=total > 0)
+    share = np.divide(weight * dice.shape[-1], total, out=np.zeros(weight.shape), where=total > 0)
+    return mean[..., 0], share * (dice - mean)
+
+
+def paired_permutation(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Two-sided p of each pair's difference by a paired permutation test, max-T adjusted for all pairs.
+
+    How often the largest of all differences, each in its own standard deviations, is as large when patients' two values
+    are swapped at random, in all pairs at once (Westfall & Young 1993). All swaps up to 13 patients, else 9999. Weights
+    are swapped too, made alike first, so that a stage with weights can be compared with one without.
+    """
+    n = values.shape[-1]
+    every = n <= 13
+    swaps = np.array(list(itertools.product([False, True], repeat=n))) if every else np.zeros((10_000, n), bool)
+    if not every:
+        swaps[1:] = np.random.default_rng(0).random((9999, n)) < 0.5  # the first are the values as they are
+    dice, weight = values.transpose(1, 0, 2)
+    weight = weight / np.maximum(weight.mean(axis=-1, keepdims=True), 1e-12)
+    sizes = []
+    for a, b in pairs:
+        one, other = (
+            _weighted(np.where(swaps, dice[j], dice[i]), np.where(swaps, weight[j], weight[i]))[0]
+            for i, j in ((a, b), (b, a))
+        )
+        difference = np.abs(one - other).round(12)
+        sizes.append(difference / max(np.sqrt(np.mean(difference**2)), 1e-12))
+    largest = np.max(sizes, axis=0)
+    return np.array([np.mean(largest >= size[0] - 1e-9) for size in sizes])
+
+
+def _of_stage(table: pd.DataFrame, stage: str, pooled: Sequence[str]) -> pd.DataFrame:
+    rows = table[table["protocol"] == stage]
+    if rows.empty:
+        raise InputError(f"no stage {stage!r} in the table: it has {', '.join(table['protocol'].unique())}")
+    return overlap_weights(rows, "protocol", stage in pooled)
+
+
+def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[str]) -> pd.DataFrame:
+    """The cumulative correction: how the Dice of one method changes from stage to stage of the protocol.
+
+    Args:
+        table: tidy, of one method and one class, with the stage as `protocol`.
+        stages: in order, the first the published protocol.
+        pooled: the stages whose Dice is that of pooled voxels.
+
+    Returns:
+        one row per stage and a last one, "corrected", for the whole way: step, dice, difference to the stage before (of
+        the last row to the first stage), its 95 % interval (low, high and its name), p_adjusted (`paired_permutation`,
+        of all rows together), smallest_p, verdict (as `paired` has it), n and volumes.
+
+    Raises:
+        InputError: a stage is missing, or has other patients than the one before.
+    """
+    values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
+    last = len(stages) - 1
+    found = paired_changes(values, [(0, 0), *((stage, stage - 1) for stage in range(1, last + 1)), (last, 0)])
+    changes = ["difference", "low", "high", "p_adjusted"]
+    found.loc[0, changes] = np.nan  # the first stage is no change
+    found.loc[0, ["verdict", "interval"]] = np.nan, ""
+    found.insert(0, "step", [*stages, "corrected"])
+    found["volumes"] = volumes(table[table["metric"] == "dice"])
+    return found[
+        ["step", "dice", "difference", "low", "high", "interval", "p_adjusted", "smallest_p", "verdict", "n", "volumes"]
+    ]
+
+
+def gains(
+    table: pd.DataFrame, method: str, references: Sequence[str], stages: Sequence[str], pooled: Sequence[str]
+) -> pd.DataFrame:
+    """What a method is worth at every stage of the correction, against each reference on the same patients.
+
+    Args:
+        table: tidy, of one class, with the stage as `protocol`.
+        method, references: values of the column `method`.
+        stages, pooled: as for `step_changes`.
+
+    Returns:
+        one row per (stage, reference): stage, reference, its label (label_b), dice of the method, difference to the
+        reference, its 95 % interval, p_adjusted, smallest_p and verdict (as for `step_changes`) and n.
+
+    Raises:
+        InputError: as `step_changes`.
+    """
+    groups, pairs, names = [], [], []
+    labels = labels_of(table[table["protocol"] == stages[0]], "method")
+    for stage in stages:
+        own = len(groups)
+        groups += [_of_stage(table[table["method"] == name], stage, pooled) for name in (method, *references)]
+        pairs += [(own, own + number) for number in range(1, len(references) + 1)]
+        names += [dict(stage=stage, reference=name, label_b=labels.get(name, name)) for name in references]
+    return pd.DataFrame(names).join(paired_changes(_aligned(groups), pairs))

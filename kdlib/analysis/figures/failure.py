@@ -1,0 +1,151 @@
+"""Where the methods fail: Dice against the volume of the target and the thickness of the slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from kdlib.analysis.figures.style import (
+    DOUBLE,
+    PALE,
+    SINGLE,
+    STYLE,
+    legend_below,
+    legend_lines,
+    log_axis,
+    method_styles,
+    need_columns,
+    p_text,
+    panels,
+    signed,
+    spread,
+)
+from kdlib.analysis.intervals import interval, interval_text
+from kdlib.analysis.labels import method_labels
+from kdlib.analysis.patients import patients_text, per_patient, rows_of
+from kdlib.config import InputError
+
+
+@plt.rc_context(STYLE)
+def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | None = None) -> Figure:
+    """Where the methods fail: every patient's Dice against the target's volume and the thickness of the slices.
+
+    Patients are grouped, by thirds of the volume (halves or none where they are few) and by thickness; lines join the
+    groups' means. A data set of one thickness has no second panel.
+
+    Args:
+        table: tidy, with the metrics dice and truth_volume.
+        cases: columns case and "thickness (mm)", as notebook 00 saves them.
+        chosen: which methods to draw, by default all.
+
+    Raises:
+        InputError: a missing column, metric or method, or a case whose thickness is not known.
+    """
+    need_columns(cases, ["case", "thickness (mm)"], "cases", "tables/00_data_cases.csv; run notebook 00 again")
+    known = per_patient(table, "dice")
+    chosen = list(known["method"].unique()) if chosen is None else list(chosen)
+    missing = [method for method in chosen if method not in set(known["method"])]
+    if missing:
+        has = ", ".join(known["method"].unique())
+        raise InputError(f"failure: no method {', '.join(missing)} in the table: it has {has}")
+    wide = known.pivot(index="patient", columns="method", values="value")[chosen].dropna()
+    rows = rows_of(table, "truth_volume", ["method"])
+    owner = rows.drop_duplicates("case").set_index("case")["patient" if "patient" in rows else "case"]
+    volume = rows.groupby(["case", "class"])["value"].mean().groupby("case").sum()
+    thickness = cases.set_index("case")["thickness (mm)"].reindex(owner.index)
+    if thickness.isna().any():
+        unknown = ", ".join(thickness.index[thickness.isna()])
+        raise InputError(f"failure: no thickness of cases {unknown}; run notebook 00 of this study again")
+    volume, thickness = (of.groupby(owner).mean().loc[wide.index] for of in (volume, thickness.round(2)))
+    wide, volume, thickness = (of[volume > 0] for of in (wide, volume, thickness))  # log axis; no target, no failure
+    if wide.empty:
+        raise InputError("failure: no patient with a target and a Dice of every method")
+    labels, styles = method_labels(table), method_styles(table)
+    several = thickness.nunique() > 1
+    figure, axes = panels(1 + several, 1 + several, DOUBLE if several else SINGLE, 75, 0, sharey=True)
+    thirds = pd.qcut(volume.rank(method="first"), min(3, max(1, len(volume) // 4)), labels=False)
+    low, high = volume.min() / 1.1, volume.max() * 1.1
+    left, step = axes[0], (high / low) ** 0.02
+    medians = volume.groupby(thirds).median()
+    kinds = _groups(left, wide, volume, thirds, medians, lambda x, move: x * step**move, styles)
+    ends = volume.groupby(thirds).agg(["min", "max"])
+    for edge in np.sqrt(ends["min"].to_numpy()[1:] * ends["max"].to_numpy()[:-1]):
+        left.axvline(edge, color=PALE, linewidth=0.6, linestyle=":", zorder=0)
+    for group, place in medians.items():
+        where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+        left.annotate(f"n = {(thirds == group).sum()}", (place, 1.0), **where)
+    log_axis(left.xaxis, low, high)
+    left.set(xlabel="true volume (ml)", ylabel="Dice")
+    named = wide.rename(columns=labels)
+    note = _correlations(named, volume, "volume")
+    if several:
+        sharp = thickness
+        if thickness.nunique() > 5:  # thirds, each at its median
+            sharp = thickness.groupby(pd.qcut(thickness, 3, labels=False, duplicates="drop")).transform("median")
+        levels = {level: number for number, level in enumerate(sorted(sharp.unique()))}
+        at = sharp.map(levels).astype(float)
+        places = pd.Series(levels.values(), levels.values())
+        spaced = at + 0.3 * spread(len(at))
+        kinds += _groups(axes[1], wide, spaced, at, places, lambda x, move: x + 0.13 * move, styles)
+        counts = sharp.value_counts()
+        axes[1].set(xlabel="slice thickness (mm)", xlim=(-0.5, len(levels) - 0.5), xticks=range(len(levels)))
+        axes[1].set_xticklabels([f"{level:g}\nn = {counts[level]}" for level in levels])
+        note += " " + _correlations(named, thickness, "thickness")
+    legend_below(figure, legend_lines({labels[method]: styles[method] for method in chosen}), handlelength=3)
+    scans = int((owner.isin(wide.index)).sum())
+    figure.set_label(
+        f"Small points: patients ({patients_text([len(wide)], [scans])}), seeds and classes averaged; large ones: "
+        f"means of groups of them and {interval_text(kinds)}. {note}"
+    )
+    return figure
+
+
+def _groups(
+    ax: Axes, wide: pd.DataFrame, at: pd.Series, group: pd.Series, places: pd.Series, apart: Callable, styles: dict
+) -> list[str]:
+    """Patients at `at`, and the means of their groups at `places`, those of the methods moved by `apart(x, move)`;
+    returns the kinds of the groups' intervals."""
+    kinds = []
+    for number, method in enumerate(wide):
+        move, style = number - (len(wide.columns) - 1) / 2, styles[method]
+        look = dict(color=style["color"], marker=style["marker"], alpha=0.45, linewidth=0)
+        sns.scatterplot(x=at, y=wide[method], s=9, ax=ax, legend=False, **look)
+        means = wide[method].groupby(group).mean()
+        low, high, names = zip(*(interval(values) for _, values in wide[method].groupby(group)), strict=True)
+        bars = np.maximum([means - np.array(low), np.array(high) - means], 0)
+        ax.errorbar(
+            apart(places.loc[means.index], move), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **style
+        )
+        kinds += names
+    ax.grid(axis="y")
+    return kinds
+
+
+def _correlations(wide: pd.DataFrame, with_: pd.Series, name: str) -> str:
+    """Spearman's rank correlation of each method's Dice with something, its interval (Fieller, Hartley & Pearson,
+    Biometrika 1957) and p, as text."""
+    if len(wide) < 6 or with_.nunique() < 2:
+        return f"Too few patients for a correlation with {name}."
+    texts = []
+    for label in wide:
+        if np.ptp(wide[label]) < 1e-12:
+            texts.append(f"{label} none, its Dice is constant")
+            continue
+        rho, p = stats.spearmanr(with_, wide[label])
+        if len(wide) < 10:  # too few for Student's t
+            exact = stats.permutation_test(
+                (with_,), lambda x, y=wide[label]: stats.spearmanr(x, y).statistic, permutation_type="pairings",
+                vectorized=False, n_resamples=999, rng=np.random.default_rng(0),
+            )  # fmt: skip
+            p = exact.pvalue
+        centre, width = np.arctanh(np.clip(rho, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
+        low, high = np.tanh([centre - width, centre + width])
+        texts.append(f"{label} {signed(f'{rho:+.2f} [{low:+.2f}, {high:+.2f}]')}, {p_text(p)}")
+    return f"Spearman's correlation of Dice with {name}, 95 % interval and p: {'; '.join(texts)}."

@@ -1,0 +1,129 @@
+"""Labels for readers, made from the identity columns of a table; the only place that names a method.
+
+A method is one row of a results table: everything about a run but its data, protocol, fold and seed. Its id (column
+`method`) is opaque; code selects rows by the other identity columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from kdlib.config import InputError
+
+TEXT_COLUMNS = ("model", "role", "teacher", "recipe", "terms", "loss", "loss_label", "family", "control", "protocol")
+IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "length")  # columns that say what a method is
+THESIS_TERMS = "E-E+B-B+D-D+PMD"
+NO_DISTILLATION = "no distillation"
+CONTROLS = {  # column `control` -> label
+    "zero_weights": "zero-weight control", "random_teacher": "random teacher", "shuffled_teacher": "shuffled teacher",
+    "frozen_projectors": "frozen projectors", "redrawn_projectors": "redrawn projectors",
+    "label_smoothing": "label smoothing", "longer_training": "longer training",
+    "self_distillation": "self-distillation",
+}  # fmt: skip
+DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
+
+
+def methods(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method of a tidy table, in its order: the identity columns and `label`, indexed by `method`.
+
+    Columns that the table lacks are empty; labels are distinct, and as short as the other methods of the table allow:
+    where all rows are of one student and label fraction, the student without a teacher is "no distillation" and
+    distilled ones are named by what differs between them (terms or loss).
+
+    Raises:
+        InputError: the table has no column `method`.
+    """
+    if "method" not in table:
+        raise InputError(f"the table has no column method: it has {', '.join(map(str, table)) or 'none'}")
+    known = [column for column in IDENTITY if column in table]
+    found = table[["method", *known]].drop_duplicates("method").set_index("method")
+    for column in TEXT_COLUMNS:
+        found[column] = found[column].astype(object).fillna("").astype(str) if column in known else ""
+    found["loss_label"] = found["loss_label"].where(found["loss_label"] != "", found["loss"])
+    found["fraction"] = found["fraction"].fillna(1.0).astype(float) if "fraction" in known else 1.0
+    return found.assign(label=_distinct(found, _short_labels(found)))
+
+
+def method_labels(table: pd.DataFrame) -> dict[str, str]:
+    """Method -> its label in this table; see `methods`."""
+    return methods(table)["label"].to_dict()
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def is_thesis_recipe(terms: str) -> bool:
+    return terms == THESIS_TERMS
+
+
+def _short_labels(found: pd.DataFrame) -> list[str]:
+    students = found[found["role"] != "teacher"]
+    one_student = len(students) == len(found) and len(students[["model", "fraction"]].drop_duplicates()) == 1
+    one_student &= (students["role"] != "baseline").any()
+    distilled = found[found["role"] == "distilled"]
+    by_terms, by_loss = (distilled[column].nunique() for column in ("terms", "loss"))
+    # an ablation has one loss of features, and of every method its own terms
+    ablation = by_terms == len(distilled) and distilled.loc[distilled["terms"] != "PMD", "loss"].nunique() <= 1
+    labels = []
+    for row in found.itertuples():
+        share = "" if row.fraction == 1 else f" ({percent(row.fraction)})"
+        if row.role == "control":
+            label = CONTROLS.get(row.control, row.control)
+        elif row.role == "distilled" and one_student and max(by_terms, by_loss) > 1:
+            if ablation:
+                label = row.terms
+            else:
+                label = f"thesis terms, {row.loss_label}" if is_thesis_recipe(row.terms) else row.loss_label
+        elif row.role == "distilled":
+            label = f"KD({row.teacher}, {row.model})"
+        elif row.role == "baseline" and one_student:
+            label = NO_DISTILLATION
+        else:
+            label = f"{row.model}{share}" if row.role else str(row.Index)
+        labels.append(label)
+    return labels
+
+
+def _distinct(found: pd.DataFrame, labels: Iterable[str]) -> list[str]:
+    """Equal labels are followed by the first identity columns that tell their methods apart."""
+    labels = pd.Series(labels, found.index)
+    for column in DISTINGUISHING:
+        if column not in found or not labels.duplicated().any():
+            continue
+        for label, group in found[labels.duplicated(keep=False)].groupby(labels, sort=False):
+            if group[column].nunique() > 1:
+                texts = group[column].map(lambda value, name=column: _value(name, value))
+                labels[group.index] = [f"{label}, {text}" if text else label for text in texts]
+    again = labels.groupby(labels).cumcount()
+    return [
+        f"{label} ({method})" if number else label
+        for (method, label), number in zip(labels.items(), again, strict=True)
+    ]
+
+
+def _value(column: str, value: object) -> str:
+    if column == "fraction":
+        return percent(value)
+    if column == "unlabelled":
+        return "with unlabelled slices" if value else ""
+    return f"{value:g} x as long" if column == "length" else str(value)
+
+
+def merge_equal_losses(cases: pd.DataFrame) -> pd.DataFrame:
+    """Of one target class, KL and DKD (at its defaults) are the same function: keeps KL's rows, labelled "KL = DKD".
+
+    Args:
+        cases: tidy, with the identity columns. It is returned as it is where it has several classes or not both losses.
+    """
+    if not {"loss", "class"} <= set(cases) or cases["class"].nunique() != 1:
+        return cases
+    alike = ["role", "model", "teacher", "fraction", "terms", "control", "protocol"]
+    found = methods(cases)
+    found = found[found["loss"].isin(["kl", "dkd"])].reset_index()
+    both = found[found["loss"] == "kl"].merge(found[found["loss"] == "dkd"], on=alike, suffixes=("", "_dkd"))
+    kept = cases[~cases["method"].isin(both["method_dkd"])]
+    name = kept["loss_label"] if "loss_label" in kept else kept["loss"]
+    return kept.assign(loss_label=name.mask(kept["method"].isin(both["method"]), "KL = DKD"))

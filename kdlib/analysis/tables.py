@@ -1,0 +1,247 @@
+"""Tables for readers: means per method, the form of the thesis, gradients; and how a table is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from kdlib.analysis.comparisons import ALPHA, labels_of, with_identity
+from kdlib.analysis.intervals import interval, interval_text, seed_noise
+from kdlib.analysis.labels import IDENTITY, methods
+from kdlib.analysis.metrics import METRICS
+from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
+from kdlib.files import write, write_text
+
+DECIDED = ("better", "non-inferior")  # verdicts that a printed table sets in bold
+BOLD = "textbf:--rwrap;"
+OVERLAP = ("iou", "dice", "recall", "precision")
+HEADINGS = {  # column -> heading of a printed table
+    "label": "method", "label_a": "method", "label_b": "compared with", "p_holm": "adjusted p",
+    "p_adjusted": "adjusted p", "smallest_p": "smallest possible p", "rank_low": "rank, low", "rank_high": "rank, high",
+    "minimum_detectable": "minimum detectable", "infonce_over_chance": "InfoNCE / chance",
+    "projector_change": "projector change",
+}  # fmt: skip
+# columns of a CSV that a printed table leaves out: ids and what a label or the caption says
+UNPRINTED = {*IDENTITY, "run", "method", "reference", "a", "b", "volumes", "interval"}
+
+# arXiv 2406.03173, Table 4.2: one run each, pixels of the whole test set pooled; params in millions
+THESIS_TABLE = pd.DataFrame(
+    [
+        ("S1", "", "S1", 0.557, 0.715, 0.685, 0.749, 0.057),
+        ("S2", "", "S2", 0.627, 0.770, 0.725, 0.822, 0.227),
+        ("KD(T1, S1)", "T1", "S1", 0.629, 0.772, 0.721, 0.831, 0.057),
+        ("KD(T1, S2)", "T1", "S2", 0.659, 0.794, 0.748, 0.846, 0.227),
+        ("KD(T2, S1)", "T2", "S1", 0.623, 0.767, 0.707, 0.839, 0.057),
+        ("KD(T2, S2)", "T2", "S2", 0.658, 0.793, 0.750, 0.841, 0.227),
+    ],
+    columns=["label", "teacher", "model", *OVERLAP, "params"],
+).set_index("label")
+_LABELS = [METRICS[metric].label for metric in OVERLAP]
+THESIS_COLUMNS = [*_LABELS, "params (M)", "n", *(f"thesis {label}" for label in _LABELS)]
+
+
+def summarise(table: pd.DataFrame, by: Sequence[str] = ("method",), metric: str = "dice") -> pd.DataFrame:
+    """Mean over patients of each group, with its 95 % interval (`interval`, cut where the metric ends).
+
+    Returns:
+        columns of `by`; label (of methods); n (patients with a defined value), volumes, mean, sd (n - 1 in the
+        denominator), low, high and interval (its name); and of methods their identity columns.
+
+    Raises:
+        InputError: see `per_patient`.
+    """
+    rows, by = [], list(by)
+    for key, group in rows_of(table, metric, by).groupby(by, sort=False, dropna=False):
+        values = per_patient(group, metric, by).set_index("patient")["value"].dropna()
+        noise = seed_noise(group, metric=metric)
+        low, high, kind = interval(values, noise=None if noise is None else noise.loc[values.index])
+        low, high = np.clip((low, high), *METRICS[metric].bounds)
+        found = dict(n=len(values), volumes=volumes(group), mean=values.mean(), sd=values.std(), low=low, high=high)
+        rows.append(dict(zip(by, key, strict=True)) | found | dict(interval=kind))
+    result = pd.DataFrame(rows)
+    if by == ["method"]:
+        result.insert(1, "label", result["method"].map(labels_of(table, "method")))
+        return with_identity(result, table, "method")
+    return result
+
+
+def all_means(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, by label, and one column per metric (with its unit): the mean over patients of defined
+    values, and n."""
+    columns = {}
+    for name, metric in METRICS.items():
+        if (table["metric"] == name).any():
+            found = summarise(table, metric=name).set_index("label")
+            columns[f"{metric.label} ({metric.unit})" if metric.unit else metric.label] = found["mean"]
+    return pd.DataFrame(columns).assign(n=summarise(table).set_index("label")["n"]).rename_axis(None)
+
+
+def thesis_row(method: pd.Series | Mapping[str, object]) -> pd.Series:
+    """The thesis's numbers for a method (its teacher and model), NaN where it has none, as for controls and terms that
+    the thesis did not run; the label fraction of its baselines is not recorded."""
+    known = THESIS_TABLE[(THESIS_TABLE["teacher"] == method["teacher"]) & (THESIS_TABLE["model"] == method["model"])]
+    if method["role"] not in ("baseline", "distilled") or known.empty:
+        return THESIS_TABLE.reindex([None]).iloc[0]
+    return known.iloc[0]
+
+
+def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame:
+    """The results in the form of the thesis's Table 4.2, its own numbers beside them.
+
+    Args:
+        table: tidy.
+        params: method -> number of parameters.
+
+    Returns:
+        one row per method, by label: the columns of `THESIS_COLUMNS` (means with their 95 % interval as text, n
+        patients of the Dice), `method`, volumes and interval of the Dice, and for each metric its numbers as
+        `<metric>_mean`, `_low`, `_high`.
+
+    Raises:
+        InputError: see `per_patient`.
+    """
+    dice, known = summarise(table).set_index("method"), methods(table)
+    printed, numbers = pd.DataFrame(index=dice.index), {}
+    for metric in OVERLAP:
+        found = summarise(table, metric=metric).set_index("method").reindex(dice.index)
+        cells = zip(found.itertuples(), dice["n"], strict=True)
+        printed[METRICS[metric].label] = [_with_interval(row, usual) for row, usual in cells]
+        numbers |= {f"{metric}_{part}": found[part] for part in ("mean", "low", "high")}
+    printed["params (M)"] = [params.get(method, np.nan) / 1e6 for method in dice.index]
+    printed["n"] = dice["n"]
+    for metric, label in zip(OVERLAP, _LABELS, strict=True):
+        printed[f"thesis {label}"] = [thesis_row(known.loc[method])[metric] for method in dice.index]
+    printed = printed.assign(method=dice.index, volumes=dice["volumes"], interval=dice["interval"], **numbers)
+    return printed.set_axis(dice["label"]).rename_axis(None)
+
+
+def _with_interval(row: tuple, usual: int) -> str:
+    """A mean as "0.772 [0.70, 0.81]", with n where it is not the usual one."""
+    if not row.n:
+        return "undefined"
+    text = f"{row.mean:.3f}" + ("" if np.isnan(row.low) else f" [{row.low:.2f}, {row.high:.2f}]")
+    return text if row.n == usual else f"{text} (n = {row.n})"
+
+
+def gradient_diagnostics(history: pd.DataFrame) -> pd.DataFrame:
+    """What each distillation term did in the last epoch, one row per (method, term), mean over runs.
+
+    Returns:
+        method, label, term, value (unweighted), share (of the gradient on the student), cosine (of its gradients of two
+        successive steps; NaN where a gradient is 0), infonce_over_chance (InfoNCE over ln N; NaN for others),
+        projector_change (of its learned projectors in the epoch, relative to their norm; NaN without any), and active:
+        "yes", or what is wrong with it.
+    """
+    last = history[history["epoch"] == history.groupby("run")["epoch"].transform("max")]
+    wide = last.pivot_table(index="method", columns="name", values="value", sort=False)
+    terms = [name.removeprefix("share/") for name in wide if name.startswith("share/")]
+    labels, rows = labels_of(history, "method"), []
+    kinds = ("share", "cosine", "infonce_over_chance", "projector_change")
+    for method in wide.index:
+        for term in terms:
+            found = {kind: wide.loc[method].get(f"{kind}/{term}", np.nan) for kind in kinds}
+            if term != "segmentation" and not np.isnan(found["share"]):
+                value = wide.loc[method, term]
+                active = "always 0" if value == 0 else "no gradient" if found["share"] == 0 else "yes"
+                row = dict(method=method, label=labels[method], term=term, value=value)
+                rows.append(row | found | dict(active=active))
+    return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------------- printed and saved
+
+
+def caption_note(table: pd.DataFrame) -> str:
+    """What a caption must say of a table: patients and volumes, the interval that was really used, and, where n is too
+    small for any verdict, the smallest p that n allows. "" for tables without patients."""
+    if "n" not in table or not len(table):
+        return ""
+    parts = [patients_text(table["n"].dropna(), table["volumes"].dropna() if "volumes" in table else ())]
+    if "interval" in table:
+        parts.append(interval_text(table["interval"].fillna("")))
+    return "; ".join(parts) + "." + (f" {note}" if (note := small_sample_note(table)) else "")
+
+
+def small_sample_note(table: pd.DataFrame) -> str:
+    """That, and why, no comparison of a table can be decided; "" where one can."""
+    if "smallest_p" not in table or not len(table) or table["smallest_p"].min() < ALPHA:
+        return ""
+    n, least = int(table["n"].max()), table["smallest_p"].min()
+    return (
+        f"With {n} patient{'s' * (n != 1)} no adjusted p can fall below {least:.2g}: every verdict is inconclusive, "
+        "whatever the data."
+    )
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a table that a reader needs, under headings: labels in place of ids, no identity columns."""
+    labelled = any(column in table for column in ("label", "label_a", "label_b"))
+    hidden = UNPRINTED if labelled else {"volumes", "interval"} if "n" in table else set()
+    return _headed(table[[column for column in table if column not in hidden]])
+
+
+def _headed(table: pd.DataFrame) -> pd.DataFrame:
+    return table.rename(columns={column: name for column, name in HEADINGS.items() if name not in table})
+
+
+def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str, bold: Sequence[str] = ()) -> Path:
+    """Writes a booktabs table; text is escaped, so cells, headings and caption are plain text.
+
+    Bold are the name and the difference of rows with a verdict for them ("better", "non-inferior"), never a row for
+    being the largest: an inconclusive lead is none.
+
+    Args:
+        bold: names (of the index, else of the first column) to set in bold in a table without verdicts.
+    """
+    table = _headed(table)
+    named = not isinstance(table.index, pd.RangeIndex)
+    names = table.index.to_series() if named else table.iloc[:, 0]
+    won = (names.isin(bold) | table.get("verdict", names).isin(DECIDED)).to_numpy()
+    marks = pd.DataFrame("", index=table.index, columns=table.columns)
+    marks.loc[won, [column for column in table if column == "difference" or not named and column == names.name]] = BOLD
+    whole = [c for c in table if is_numeric_dtype(table[c]) and (table[c].dropna() % 1 == 0).all()]
+    style = table.style.format(_cell, na_rep="--", escape="latex").format("{:.0f}", subset=whole, na_rep="--")
+    tests = [c for c in table if c == "p" or c in ("adjusted p", "smallest possible p")]
+    style = style.format(_p_cell, subset=tests, na_rep="--")
+    style = style.apply(lambda _: marks, axis=None).format_index(escape="latex", axis=1)
+    style = style.format_index(escape="latex", axis=0).apply_index(lambda index: np.where(won, BOLD, ""), axis=0)
+    style = style.hide(axis="index", names=named)  # their names, or all of it
+    escaped = caption.translate({ord(sign): f"\\{sign}" for sign in "%&_#$"})
+    write_text(Path(path), style.to_latex(hrules=True, caption=escaped, label=label, position_float="centering"))
+    return Path(path)
+
+
+def _cell(value: object) -> object:
+    """A cell of a LaTeX table: numbers with three digits and a minus that is one."""
+    if not isinstance(value, float):
+        return value
+    return "$\\infty$" if np.isinf(value) else f"{value:.3f}".replace("-", "$-$")
+
+
+def _p_cell(value: float) -> str:
+    return "$<$0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def save_table(
+    table: pd.DataFrame,
+    folder: Path | str,
+    name: str,
+    caption: str,
+    columns: Sequence[str] | None = None,
+    bold: Sequence[str] = (),
+) -> list[Path]:
+    """Writes `<name>.csv` with all columns and `<name>.tex` with those in `columns`; returns both paths.
+
+    Args:
+        caption: what the table shows; patients, interval and smallest p (`caption_note`) are added to it.
+        columns: of the printed table; None: all but ids and identity columns where labels name the rows.
+        bold: see `to_latex`, which takes them from a column `verdict` too.
+    """
+    csv, tex = (Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "tex"))
+    write(csv, lambda path: table.to_csv(path, index=not isinstance(table.index, pd.RangeIndex)))
+    chosen = printed(table) if columns is None else table[list(columns)]
+    return [csv, to_latex(chosen, tex, f"{caption} {caption_note(table)}".strip(), f"tab:{name}", bold)]

@@ -1,0 +1,124 @@
+"""Which cases are of one patient: by a rule, by a table, or each case alone. All cases of a patient stay together."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kdlib.config import InputError
+
+Group = str | Callable[[str], str]
+EACH_CASE = "each case is a patient"
+
+
+def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) -> tuple[dict[str, str], str]:
+    """Case name -> patient, and in a few words how the patients were recognised.
+
+    Args:
+        cases: names of the cases.
+        group: "auto" (the pairs of the Decathlon's Hippocampus task, else each case is a patient); a regular
+            expression that finds the patient in a case name, as its groups or as its whole match; a CSV file with
+            columns case and patient; or a function from case name to patient.
+        root: folder of the data set, where a CSV file is looked for as well.
+        dataset: name of the data set.
+
+    Raises: InputError for an expression or a table that leaves a case without a patient.
+    """
+    if callable(group):
+        return {case: str(group(case)) for case in cases}, "function"
+    if not isinstance(group, str) or not group:
+        raise InputError(
+            f"group {group!r}: give 'auto', a regular expression, a CSV file or a function from case name to patient"
+        )
+    if group == "auto":
+        if _is_hippocampus(cases, dataset):
+            return {case: _hippocampus_pair(case) for case in cases}, "Hippocampus: volumes 2k - 1 and 2k"
+        return {case: case for case in cases}, EACH_CASE
+    if group.lower().endswith(".csv"):
+        return _from_table(cases, group, root), f"table {Path(group).name}"
+    return _from_expression(cases, group), f"regular expression {group}"
+
+
+def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str] | None:
+    """(what suggests that cases of one patient lie in several files, how to group them), or None.
+
+    Such names part into many stems of which several cases share one: p01_left and p01_right, sub-01_ses-1 and
+    sub-01_ses-2. The labels of Hippocampus tell that task even where everything was renamed.
+    """
+    own = "GROUP='(.+)' says that each case is a patient of its own"
+    if {label.lower() for label in labels} == {"anterior", "posterior"}:
+        return (
+            "labels anterior and posterior: probably the Decathlon's Hippocampus, with two volumes of most patients",
+            f"group the pairs with GROUP=patients.csv (columns case and patient); {own}",
+        )
+    # the last part of a name: a number, a side or a word behind a separator
+    stems = {case: re.sub(r"[ _.-]*([0-9]+|[A-Za-z]+[0-9]*)$", "", case) for case in cases}
+    count = Counter(stem for stem in stems.values() if re.search(r"\d", stem))
+    shared = [stem for stem, number in count.items() if number > 1]
+    if len(count) < 2 or 2 * len(shared) < len(count) or max(count.values()) > 6:
+        return None
+    example = [case for case in cases if stems[case] == shared[0]][:2]
+    return (
+        f"names suggest {len(count)} patients for {len(cases)} cases ({' and '.join(example)}), nothing groups them",
+        f"group them, e.g. with GROUP='(.+)[_.-]' or GROUP=patients.csv (columns case and patient); {own}",
+    )
+
+
+def _is_hippocampus(cases: Sequence[str], dataset: str) -> bool:
+    return "hippocampus" in dataset.lower() or all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases)
+
+
+def _hippocampus_pair(name: str) -> str:
+    """Volumes 2k - 1 and 2k of Task04 are very probably the two hippocampi of one person."""
+    number = re.search(r"\d+$", name)
+    if number is None:
+        raise InputError(
+            f"case {name!r}: Hippocampus cases are paired by number; group them by a rule of your own, "
+            "GROUP=... (in Python: group=...)"
+        )
+    return str((int(number.group()) + 1) // 2)
+
+
+def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise InputError(f"group {expression!r}: not a regular expression ({error})") from None
+    found = {case: pattern.search(case) for case in cases}
+    # its groups, or the whole match where it has none
+    patients = {
+        case: "_".join(part for part in (match.groups() or (match.group(),)) if part)
+        for case, match in found.items()
+        if match
+    }
+    _check_complete(cases, patients, f"regular expression {expression!r}")
+    return patients
+
+
+def _from_table(cases: Sequence[str], group: str, root: Path) -> dict[str, str]:
+    path = next((path for path in (Path(group), root / group) if path.is_file()), None)
+    if path is None:
+        raise InputError(f"group {group}: no such file, also not in {root}; give a CSV file of case and patient")
+    try:
+        table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+    except (OSError, ValueError) as error:  # pandas's own errors are ValueErrors
+        raise InputError(f"{path}: not a CSV file ({error})") from None
+    if not {"case", "patient"} <= set(table.columns):
+        raise InputError(f"{path}: columns {', '.join(map(str, table.columns))}; it needs case and patient")
+    table = table.dropna(subset=["case", "patient"]).drop_duplicates(["case", "patient"])
+    twice = table["case"][table["case"].duplicated()]
+    if len(twice):
+        raise InputError(f"{path}: case {twice.iloc[0]!r} has two patients; give each case one")
+    patients = dict(zip(table["case"], table["patient"], strict=True))
+    _check_complete(cases, patients, str(path))
+    return {case: patients[case] for case in cases}
+
+
+def _check_complete(cases: Sequence[str], patients: dict[str, str], source: str) -> None:
+    if missing := [case for case in cases if not patients.get(case)]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise InputError(f"group, {source}: no patient for {', '.join(missing[:5])}{more}")

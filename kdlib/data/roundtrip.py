@@ -1,0 +1,89 @@
+"""What the slices keep of the target: the share inside their field of view, and the best Dice that is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib.config import Preprocessing
+from kdlib.data.decathlon import DEFECT_COLUMNS, Case, Dataset, raise_defects
+from kdlib.data.slices import Geometry, build, place_slices, read_case_file, restore
+
+LEAST_KEPT = 0.95  # of each class of a case; less is a defect
+
+
+def target_in_view(case: Case, classes: dict[str, int], preprocessing: Preprocessing) -> dict[str, float]:
+    """Class name -> share of its voxels that lies inside the slices, of the classes that the case has."""
+    affine, label = read_case_file(case.label, np.int64)
+    geometry = place_slices(case, affine, preprocessing)
+    label, (rows, columns) = geometry.orient(label), geometry.in_view()
+    seen = label[:, rows][:, :, columns]
+    counts = {name: (np.count_nonzero(label == value), value) for name, value in classes.items()}
+    return {name: np.count_nonzero(seen == value) / count for name, (count, value) in counts.items() if count}
+
+
+def best_dice(dataset: Dataset, case: Case, classes: dict[str, int], preprocessing: Preprocessing) -> dict[str, float]:
+    """Class name -> Dice of a network whose slices equal the labels', on the file's grid; classes that the case has.
+
+    What is missing to 1 is lost by resampling and cropping, and no network can win it back.
+    """
+    bank = build(dataclasses.replace(dataset, cases=(case,)), classes, preprocessing)
+    _, truth = read_case_file(case.label, np.int64)
+    geometry = bank.geometry[case.name]
+    # class by class: the probabilities of all classes at once may not fit into memory
+    best = restore((bank.labels == 0)[None].float(), geometry)[0] if len(classes) > 1 else torch.full(case.shape, 0.5)
+    found = torch.zeros(case.shape, dtype=torch.int64)
+    for number, value in enumerate(classes.values(), 1):
+        score = restore((bank.labels == number)[None].float(), geometry)[0]
+        found[score > best] = value
+        best = torch.maximum(best, score)
+    dice = {}
+    for name, value in classes.items():
+        predicted, true = found.numpy() == value, truth == value
+        if true.any():
+            dice[name] = float(2 * np.count_nonzero(predicted & true) / (predicted.sum() + true.sum()))
+    return dice
+
+
+def check_view(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> Dataset:
+    """The data set without cases of which the slices show less than 95 % of a class.
+
+    Raises: DefectError where `dataset.on_defect` is "raise" and there are such cases, or where no case is left.
+    """
+    rows, names = [], set()
+    for case in dataset.cases:
+        geometry = place_slices(case, read_case_file(case.label, np.int64)[0], preprocessing)
+        if all(mask.all() for mask in geometry.in_view()):
+            continue
+        for name, share in target_in_view(case, classes, preprocessing).items():
+            if share < LEAST_KEPT:
+                defect = f"only {100 * share:.0f} % of {name} lies inside the slices ({_extent(preprocessing)})"
+                rows.append((case.name, f"labelsTr/{case.label.name}", defect, _remedy(geometry)))
+                names.add(case.name)
+    if not rows:
+        return dataset
+    table, left = pd.DataFrame(rows, columns=DEFECT_COLUMNS), len(dataset.cases) - len(names)
+    if dataset.on_defect == "raise" or not left:
+        raise_defects(dataset.root, table, len(dataset.cases), left)
+    return dataclasses.replace(
+        dataset,
+        cases=tuple(case for case in dataset.cases if case.name not in names),
+        defects=pd.concat([dataset.defects, table], ignore_index=True),
+    )
+
+
+def _extent(preprocessing: Preprocessing) -> str:
+    spacing = "the volume's own spacing" if preprocessing.spacing is None else f"{preprocessing.spacing:g} mm"
+    return f"{preprocessing.size} x {preprocessing.size} pixels of {spacing}"
+
+
+def _remedy(geometry: Geometry) -> str:
+    # every pixel of the resampled volume, in a multiple of 16
+    needed = max(geometry.size - 2 * start for start in geometry.start)
+    changes = json.dumps({"size": 16 * math.ceil(needed / 16)})
+    return f"check the label, or show the whole volume: CHANGES='{changes}', or a larger spacing"

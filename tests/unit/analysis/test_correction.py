@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kdlib.analysis.statistics import gains, overlap_weights, step_changes
+from kdlib.config import InputError
+
+
+def stages(values: dict[str, list[float]], volumes: list[float] | None = None) -> pd.DataFrame:
+    """A tidy table of one method: stage -> Dice of each patient, whose predictions have the volume of the truth."""
+    rows = []
+    for stage, dice in values.items():
+        for number, value in enumerate(dice):
+            row = dict(run=stage, method="KD", protocol=stage, seed=0, patient=f"p{number}", case=f"c{number}")
+            truth = (volumes or [1.0] * len(dice))[number]
+            metrics = {"dice": value, "truth_volume": truth, "volume_error": 0.0}
+            rows += [row | {"class": "spleen", "metric": name, "value": found} for name, found in metrics.items()]
+    return pd.DataFrame(rows)
+
+
+def test_steps_adds_up_from_stage_to_stage():
+    dice = {"thesis": [0.5] * 8, "a": [0.6] * 8, "b": [0.57, 0.53] * 4}
+    found = step_changes(stages(dice), list(dice), [])
+    assert list(found["step"]) == ["thesis", "a", "b", "corrected"] and set(found["n"]) == {8}
+    assert found["dice"].tolist() == pytest.approx([0.5, 0.6, 0.55, 0.55])
+    assert found["difference"].tolist()[1:] == pytest.approx([0.1, -0.05, 0.05])
+    assert found["verdict"].tolist()[1:] == ["better", "worse", "better"]
+    assert found.loc[1, ["low", "high"]].tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_pooled_dice_is_that_of_all_voxels_together():
+    # |A| = |B| = 30 with 27 shared, and |A| = |B| = 10 with 1 shared: 2 * 28 / 80
+    table = stages({"thesis": [0.9, 0.1]}, [30.0, 10.0])
+    found = overlap_weights(table, "protocol", pooled=True)
+    assert found["weight"].tolist() == [60, 20] and found["dice"].tolist() == pytest.approx([0.9, 0.1])
+    both = step_changes(stages({"thesis": [0.9, 0.1], "b": [0.9, 0.1]}, [30.0, 10.0]), ["thesis", "b"], ["thesis"])
+    assert both["dice"].tolist() == pytest.approx([0.7, 0.5, 0.5])
+
+
+def test_pooled_dice_adds_up_the_cases_of_a_patient():
+    table = stages({"thesis": [1.0, 1.0, 0.0]})
+    table["patient"] = table["patient"].replace({"p1": "p0"})  # two equal volumes of one patient, one of another
+    found = step_changes(pd.concat([table, table.assign(protocol="b")]), ["thesis", "b"], ["thesis", "b"])
+    assert found["dice"].tolist() == pytest.approx([2 / 3] * 3)
+
+
+def test_a_patient_without_target_or_prediction_is_right_and_weighs_nothing():
+    dice = {"thesis": [0.5, 1.0], "b": [0.5, 1.0]}
+    found = step_changes(stages(dice, [10.0, 0.0]), list(dice), ["thesis"])
+    assert found["dice"].tolist() == pytest.approx([0.5, 0.75, 0.75])
+
+
+def test_swaps_by_hand():
+    # three patients, two steps: all eight ways to swap the patients' values, in both steps at once
+    dice = {"thesis": [0.1, 0.2, 0.3], "a": [0.3, 0.3, 0.7], "b": [0.35, 0.2, 0.8]}
+    found = step_changes(stages(dice), list(dice), []).set_index("step")["p_adjusted"]
+    values = np.array(list(dice.values()))
+    differences = np.array([values[1] - values[0], values[2] - values[1], values[2] - values[0]])
+    signs = np.array(list(itertools.product([1, -1], repeat=3)))
+    sizes = abs(differences @ signs.T) / np.sqrt((differences**2).sum(axis=1))[:, None]  # of sums of random signs
+    expected = (sizes.max(axis=0) >= sizes[:, :1] - 1e-9).mean(axis=1)
+    assert found.tolist()[1:] == pytest.approx(expected.tolist()) and np.isnan(found["thesis"])
+
+
+def test_six_patients_can_decide_a_correction_of_many_steps():
+    base = np.linspace(0.2, 0.4, 6)
+    dice = {f"step {step}": (base + 0.05 * step + 0.001 * step * np.arange(6)).tolist() for step in range(9)}
+    assert set(step_changes(stages(dice), list(dice), [])["verdict"][1:]) == {"better"}  # the least p is 2 / 2^6
+
+
+def test_stages_of_different_patients_are_named_in_gains():
+    table = pd.concat([stages({"thesis": [0.5, 0.6], "b": [0.5]})] * 2).reset_index(drop=True)
+    table["method"] = ["KD"] * (len(table) // 2) + ["alone"] * (len(table) // 2)
+    with pytest.raises(InputError, match="patients p1 are not in both"):
+        gains(table, "KD", ["alone"], ["thesis", "b"], [])
+
+
+def test_few_patients_are_never_decided_by_a_bootstrap():
+    dice = {"thesis": [0.5] * 5, "a": [0.9] * 5}
+    assert step_changes(stages(dice), list(dice), [])["verdict"].tolist()[1:] == ["inconclusive"] * 2
+
+
+def test_steps_names_what_is_missing():
+    with pytest.raises(InputError, match="no stage 'b' in the table: it has thesis"):
+        step_changes(stages({"thesis": [0.5]}), ["thesis", "b"], [])
+    with pytest.raises(InputError, match="patients p1 are not in both"):
+        step_changes(stages({"thesis": [0.5, 0.6], "b": [0.5]}), ["thesis", "b"], [])
+    two = pd.concat([stages({"thesis": [0.5]}), stages({"thesis": [0.5]}).assign(**{"class": "liver"})])
+    with pytest.raises(InputError, match="several classes; filter the table to one"):
+        overlap_weights(two, "protocol", pooled=True)
+
+
+def test_gains_compare_methods_within_a_stage():
+    dice = {"thesis": [0.5, 0.6] * 4, "b": [0.7, 0.8] * 4}
+    lower = {stage: [value - 0.1 for value in values] for stage, values in dice.items()}
+    table = pd.concat([stages(dice), stages(lower).assign(method="alone")])
+    found = gains(table, "KD", ["alone"], list(dice), [])
+    assert found["difference"].tolist() == pytest.approx([0.1, 0.1]) and set(found["verdict"]) == {"better"}
+    assert found["dice"].tolist() == pytest.approx([0.55, 0.75])
