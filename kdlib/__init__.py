@@ -11,7 +11,7 @@ HOMES = {
         "PROFILES", "PROTOCOLS", "InputError", "Preprocessing", "Profile", "Protocol", "Recipe", "Run", "Term",
         "TrainingError", "cumulative_correction", "lookup", "override_profile",
     ),
-    "data": ("case_table", "download", "largest_slices", "split_table"),
+    "data": ("case_table", "download", "largest_slices", "split_table", "warning_table"),
     "analysis.calibration": ("expected_calibration_error",),
     "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.designs": ("EXPERIMENTS", "Setting"),

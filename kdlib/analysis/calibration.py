@@ -13,7 +13,8 @@ def expected_calibration_error(table: pd.DataFrame) -> pd.DataFrame:
     Guo et al. 2017, arXiv 1706.04599, with the probability of the class in place of the winner's. NaN without pixels.
 
     Args:
-        table: from `kdlib.evaluation.calibration.calibration`; further columns (a method, a fold) are kept, each of their values for itself.
+        table: from `kdlib.evaluation.calibration.calibration`; further columns (a method, a fold) are kept, each of
+            their values for itself.
 
     Returns:
         the table's columns but for those of bins, and metric ("ece") and value.

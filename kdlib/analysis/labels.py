@@ -20,6 +20,7 @@ CONTROLS = {  # column `control` -> label
     "zero_weights": "zero-weight control", "random_teacher": "random teacher", "shuffled_teacher": "shuffled teacher",
     "frozen_projectors": "frozen projectors", "redrawn_projectors": "redrawn projectors",
     "label_smoothing": "label smoothing", "longer_training": "longer training",
+    "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
     "self_distillation": "self-distillation",
 }  # fmt: skip
 DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")

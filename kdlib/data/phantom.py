@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -73,10 +75,14 @@ def make_phantom(folder: str | Path, patients: int = 16, seed: int = 0) -> Path:
     try:
         for part in ("imagesTr", "labelsTr"):
             (draft / part).mkdir(parents=True)
-        for number, name in enumerate(names):
+
+        def save_patient(number: int) -> None:
             image, label = make_patient(np.random.default_rng([seed, number]), contrast=number % 5 != 4)
-            _save(draft / "imagesTr" / name, image)
-            _save(draft / "labelsTr" / name, label)
+            _save(draft / "imagesTr" / names[number], image)
+            _save(draft / "labelsTr" / names[number], label)
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter
+            list(pool.map(save_patient, range(patients)))
         (draft / "dataset.json").write_text(json.dumps(about, indent=1))
         try:
             draft.rename(folder)

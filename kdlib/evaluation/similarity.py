@@ -1,4 +1,4 @@
-"""How similar the features of a student and a teacher are, scale by scale, and features of the same pixels of several models."""
+"""How similar features of a student and a teacher are, and features of the same pixels in several models."""
 
 from __future__ import annotations
 
@@ -110,8 +110,7 @@ def sample_features(
 ) -> dict[str, np.ndarray]:
     """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
 
-    The pixels are drawn as a supervised contrastive loss draws its own (see `SupervisedContrastiveLoss`), from `slices` random slices that
-    show a class; a map coarser than the slice is read between the centres of its pixels.
+    The pixels are drawn as `SupervisedContrastiveLoss` draws its own, from `slices` random slices that show a class; a map coarser than the slice is read between the centres of its pixels.
 
     Args:
         models: name -> network whose `scales` name `scale`.

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -134,6 +134,25 @@ def manifest(run: Run, results: Path | str = "results") -> dict:
     if record.get("status") != "done":
         raise InputError(f"{run.method} has no result in {results}: train it first")
     return record
+
+
+def manifests(keys: Iterable[str], results: Path | str) -> dict[str, dict]:
+    """Key -> manifest of finished runs, then those of the teachers that they learned from.
+
+    Raises:
+        InputError: runs without a manifest of a finished training, all named; or what `read_manifest` refuses.
+    """
+    folder = Path(results) / "runs"
+    found = {key: read_manifest(folder / key) for key in keys}
+    missing = [key for key, record in found.items() if record.get("status") != "done"]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(found)} runs are not finished in {folder} ({', '.join(missing[:8])}): bring their "
+            "folders back, or run the study again"
+        )
+    teachers = {key: None for record in list(found.values()) for key in record["teachers"].values() if key not in found}
+    records = {key: read_manifest(folder / key) for key in teachers}
+    return found | {key: record for key, record in records.items() if record.get("status") == "done"}
 
 
 def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.device, processes: int = 1) -> dict:
