@@ -15,9 +15,11 @@ import torch
 
 from kdlib.config import PROFILES, Preprocessing, Profile, Run
 from kdlib.experiments.recipes import thesis_recipe
-from kdlib.training import loop as train
+from kdlib.training import loop
+from kdlib.training.batch import Batch
 from kdlib.training.device import autocast, computes_bf16, pick_device
-from kdlib.training.distiller import FeatureHooks, scales_of
+from kdlib.training.hooks import FeatureHooks, scales_of
+from kdlib.training.state import new_model, new_state
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -53,50 +55,51 @@ def main() -> None:
     images = torch.rand(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     patients = torch.zeros(options.batch, dtype=torch.int64, device=device)
+    labelled = torch.ones_like(patients, dtype=torch.bool)
     labels = (torch.rand(options.batch, options.size, options.size, device=device) > 0.9).long()
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, slices of {options.size}, batch {options.batch}"
     )
 
-    def step(arm, taught=None, cast=autocast):
+    def step(state, seen=None, cast=autocast):
         def run() -> None:
-            chosen, train.autocast = train.autocast, cast
-            train.training_step(arm, train.Batch(images, labels, patients, taught or {}, 0))
-            train.autocast = chosen
+            chosen, loop.autocast = loop.autocast, cast
+            loop.training_step(state, Batch(images, labels, labelled, patients, 0, seen or {}))
+            loop.autocast = chosen
 
         return run
 
-    def arm_of(model, teacher=None, **changes):
+    def state_of(model, teacher=None, **changes):
         run = Run("phantom", "spleen", model, profile=profile, teacher=teacher and "T1", **changes)
-        return train.new_arm(run, 1, 1000, device, {"T1": teacher} if teacher else {})
+        return new_state(run, 1, 1000, device, {"T1": teacher} if teacher else {})
 
     if computes_bf16(device) and device.type == "cpu":
         for model in ("T1", "T2", "S1", "S2"):
-            arm = arm_of(model)
-            found = in_turns({"fp32": step(arm, cast=lambda _: FLOAT32), "bf16": step(arm)}, options.repeats)
+            state = state_of(model)
+            found = in_turns({"fp32": step(state, cast=lambda _: FLOAT32), "bf16": step(state)}, options.repeats)
             ratio = found["fp32"] / found["bf16"]
             print(f"{model}: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {ratio:.2f}")
 
     teacher_run = Run("phantom", "spleen", "T1", profile=profile)
-    teacher = train.new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    teacher = new_model(teacher_run, 1).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     subsets = [("E-E",), ("B-B",), ("D-D",), ("PMD",), ("E-E", "B-B"), ("E-E", "D-D"), ("B-B", "PMD"), ("D-D", "PMD")]
-    arms = [arm_of("S1", teacher, recipe=thesis_recipe("S1", only=only)) for only in subsets]
-    taps = FeatureHooks(teacher, teacher.scales, scales_of(arm.run.recipe for arm in arms))
+    states = [state_of("S1", teacher, recipe=thesis_recipe("S1", only=only)) for only in subsets]
+    hooks = FeatureHooks(teacher, teacher.scales, scales_of((state.run.recipe for state in states), "teacher"))
 
-    def taught() -> dict:
-        return {"T1": train.teacher_forward(taps, images)}
+    def teach() -> dict:
+        return {"T1": loop.teacher_forward(hooks, images)}
 
     def cohort() -> None:
-        shared = taught()
-        for arm in arms:
-            step(arm, shared)()
+        shared = teach()
+        for state in states:
+            step(state, shared)()
 
     def alone() -> None:
-        for arm in arms:
-            step(arm, taught())()
+        for state in states:
+            step(state, teach())()
 
     found = in_turns({"alone": alone, "cohort": cohort}, options.repeats)
-    print(f"8 distilled S1: alone {found['alone']:.3f} s, cohort {found['cohort']:.3f} s a step, "
+    print(f"8 distilled S1: alone {found['alone']:.3f} s, cohort {found['cohort']:.3f} s per step, "
           f"ratio {found['alone'] / found['cohort']:.2f}")  # fmt: skip
 
 

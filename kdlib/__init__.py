@@ -12,7 +12,7 @@ HOMES = {
         "TrainingError", "cumulative_correction", "lookup", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table", "warning_table"),
-    "evaluation.agreement": ("expected_calibration_error",),
+    "analysis.calibration": ("expected_calibration_error",),
     "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.designs": ("EXPERIMENTS", "Setting"),
     "experiments.runner": ("study",),

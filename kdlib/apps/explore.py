@@ -24,14 +24,15 @@ from kdlib.analysis.metrics import METRICS
 from kdlib.config import TEACHERS, InputError, Recipe, Run, from_json, lookup
 from kdlib.data import Fold, SliceBank, build_bank, index, restore
 from kdlib.data.slices import Geometry
-from kdlib.evaluation.cases import predict_cases
+from kdlib.evaluation.masks import predict_cases
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.experiments.store import load_weights, read_manifest, run_key
 from kdlib.files import read_csv
 from kdlib.models import MODELS
 from kdlib.training.device import pick_device
-from kdlib.training.loop import new_model, train_cohort
+from kdlib.training.loop import train_cohort
+from kdlib.training.state import new_model
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
 # of classes, for the colour-blind (after Paul Tol), other than those of errors

@@ -19,8 +19,9 @@ from kdlib.data import SliceBank
 from kdlib.data.sampling import batch_indices
 from kdlib.experiments.store import load_weights, verified
 from kdlib.training.device import autocast
-from kdlib.training.distiller import FeatureHooks, scales_of
-from kdlib.training.loop import RunState, new_arm, shuffle, teacher_forward
+from kdlib.training.hooks import FeatureHooks, scales_of
+from kdlib.training.loop import teacher_forward
+from kdlib.training.state import RunState, new_state
 
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
 DRAWS = 8  # of a contrast's pixels, that a term's gradient is averaged over
@@ -53,7 +54,7 @@ def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunSta
     run, device = distillation_run(student, teachers, only=("PMD",)), student.device
     bank = case_slices(student, student.fold.subset(run.fraction)[:OTHERS])
     networks = teacher_networks(run, teachers)
-    state = new_arm(run, len(student.classes), 1, device, networks, bank.patients)
+    state = new_state(run, len(student.classes), 1, device, networks, bank.patients)
     load_weights(state.model, student.folder / "best.safetensors")
     kept = student.folder / "projectors.safetensors"
     if student.run.teacher and any(parameter.requires_grad for parameter in state.distiller.parameters()):
@@ -63,7 +64,7 @@ def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunSta
     state.model.eval().requires_grad_(False)
     state.distiller.eval()  # memories take nothing in
     hooks = {
-        name: FeatureHooks(model, model.scales, scales_of([run.effective_recipe], taught=True))
+        name: FeatureHooks(model, model.scales, scales_of([run.effective_recipe], "teacher"))
         for name, model in networks.items()
     }
     return state, bank, hooks
@@ -80,15 +81,12 @@ def _terms(
     images = images.contiguous(memory_format=torch.channels_last)
     seen = {name: teacher_forward(tap, images) for name, tap in hooks.items()}
     with autocast(images.device):
-        output, features = state.taps(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
+        output, features = state.hooks(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
         totals = dict.fromkeys(state.distiller.terms, 0.0)
         for step in draws:
-            seed, taught = derive_seed(state.run.seed, "terms", step), seen
-            if state.run.recipe.teacher == "shuffled":
-                mix = derive_seed(seed, "shuffle")
-                taught = {name: shuffle(features, patients, mix) for name, features in seen.items()}
-            found = state.distiller(features, taught, labels, seed, patients, step)
+            seed = derive_seed(state.run.seed, "terms", step)
+            found = state.distiller(features, seen, labels, seed, patients, step)
             totals = {name: totals[name] + value / len(draws) for name, value in found.items()}
         return {"segmentation": state.segmentation(output.segmentation, labels)} | totals, features
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
 from monai.metrics.utils import get_edge_surface_distance
-from torch import Tensor, nn
+from torch import nn
 
-from kdlib.analysis.metrics import METRICS
 from kdlib.config import InputError
 from kdlib.data.decathlon import Dataset
-from kdlib.data.slices import SliceBank, restore
-from kdlib.losses.segmentation import predict, probabilities
-from kdlib.training import ranks
-from kdlib.training.device import autocast
+from kdlib.data.slices import SliceBank
+from kdlib.evaluation.masks import bounding_box, class_indices, on_file_grid, predict_cases, true_mask
 
+METRICS = ("dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error", "truth_volume")  # in this order
 TOLERANCE = 2.0  # mm that a surface may be off and still count as right (NSD)
 
 
@@ -79,7 +75,7 @@ def _mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: list[float
     if not predicted and not true:
         return dict(dice=1.0, iou=1.0, recall=1.0, precision=1.0, nsd=1.0, hd95=0.0, assd=0.0) | volumes
     # every voxel of either mask lies in the box, so a crop to it changes no metric and saves most of the time
-    box = _box(prediction | truth)
+    box = bounding_box(prediction | truth)
     pair = [torch.from_numpy(mask[box]) for mask in (prediction, truth)]
     counts = get_confusion_matrix(*(mask[None, None].to(torch.uint8) for mask in pair))
     names = {"dice": "f1 score", "iou": "threat score", "recall": "recall", "precision": "precision"}
@@ -99,80 +95,10 @@ def _mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: list[float
     return overlap | surface | volumes
 
 
-def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Bounding box of an XYZ mask that is not empty."""
-    sides = [np.flatnonzero(mask.any(axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(side[0], side[-1] + 1) for side in sides)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the device."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device):
-            yield device
-    finally:
-        model.train(training)
-
-
-def _logits(
-    model: nn.Module, bank: SliceBank, slices: Tensor, batch: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits [B,C,H,W] float32, labels [B,H,W] and cases [B] of slices [n] in their order, on the model's device."""
-    for index in slices.split(batch) if len(slices) else ():
-        images, labels = bank.batch(index)
-        images = images.to(device, memory_format=torch.channels_last)
-        logits = model(images, reconstruct=False).segmentation.float()
-        yield logits, labels.to(device), bank.case_index[index].to(device)
-
-
-def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[str, Tensor]:
-    """Probabilities of every case of the bank: name -> [C,D,H,W] in the slice grid, on the model's device.
-
-    C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
-    """
-    slices = torch.arange(len(bank), device=bank.images.device)
-    with _inference(model) as device:
-        scores = torch.cat([probabilities(logits) for logits, *_ in _logits(model, bank, slices, batch, device)])
-    owner = bank.case_index.to(scores.device)
-    return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
-
-
-def volume_dice(
-    model: nn.Module, bank: SliceBank, batch: int = 32, threshold: float = 0.5, pooled: bool = False
-) -> float:
-    """Dice of every volume and class in the slice grid, then their mean; empty masks as in `case_metrics`.
-
-    Args:
-        threshold: probability above which a pixel of a one-channel model is foreground.
-        pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
-    """
-    own = ranks.deal(torch.arange(len(bank.cases), device=bank.case_index.device))
-    slices = torch.isin(bank.case_index, own).nonzero()[:, 0]
-    with _inference(model) as device:
-        # of every class and volume: both masks, prediction, truth
-        volumes = torch.zeros(len(bank.classes), 3, len(bank.cases), dtype=torch.int64, device=device)
-        for logits, labels, cases in _logits(model, bank, slices, batch, device):
-            guess = predict(logits, threshold)
-            masks = [(guess == value, labels == value) for value in range(1, len(bank.classes) + 1)]
-            sums = [torch.stack([(p & t).sum((1, 2)), p.sum((1, 2)), t.sum((1, 2))]) for p, t in masks]
-            volumes.index_add_(2, cases, torch.stack(sums))
-    volumes = ranks.total(volumes)
-    if pooled:
-        volumes = volumes.sum(2, keepdim=True)
-    both, predicted, true = volumes.double().unbind(1)
-    return float(torch.where(predicted + true > 0, 2 * both / (predicted + true), 1.0).mean())
-
-
 def evaluate(
     model: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str], threshold: float = 0.5
 ) -> tuple[pd.DataFrame, list[dict]]:
     """Metrics of `cases` in the grid of their label files, which the truth is read from.
-
-    Probabilities, not labels, go back to the file's grid; there one class is cut at the threshold, and of several the
-    most probable wins.
 
     Args:
         bank: slices of at least these cases.
@@ -188,21 +114,13 @@ def evaluate(
     """
     tables, examples = [], []
     for name in cases:  # one at a time: the probabilities of many classes fill the memory
-        part, case = bank.select([name]), dataset.case(name)
+        part = bank.select([name])
         scores = predict_cases(model, part)[name]
-        prediction = _labels(restore(scores, part.geometry[name]), threshold).cpu().numpy()
-        file = np.asarray(nib.load(case.label).dataobj).round().astype(int)
-        truth = np.zeros_like(file)
-        for value, label in enumerate(bank.classes, start=1):
-            truth[file == dataset.labels[label]] = value
-        tables.append(case_metrics(prediction, truth, bank.classes, case.spacing).assign(case=name))
+        prediction, truth = on_file_grid(scores, part, name, threshold), true_mask(dataset, name, bank.classes)
+        table = case_metrics(prediction, truth, bank.classes, dataset.case(name).spacing)
+        tables.append(table.assign(case=name))
         largest = int((part.labels > 0).sum((1, 2)).argmax())
-        guess = _labels(scores[:, largest], threshold)
+        guess = class_indices(scores[:, largest], threshold)
         shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=guess)
         examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})
     return pd.concat(tables, ignore_index=True)[["case", "class", "metric", "value"]], examples
-
-
-def _labels(scores: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class indices of probabilities whose first axis is the channel."""
-    return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()

@@ -13,7 +13,7 @@ from kdlib.experiments.designs import requested_runs
 from kdlib.experiments.source import run_source
 from kdlib.experiments.store import is_done, read_manifest, run_key
 from kdlib.training.device import pick_device
-from kdlib.training.loop import epochs_of, steps_per_epoch
+from kdlib.training.schedule import epochs_of, steps_per_epoch
 
 
 def steps_of(run: Run, results: Path) -> int:

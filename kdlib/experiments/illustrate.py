@@ -10,14 +10,14 @@ import torch
 
 from kdlib.config import InputError, Run, derive_seed
 from kdlib.data.sampling import batch_indices
-from kdlib.evaluation.agreement import sample_features
+from kdlib.evaluation.similarity import sample_features
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import trained
 from kdlib.losses import LOSSES
 from kdlib.losses.base import resize_labels
 from kdlib.training.device import pick_device
-from kdlib.training.distiller import _split, probe, scales_of
-from kdlib.training.loop import new_model
+from kdlib.training.hooks import probe, scales_of, split_scale
+from kdlib.training.state import new_model
 
 
 def features(runs: Sequence[Run], results: Path | str = "results", device: str = "auto") -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
 
 
 def _grid(shapes: dict[str, torch.Size], place: str) -> list[int]:
-    name, factor = _split(place)
+    name, factor = split_scale(place)
     return [side // factor for side in shapes[name][1:]]
 
 

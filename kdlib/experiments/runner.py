@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, lookup
+from kdlib.config import InputError, Run, TrainingError, lookup
 from kdlib.data import SliceBank
 from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.source import TrainingData, run_bank, run_source
@@ -33,17 +33,25 @@ from kdlib.experiments.store import (
     write_manifest,
 )  # fmt: skip
 from kdlib.experiments.tables import Results, collect
-from kdlib.files import write_arrays, write_csv
+from kdlib.files import remove_partial_files, write_arrays, write_csv
 from kdlib.models import MODELS, count_parameters
-from kdlib.training import ranks
-from kdlib.training.checkpoint import CODE_HASH, Checkpoint, remove_partial_files, save_tensors
+from kdlib.training.checkpoint import CODE_HASH, Checkpoint, save_tensors
 from kdlib.training.device import pick_device
-from kdlib.training.distiller import check_recipe, scales_of
-from kdlib.training.loop import RunState, epochs_of, new_model, steps_per_epoch, train_cohort
+from kdlib.training.distiller import check_recipe
+from kdlib.training.fabric import ALONE, Processes
+from kdlib.training.hooks import scales_of
+from kdlib.training.loop import train_cohort
+from kdlib.training.schedule import epochs_of, steps_per_epoch
+from kdlib.training.state import RunState, new_model
 
 
-def study(runs: Iterable[Run], results: Path | str = "results", device: str = "auto") -> Results:
+def study(
+    runs: Iterable[Run], results: Path | str = "results", device: str = "auto", processes: Processes = ALONE
+) -> Results:
     """Trains and evaluates every run that has no result yet, teachers first, and returns the tables of all.
+
+    Args:
+        processes: that train each run together (see `kdlib.experiments.parallel.train`); this is the first of them.
 
     Raises:
         InputError: the data, a fold, a target or the device cannot be used.
@@ -54,16 +62,9 @@ def study(runs: Iterable[Run], results: Path | str = "results", device: str = "a
     teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
     check(teachers + runs)
     check_names(runs)
-    if ranks.asked() > 1:
-        from kdlib.experiments.parallel import launch  # which imports this module
-
-        # a network that was added to `MODELS` is known in this process alone, and trained here
-        own = {*TEACHERS, *STUDENTS}
-        launch([run for run in runs if {run.model, *run.teacher_runs()} <= own], results, ranks.asked(), device)
     failures: list[str] = []
     for stage in (teachers, runs):
-        failures += _train_stage(cohorts(stage), results, place)
-    ranks.agree(None)  # by now rank 0 has written everything
+        failures += _train_stage(cohorts(stage), results, place, processes)
     if failures:
         raise TrainingError(
             f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
@@ -84,11 +85,10 @@ def check(runs: Iterable[Run]) -> None:
                 with torch.device("meta"):
                     scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
         check_recipe(run.effective_recipe)
-        for models, taught in (([run.model], False), (run.teacher_runs(), True)):
-            for model, scale in [
-                (model, scale) for model in models for scale in scales_of([run.effective_recipe], taught)
-            ]:
-                lookup(f"scale of {model}", scale, scales[model])
+        for models, side in (([run.model], "student"), (run.teacher_runs(), "teacher")):
+            for model in models:
+                for scale in scales_of([run.effective_recipe], side):
+                    lookup(f"scale of {model}", scale, scales[model])
 
 
 def check_names(runs: Iterable[Run]) -> None:
@@ -131,26 +131,28 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device) -> list[str]:
+def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device, processes: Processes) -> list[str]:
     """Trains what has no result; what another process is training is left for the end, and waited for."""
     failures, waiting = [], []
     for group in groups:
-        found, busy = _train_free(group, results, place)
+        found, busy = _train_free(group, results, place, processes)
         failures, waiting = failures + found, waiting + [busy]
     for busy in waiting:
         while busy:
             print(f"{busy[0].method}: another process is training it, waiting", flush=True)
             with locked(busy[0], results, wait=True):
                 pass
-            records = ranks.agree([read_manifest(run_folder(run, results)) for run in busy])
+            records = [read_manifest(run_folder(run, results)) for run in busy]
             failures += [record["error"] for record in records if record.get("status") == "failed"]
             left = [run for run, record in zip(busy, records, strict=True) if record.get("status") != "failed"]
-            found, busy = _train_free(left, results, place)
+            found, busy = _train_free(left, results, place, processes)
             failures += found
     return failures
 
 
-def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tuple[list[str], list[Run]]:
+def _train_free(
+    group: Sequence[Run], results: Path, place: torch.device, processes: Processes
+) -> tuple[list[str], list[Run]]:
     """Trains those runs of a cohort that have no result and that no other process is training.
 
     Returns:
@@ -172,22 +174,24 @@ def _train_free(group: Sequence[Run], results: Path, place: torch.device) -> tup
         mine = {key for key in sorted(missing) if locks.enter_context(locked(missing[key], results))}
         busy = [run for key, run in missing.items() if key not in mine]
         free = [run for key, run in missing.items() if key in mine and not is_done(run, results)]
-        return [str(failure) for failure in train_missing(free, results, place)] if free else [], busy
+        return [str(failure) for failure in train_missing(free, results, place, 1, processes)] if free else [], busy
 
 
-def train_missing(group: list[Run], results: Path, device: torch.device, parts: int = 1) -> list[TrainingError]:
+def train_missing(
+    group: list[Run], results: Path, device: torch.device, parts: int = 1, processes: Processes = ALONE
+) -> list[TrainingError]:
     """Trains one cohort, whose locks are held, and saves each of its runs; returns the failures of single runs.
 
     Where the GPU's memory does not hold all runs, its halves are trained one after the other; where it does not hold
     one, its batch is split into `parts`, twice as many each time.
     """
     try:
-        return _train(group, results, device, parts)
+        return _train(group, results, device, parts, processes)
     except torch.OutOfMemoryError as error:
-        if ranks.size() > 1:  # the others are still at it
+        if processes.size > 1:  # the others are still at it
             raise
         cause = str(error).splitlines()[0]
-    gc.collect()  # the arms of the failed try: its traceback held their tensors until here
+    gc.collect()  # the runs of the failed try: its traceback held their tensors until here
     torch.cuda.empty_cache()
     if len(group) > 1:
         print(f"{len(group)} runs at once do not fit into memory ({cause}): trained in two halves", flush=True)
@@ -203,11 +207,17 @@ def train_missing(group: list[Run], results: Path, device: torch.device, parts: 
     return [fail(run, run_folder(run, results), record, TrainingError(text))]
 
 
-def _train(group: list[Run], results: Path, device: torch.device, parts: int) -> list[TrainingError]:
+def train_group(
+    group: list[Run], results: Path, device: torch.device, parts: int, processes: Processes, read_only: bool
+) -> list[RunState]:
+    """Trains one cohort, from its checkpoints where there are some.
+
+    Args:
+        parts: micro-batches of a step; processes: that train it together.
+        read_only: leave it to another process to write.
+    """
     run = group[0]
-    found = run_source(run, results)
-    fold = found.folds[run.fold]
-    bank = run_bank(run, results)
+    fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
     labelled = fold.subset(run.fraction)
     train, val = bank.select(labelled), bank.select(fold.val)
     if run.recipe.unlabelled:
@@ -222,97 +232,116 @@ def _train(group: list[Run], results: Path, device: torch.device, parts: int) ->
             teachers[name] = teacher.eval().requires_grad_(False)
         else:
             teachers[name] = trained(teacher_run, len(bank.classes), results, device)
-    steps, epochs = steps_per_epoch(run, slices), epochs_of(run, slices)
-    keep = [checkpoint_of(run, results) for run in group]
-    records = [manifest_header(run, found, results, device) for run in group]
-    for checkpoint, record in zip(keep, records, strict=True):
+    return train_cohort(
+        group,
+        train.to(device),
+        val.to(device),
+        steps_per_epoch(run, slices),
+        device,
+        teachers,
+        epochs_of(run, slices),
+        [dataclasses.replace(checkpoint_of(run, results), read_only=read_only) for run in group],
+        parts,
+        processes=processes,
+    )
+
+
+def _train(
+    group: list[Run], results: Path, device: torch.device, parts: int, processes: Processes
+) -> list[TrainingError]:
+    """Trains one cohort and saves each of its runs; returns the failures of single runs."""
+    found, bank = run_source(group[0], results), run_bank(group[0], results)
+    checkpoints = [checkpoint_of(run, results) for run in group]
+    records = [manifest_header(run, found, results, device, processes.size) for run in group]
+    for checkpoint, record in zip(checkpoints, records, strict=True):
         remove_partial_files(checkpoint.folder)
         write_manifest(checkpoint.folder, record | {"status": "training"})
-        checkpoint.note(f"training on {record['device']}, code {CODE_HASH}")
+        checkpoint.log(f"training on {record['device']}, code {CODE_HASH}")
     try:
-        banks = train.to(device), val.to(device)
-        arms = train_cohort(group, *banks, steps, device, teachers, epochs, keep, parts)
-        return [error for each in zip(arms, keep, records, strict=True) if (error := _finish(*each, bank, found))]
+        processes.broadcast((group, results, parts))  # the others train with this one: see `kdlib.experiments.parallel`
+        states = train_group(group, results, device, parts, processes, read_only=False)
+        parts_of = zip(states, checkpoints, records, strict=True)
+        return [error for each in parts_of if (error := _finish(*each, bank, found))]
     except torch.OutOfMemoryError:
         raise
     except InputError:  # nothing can be written
         raise
     except Exception as error:
-        for run, checkpoint, record in zip(group, keep, records, strict=True):
+        for run, checkpoint, record in zip(group, checkpoints, records, strict=True):
             if not is_marked_done(checkpoint.folder):
                 fail(run, checkpoint.folder, record, error)
         raise
 
 
 def _finish(
-    arm: RunState, checkpoint: Checkpoint, record: dict, bank: SliceBank, found: TrainingData
+    state: RunState, checkpoint: Checkpoint, record: dict, bank: SliceBank, found: TrainingData
 ) -> TrainingError | None:
-    """Saves a trained arm, or its failure."""
+    """Saves a trained run, or its failure."""
     folder = checkpoint.folder
     try:
-        if arm.failure is not None:
-            raise arm.failure
-        save_run(arm, bank, found, record, folder)
+        if state.failure is not None:
+            raise state.failure
+        save_run(state, bank, found, record, folder)
     except TrainingError as error:
-        if arm.failure is not None:  # from a state that has failed, it would fail again
+        if state.failure is not None:  # from a state that has failed, it would fail again
             checkpoint.delete()
-        return fail(arm.run, folder, record, error)
+        return fail(state.run, folder, record, error)
     except InputError as error:
-        if error is not arm.failure:
+        if error is not state.failure:
             raise
-        return fail(arm.run, folder, record, error)
+        return fail(state.run, folder, record, error)
     checkpoint.delete()
-    checkpoint.note("done")
+    checkpoint.log("done")
     listing = os.environ.get("KDLIB_TRAINED")
-    if listing and not ranks.rank():  # whoever runs the notebook puts its executed copy there
+    if listing:  # whoever runs the notebook puts its executed copy there
         with open(listing, "a", encoding="utf-8") as file:
             file.write(f"{folder}\n")
     return None
 
 
-def save_run(arm: RunState, bank: SliceBank, found: TrainingData, record: dict, folder: Path) -> None:
+def save_run(state: RunState, bank: SliceBank, found: TrainingData, record: dict, folder: Path) -> None:
     """Evaluates the best weights on the test patients and writes the run folder, its manifest last.
 
     Raises:
         TrainingError: a case that cannot be evaluated.
         InputError: the folder cannot be written.
     """
-    run, fold = arm.run, found.folds[arm.run.fold]
-    save_tensors(arm.model.state_dict(), folder / "last.safetensors")
-    save_tensors(arm.best, folder / "best.safetensors")
-    if arm.best_projectors:
-        save_tensors(arm.best_projectors, folder / "projectors.safetensors")
-    arm.model.load_state_dict(arm.best)
-    begin, own, cause = time.perf_counter(), [], None
-    test = bank.select(fold.test).to(next(arm.model.parameters()).device)
-    for case in ranks.deal(fold.test):
+    run, fold = state.run, found.folds[state.run.fold]
+    save_tensors(state.model.state_dict(), folder / "last.safetensors")
+    save_tensors(state.best, folder / "best.safetensors")
+    if state.best_distiller:
+        save_tensors(state.best_distiller, folder / "projectors.safetensors")
+    state.model.load_state_dict(state.best)
+    begin = time.perf_counter()
+    test = bank.select(fold.test).to(next(state.model.parameters()).device)
+    tables, examples, faults, cause = [], [], [], None
+    for case in fold.test:
         try:
-            table, (example,) = evaluate(arm.model, test, found.dataset, [case], run.threshold)
-            own.append((table.to_dict("records"), example, ""))
+            table, (example,) = evaluate(state.model, test, found.dataset, [case], run.threshold)
+            tables.append(table)
+            examples.append(example)
         except Exception as error:  # whatever a bad file raises, it must name the case and cost this run alone
-            own.append(([], {}, f"case {case} cannot be evaluated ({type(error).__name__}: {error})"))
+            faults.append(f"case {case} cannot be evaluated ({type(error).__name__}: {error})")
             cause = error
-    tables, examples, faults = zip(*ranks.collect(own), strict=True)
-    if any(faults):
-        text = "; ".join(filter(None, faults))
-        raise TrainingError(f"{arm.label}: {text}; fix it and run again, the training is kept") from cause
-    metrics = pd.DataFrame(sum(tables, []))
+    if faults:
+        text = "; ".join(faults)
+        raise TrainingError(f"{state.label}: {text}; fix it and run again, the training is kept") from cause
+    metrics = pd.concat(tables, ignore_index=True)
     metrics["patient"] = metrics["case"].map(fold.groups)
     parts = {
         part: np.stack([example[part] for example in examples]) for part in ("name", "image", "truth", "prediction")
     }
-    if not ranks.rank():
-        write_csv(folder / "history.csv", pd.DataFrame(arm.history))
-        write_csv(folder / "metrics.csv", metrics)
-        write_arrays(folder / "slices.npz", parts)
+    write_csv(folder / "history.csv", pd.DataFrame(state.history))
+    write_csv(folder / "metrics.csv", metrics)
+    write_arrays(folder / "slices.npz", parts)
     record = record | {
-        "adapters": arm.distiller.describe() if arm.distiller is not None else {},
-        "parameters": count_parameters(arm.model),
-        "best": {"epoch": arm.best_epoch, "val_dice": arm.best_dice},
-        "steps": arm.step,
-        "sessions": arm.sessions,
-        "micro_batches": max(session.get("micro_batches", 1) for session in arm.sessions),
-        "seconds": {"training": round(arm.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
+        "adapters": state.distiller.describe() if state.distiller is not None else {},
+        "parameters": count_parameters(state.model),
+        "best": {"epoch": state.best_epoch, "val_dice": state.best_dice},
+        "steps": state.step,
+        "sessions": state.sessions,
+        "micro_batches": max(session.get("micro_batches", 1) for session in state.sessions),
+        "seconds": {"training": round(state.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "status": "done",
     }

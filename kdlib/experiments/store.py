@@ -34,10 +34,9 @@ from kdlib.experiments.identity import identity
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
 from kdlib.models import MODELS
-from kdlib.training import ranks
 from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint
 from kdlib.training.device import computes_bf16
-from kdlib.training.loop import new_model
+from kdlib.training.state import new_model
 
 FORMAT = 2  # of manifests
 OUTPUTS = (
@@ -118,8 +117,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def is_done(run: Run, results: Path) -> bool:
-    """As rank 0 sees it: it writes while the others may be further on."""
-    return ranks.agree(is_marked_done(run_folder(run, results)))
+    return is_marked_done(run_folder(run, results))
 
 
 def is_marked_done(folder: Path) -> bool:
@@ -157,7 +155,7 @@ def manifests(keys: Iterable[str], results: Path | str) -> dict[str, dict]:
     return found | {key: record for key, record in records.items() if record.get("status") == "done"}
 
 
-def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.device) -> dict:
+def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.device, processes: int = 1) -> dict:
     """What is known of a run before it is trained: the first part of its manifest."""
     fold = found.folds[run.fold]
     parts = {"train": fold.subset(run.fraction), "val": fold.val, "test": fold.test}
@@ -176,7 +174,7 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "precision": "bf16" if computes_bf16(device) else "fp32",
         **machine(),
-        "processes": ranks.size(),
+        "processes": processes,
         "notebook": os.path.relpath(notebook, results) if notebook else None,
         "started": _now(),
     }
@@ -184,8 +182,6 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
 
 def write_manifest(folder: Path, record: dict) -> None:
     """Writes a run's manifest; of a finished run with the hash of each file that it names as its result."""
-    if ranks.rank():
-        return
     if record.get("status") == "done":
         made = [name for name in OUTPUTS if (folder / name).is_file()]
         record = record | {"files": {name: sha256(folder / name) for name in made}}
@@ -210,7 +206,7 @@ def fail(run: Run, folder: Path, record: dict, failure: Exception) -> TrainingEr
     error = failure if isinstance(failure, TrainingError) else TrainingError(f"{run.method}: {failure}")
     record = record | {"failed": _now(), "status": "failed", "error": str(error), "rerun": again}
     write_manifest(folder, record)
-    Checkpoint(folder, {}).note("failed: " + "".join(traceback.format_exception(failure)).rstrip())
+    Checkpoint(folder, {}).log("failed: " + "".join(traceback.format_exception(failure)).rstrip())
     return error
 
 
@@ -290,22 +286,19 @@ def checkpoint_of(run: Run, results: Path) -> Checkpoint:
 def locked(run: Run, results: Path, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a run's folder; yields False where another process holds it and is not waited for.
 
-    The operating system keeps it, and frees it when its holder dies. Of several ranks the first holds it for all.
+    The operating system keeps it, and frees it when its holder dies.
     """
-    if ranks.rank():
-        yield ranks.agree(None)
-        return
     folder = run_folder(run, results)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
     except Timeout:
-        yield ranks.agree(False)
+        yield False
         return
     except OSError as error:
         raise write_error(folder, error) from None
     try:
-        yield ranks.agree(True)
+        yield True
     finally:
         lock.release()

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from kdlib.config import InputError, Run
-from kdlib.evaluation.agreement import calibration, fidelity, scale_similarity
+from kdlib.evaluation.agreement import agreement
+from kdlib.evaluation.calibration import calibration
+from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import manifest, run_folder, run_key, trained, verified
@@ -109,7 +111,7 @@ def teacher_agreement(
             test = found.folds[run.fold].test
             bank = run_bank(run, results).select(test).to(place)
             models = [trained(who, len(bank.classes), results, place) for who in (run, master)]
-            missing["agreement"] = fidelity(*models, bank, found.dataset, test, run.threshold)
+            missing["agreement"] = agreement(*models, bank, found.dataset, test, run.threshold)
             missing["agreement"]["patient"] = missing["agreement"]["case"].map(found.folds[run.fold].groups)
             missing["similarity"] = scale_similarity(*models, bank)
             missing["calibration"] = calibration(models[0], bank)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from kdlib.config import InputError
@@ -36,3 +39,11 @@ def computes_bf16(device: torch.device) -> bool:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where it is native (about twice as fast on such a CPU), float32 elsewhere; losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
+
+
+@contextmanager
+def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Layers that draw from torch's own random numbers (dropout) draw from a stream of their own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

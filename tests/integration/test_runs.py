@@ -567,11 +567,10 @@ def half_done(finished, tmp_path) -> tuple[Path, list[Run]]:
 def test_a_failed_arm_leaves_its_cause_and_is_trained_again(half_done, monkeypatch):
     (results, runs), original = half_done, training.training_step
 
-    def nan(arm, batch, measure=()):
-        losses, gradients = original(arm, batch, measure)
-        if arm.run == runs[1]:
-            losses["loss"] = losses["loss"] * float("nan")
-        return losses, gradients
+    def nan(state, *args):
+        original(state, *args)
+        if state.run == runs[1]:
+            state.diagnostics.losses["loss"] *= float("nan")
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", nan)
@@ -638,11 +637,11 @@ def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypa
     runs = [dataclasses.replace(runs[1], recipe=recipe) for recipe in recipes]
     calls, original = [], runner.train_cohort
 
-    def small(group, *args):
+    def small(group, *args, **kwargs):
         calls.append(len(group))
         if len(group) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(group, *args)
+        return original(group, *args, **kwargs)
 
     monkeypatch.setattr(runner, "train_cohort", small)
     assert study(runs, results, "cpu").runs["run"].nunique() == 3
@@ -651,14 +650,14 @@ def test_memory_that_does_not_hold_a_cohort_holds_its_halves(half_done, monkeypa
 
 
 def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, capsys):
-    (results, runs), original = half_done, training.losses_of
+    (results, runs), original = half_done, training.student_losses
 
-    def small(arm, batch):
-        if arm.run.teacher and len(batch.images) > 4:
+    def small(state, batch, *args):
+        if state.run.teacher and len(batch.images) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(arm, batch)
+        return original(state, batch, *args)
 
-    monkeypatch.setattr(training, "losses_of", small)
+    monkeypatch.setattr(training, "student_losses", small)
     study(runs, results, "cpu")
     parts = [store.manifest(run, results)["micro_batches"] for run in [teacher_of(runs[1]), *runs]]
     assert parts == [1, 1, 4, 4]
@@ -669,10 +668,10 @@ def test_a_batch_that_does_not_fit_is_split_and_says_so(half_done, monkeypatch, 
 def test_a_batch_that_cannot_be_split_further_is_named_and_the_others_go_on(half_done, monkeypatch):
     (results, runs), original = half_done, runner.train_cohort
 
-    def small(group, *args):
+    def small(group, *args, **kwargs):
         if group[0].teacher:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(group, *args)
+        return original(group, *args, **kwargs)
 
     monkeypatch.setattr(runner, "train_cohort", small)
     with pytest.raises(TrainingError, match="2 of 3 runs failed.*batches of 2 slices do not fit into memory .CUDA out"):

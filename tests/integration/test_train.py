@@ -8,64 +8,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from small_training import CPU, TINY, blobs, distilled, frozen_teacher, run_of, same, train_one
 
-from kdlib.config import PROTOCOLS, Preprocessing, Profile, Recipe, Run, Term, TrainingError
-from kdlib.data import SliceBank
+from kdlib.config import PROTOCOLS, Recipe, Run, Term, TrainingError
+from kdlib.data.sampling import batch_indices
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.training import loop as training
-from kdlib.training.loop import (
-    EpochLog,
-    batch_indices,
-    epochs_of,
-    gradient_of,
-    new_arm,
-    new_model,
-    steps_per_epoch,
-    train_cohort,
-)
-
-CPU = torch.device("cpu")
-TINY = Profile("tiny", Preprocessing(32), 0.125, 2, 2, 3, 3, folds=4)
-
-
-def blobs(cases: int = 2, slices: int = 6, seed: int = 0, classes: int = 1) -> SliceBank:
-    """Bright squares on noise: something a network can learn within a few steps."""
-    generator = torch.Generator().manual_seed(seed)
-    n = cases * slices
-    images = torch.randint(0, 80, (n, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.zeros(n, 32, 32, dtype=torch.uint8)
-    for i in range(n):
-        top, left = torch.randint(2, 18, (2,), generator=generator).tolist()
-        labels[i, top : top + 12, left : left + 12] = 1 + i % classes
-    images[labels > 0] += 120
-    index = torch.arange(n)
-    return SliceBank(
-        images, labels, index // slices, torch.stack([index, index], 1), tuple(f"c{i}" for i in range(cases)),
-        tuple(f"class{i}" for i in range(classes)), "repeat", {}, tuple(range(cases)),
-    )  # fmt: skip
-
-
-def run_of(model: str = "S1", **changes) -> Run:
-    return Run("phantom", "spleen", model, profile=TINY, **changes)
-
-
-def distilled(only=("E-E", "B-B", "D-D", "PMD"), loss="supcon", model="S1", seed=0) -> Run:
-    return run_of(model, teacher="T1", recipe=thesis_recipe(model, loss, only), fraction=0.5, seed=seed)
-
-
-def frozen_teacher() -> dict[str, torch.nn.Module]:
-    return {"T1": new_model(run_of("T1"), 1).eval().requires_grad_(False)}
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def train_one(run: Run, teachers=None, **kwargs):
-    return train_cohort([run], blobs(), blobs(1, seed=9), 3, CPU, teachers, **kwargs)[0]
+from kdlib.training.batch import Batch
+from kdlib.training.hooks import FeatureHooks
+from kdlib.training.loop import teacher_forward, train_cohort, training_step
+from kdlib.training.schedule import epochs_of, steps_per_epoch
+from kdlib.training.state import new_model, new_state
 
 
 @pytest.mark.parametrize("run", [run_of("S1"), run_of("T1"), distilled()], ids=["baseline", "teacher", "distilled"])
@@ -125,25 +79,25 @@ def test_students_of_every_fraction_have_the_same_budget():
 
 
 def test_schedule_warms_up_and_decays():
-    arm = new_arm(run_of("S1"), 1, 100, CPU, {})
+    arm = new_state(run_of("S1"), 1, 100, CPU, {})
     factor = arm.schedule.lr_lambdas[0]
     assert factor(0) == pytest.approx(0.2) and factor(4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.04)))
     assert factor(50) == pytest.approx(0.5) and factor(99) < 0.001
-    thesis = new_arm(run_of("S1", protocol=PROTOCOLS["thesis"]), 1, 100, CPU, {})
+    thesis = new_state(run_of("S1", protocol=PROTOCOLS["thesis"]), 1, 100, CPU, {})
     assert {thesis.schedule.lr_lambdas[0](step) for step in range(100)} == {1.0}
 
 
 def test_protocols_choose_the_optimiser():
     thesis = PROTOCOLS["thesis"]
     student = Run("phantom", "spleen", "S1", teacher="T1", recipe=thesis_recipe("S1"), profile=TINY, protocol=thesis)
-    arm = new_arm(student, 1, 10, CPU, frozen_teacher())
+    arm = new_state(student, 1, 10, CPU, frozen_teacher())
     assert isinstance(arm.optimiser, torch.optim.RMSprop) and arm.optimiser.defaults["lr"] == 1e-2
-    arm = new_arm(run_of("T1", protocol=thesis), 1, 10, CPU, {})
+    arm = new_state(run_of("T1", protocol=thesis), 1, 10, CPU, {})
     assert isinstance(arm.optimiser, torch.optim.AdamW) and arm.optimiser.defaults["betas"] == (0.9, 0.95)
 
 
 def test_projectors_are_in_the_optimiser_and_move():
-    arm = new_arm(distilled(), 1, 10, CPU, frozen_teacher())
+    arm = new_state(distilled(), 1, 10, CPU, frozen_teacher())
     optimised = {id(parameter) for group in arm.optimiser.param_groups for parameter in group["params"]}
     assert all(id(parameter) in optimised for parameter in arm.distiller.parameters())
     trained = train_one(distilled(), frozen_teacher())
@@ -187,49 +141,6 @@ def test_a_term_that_passes_no_gradient_stops_its_arm_and_no_other(monkeypatch):
     assert arms[1].failure is None and arms[1].best
 
 
-def test_the_published_prediction_term_would_be_caught():
-    """Fault 2: a softmax over one channel is exactly 1, so the term and its gradient are exactly 0."""
-    arm = new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher())
-    log, logits = EpochLog(arm), torch.randn(2, 1, 8, 8, requires_grad=True)
-    published = torch.nn.functional.kl_div(logits.log_softmax(1), torch.randn(2, 1, 8, 8).softmax(1), reduction="sum")
-    log.add(
-        {"loss": published, "segmentation": published, "PMD": published},
-        {"segmentation": torch.ones(3), "PMD": torch.zeros(3)},
-    )
-    with pytest.raises(TrainingError, match="PMD .* was exactly zero in epoch 4"):
-        log.rows(4)
-
-
-def test_gradients_are_measured_twice_and_again_while_they_are_zero():
-    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
-    assert log.unmeasured() == ["segmentation", "PMD"]
-    for _ in range(2):
-        log.add({"PMD": torch.ones(())}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
-    assert log.unmeasured() == ["PMD"]
-    log.add({"PMD": torch.ones(())}, {"PMD": torch.ones(3)})
-    assert log.unmeasured() == []
-    assert EpochLog(new_arm(run_of("S1"), 1, 10, CPU, {})).unmeasured() == [], "nothing to compare in a baseline"
-
-
-def test_a_term_that_is_known_to_be_dead_is_not_measured_for_ever():
-    thesis = dataclasses.replace(distilled(("PMD",)), protocol=PROTOCOLS["thesis"])
-    log = EpochLog(new_arm(thesis, 1, 10, CPU, frozen_teacher()))
-    for _ in range(2):
-        log.add({}, {"segmentation": torch.ones(3), "PMD": torch.zeros(3)})
-    assert log.unmeasured() == []
-
-
-def test_shares_and_cosines_of_gradients():
-    log = EpochLog(new_arm(distilled(("PMD",)), 1, 10, CPU, frozen_teacher()))
-    losses = {name: torch.ones(()) for name in ("loss", "segmentation", "PMD")}
-    log.add(losses, {"segmentation": torch.tensor([1.0, 0.0]), "PMD": torch.tensor([0.0, 1.0])})
-    log.add(losses, {"segmentation": torch.tensor([3.0, 0.0]), "PMD": torch.tensor([3.0, 3.0])})
-    rows = {row["name"]: row["value"] for row in log.rows(1)}
-    assert rows["grad/segmentation"] == pytest.approx(0.4) and rows["grad/PMD"] == pytest.approx(0.2)
-    assert rows["share/segmentation"] == pytest.approx(0.4 / 0.6)
-    assert rows["cosine/segmentation"] == pytest.approx(1) and rows["cosine/PMD"] == pytest.approx(0.5**0.5)
-
-
 def test_infonce_is_logged_against_chance():
     history = train_one(distilled(("B-B",), "infonce"), frozen_teacher()).history
     value, chance = (
@@ -238,64 +149,32 @@ def test_infonce_is_logged_against_chance():
     assert chance == pytest.approx(value / math.log(16))
 
 
-def test_a_learned_projector_that_does_not_move_stops_its_arm(monkeypatch):
-    step = torch.optim.AdamW.step
-
-    def only_the_model(self, closure=None):
-        step(self, closure)
-        for parameter, kept in frozen.items():
-            parameter.data.copy_(kept)
-
-    original, frozen = training.new_arm, {}
-
-    def remember(*args, **kwargs):
-        arm = original(*args, **kwargs)
-        frozen.update({parameter: parameter.detach().clone() for parameter in arm.distiller.parameters()})
-        return arm
-
-    monkeypatch.setattr(training, "new_arm", remember)
-    monkeypatch.setattr(torch.optim.AdamW, "step", only_the_model)
-    failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
-    assert "B-B (supcon) did not move one of its learned projectors in epoch 1" in str(failure)
-
-
-def test_weight_decay_alone_is_no_movement(monkeypatch):
-    """A teacher's projector that gets no gradient still reduced_from_thesis by weight decay."""
-    original = training.new_arm
+def test_a_learned_projector_that_does_not_change_stops_its_run(monkeypatch):
+    """Without its gradient, a teacher's projector still shrinks by weight decay, which is no change."""
+    original = training.new_state
 
     def without_gradient(*args, **kwargs):
-        arm = original(*args, **kwargs)
-        arm.distiller.terms["B-B"].adapters[0].teacher.conv.weight.register_hook(torch.zeros_like)
-        return arm
+        state = original(*args, **kwargs)
+        state.distiller.terms["B-B"].adapters[0].teacher.conv.weight.register_hook(torch.zeros_like)
+        return state
 
-    monkeypatch.setattr(training, "new_arm", without_gradient)
+    monkeypatch.setattr(training, "new_state", without_gradient)
     failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
-    assert "did not move one of its learned projectors" in str(failure)
+    assert "B-B (supcon) did not change one of its learned projectors in epoch 1" in str(failure)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "redrawn"])
 def test_controls_on_projectors(kind):
-    terms = (Term("B-B", "infonce", 0.2, 0.4, projector=kind),)
-    run = run_of("S1", teacher="T1", recipe=Recipe(kind, terms=terms), fraction=0.5)
-    start = new_arm(run, 1, 6, CPU, frozen_teacher()).distiller.state_dict()
+    terms = (Term("B-B", "infonce", 0.2, 0.4, projector="frozen" if kind == "frozen" else "learned"),)
+    recipe = Recipe(kind, terms=terms, redrawn_projectors=kind == "redrawn")
+    run = run_of("S1", teacher="T1", recipe=recipe, fraction=0.5)
+    start = new_state(run, 1, 6, CPU, frozen_teacher()).distiller.state_dict()
     first, second = (train_one(run, frozen_teacher()) for _ in range(2))
     assert first.failure is None and same(first.model.state_dict(), second.model.state_dict())
     assert same(start, first.distiller.state_dict()) == (kind == "frozen")
     optimised = {id(parameter) for group in first.optimiser.param_groups for parameter in group["params"]}
     assert not any(id(parameter) in optimised and parameter.requires_grad for parameter in first.distiller.parameters())
     assert not any(row["name"].startswith("projector_change/") for row in first.history)
-
-
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(0, 100))
-def test_a_shuffled_teacher_gives_everybody_another_patients_features(owners, seed):
-    patients, images = torch.tensor(owners), torch.arange(float(len(owners)))[:, None]
-    mixed = training.shuffle({"bottleneck": images, "logits": images * 10}, patients, seed)
-    other = mixed["bottleneck"][:, 0].long()
-    assert sorted(other.tolist()) == list(range(len(owners))), "each once"
-    assert (other != torch.arange(len(owners))).all()
-    assert torch.equal(mixed["logits"], mixed["bottleneck"] * 10), "the same other image at every scale"
-    if 2 * patients.bincount().max() <= len(owners):
-        assert (patients[other] != patients).all()
 
 
 def test_all_weights_zero_is_no_distillation():
@@ -324,17 +203,16 @@ def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():
 def test_a_batch_without_foreground_balances_nothing():
     terms = (Term("B-B", "fitnet", 1.0),)
     run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
-    arm = new_arm(run, 1, 6, CPU, frozen_teacher())
+    arm = new_state(run, 1, 6, CPU, frozen_teacher())
     images, labels = blobs().batch(torch.arange(4))
     teacher = frozen_teacher()["T1"]
-    taught = {"T1": training.teacher_forward(training.FeatureHooks(teacher, teacher.scales, ["bottleneck"]), images)}
-    batch = training.Batch(images, labels, torch.zeros(4, dtype=torch.long), taught, 0)
-    names = ["segmentation", "B-B"]
-    training.training_step(arm, dataclasses.replace(batch, labels=torch.zeros_like(labels)), names)
-    assert arm.weights["B-B"] == 1.0 and not arm.balanced
-    assert EpochLog(arm).unmeasured() == names, "measured until it is balanced"
-    training.training_step(arm, batch, names)
-    assert arm.weights["B-B"] != 1.0 and arm.balanced
+    seen = {"T1": teacher_forward(FeatureHooks(teacher, teacher.scales, ["bottleneck"]), images)}
+    batch = Batch(images, labels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), 0, seen)
+    training_step(arm, dataclasses.replace(batch, labels=torch.zeros_like(labels)))
+    assert arm.weights["B-B"] == 1.0 and not arm.diagnostics.balanced
+    assert arm.diagnostics.unmeasured() == ["segmentation", "B-B"], "measured until it is balanced"
+    training_step(arm, batch)
+    assert arm.weights["B-B"] != 1.0 and arm.diagnostics.balanced
 
 
 def test_a_memory_takes_in_the_training_patients_alone():
@@ -400,13 +278,6 @@ def test_nan_stops_with_arm_epoch_and_loss(monkeypatch):
     assert "S1, fold 0, seed 0" in str(failure) and "nan in epoch 1" in str(failure)
 
 
-def test_gradient_is_a_vector_over_all_parameters():
-    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    unused = torch.nn.Parameter(torch.ones(2))
-    assert gradient_of((weight**2).sum() / 2, [weight, unused]).tolist() == [3, 4, 0, 0]
-    assert gradient_of(torch.tensor(1.0), [weight]).tolist() == [0, 0]
-
-
 def test_weights_of_the_recipe_scale_the_logged_gradient():
     recipe = Recipe("p", terms=(Term("PMD", "kl", 0.2, 4.0),))
     double = Recipe("p", terms=(Term("PMD", "kl", 0.4, 4.0),))
@@ -442,19 +313,17 @@ def test_gpu_trains_in_bf16_channels_last():
 def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
     """Without batch statistics and with a loss that is a mean over images, the parts add up to the whole."""
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x)
-    monkeypatch.setattr(
-        training.SegmentationLoss, "forward", lambda self, logits, labels: (logits[:, 0] - labels).square().mean()
-    )
     monkeypatch.setattr(training, "autocast", lambda device: nullcontext())
-    whole, split = (new_arm(run_of("S1"), 1, 10, CPU, {}) for _ in range(2))
-    whole.model.double(), split.model.double()
-    split.micro_batches = 3
     images, labels = blobs().batch(torch.arange(8))
-    batch = training.Batch(images.double(), labels, torch.zeros(8, dtype=torch.long), {}, 0)
-    losses = [training.training_step(arm, batch, ["segmentation"]) for arm in (whole, split)]
-    for first, second in zip(*losses, strict=True):
-        for name in first:
-            torch.testing.assert_close(first[name], second[name])
-    for mine, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+    every = torch.ones(8, dtype=torch.bool)
+    batch = Batch(images.double(), labels, every, torch.zeros(8, dtype=torch.long), 0, {})
+    states = [new_state(run_of("S1"), 1, 10, CPU, {}, micro_batches=parts) for parts in (1, 3)]
+    for state in states:
+        state.model.double()
+        state.segmentation = lambda logits, labels: (logits[:, 0] - labels).square().mean()
+        training_step(state, batch)
+    whole, split = states
+    torch.testing.assert_close(whole.diagnostics.losses["loss"], split.diagnostics.losses["loss"])
+    for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
     assert [len(part.images) for part in batch.split(3)] == [3, 3, 2]

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from kdlib import InputError, Preprocessing, Profile, Run, TrainingError, study, thesis_recipe
-from kdlib.training import loop as training
-from kdlib.training.checkpoint import Checkpoint
+from kdlib.training import loop
+from kdlib.training.state import RunState
 
 SIZE = Profile("tiny", Preprocessing(32, 12.0), 0.0625, 2, 2, 4, 4, folds=5)
 
@@ -27,21 +27,23 @@ def write_down(trace: Path) -> None:
     """Lets every optimiser step, before it is done, and every saved checkpoint leave a line, whatever happens next."""
     file = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def line(what: str, arm: training.RunState) -> None:
-        os.write(file, f"{os.getpid()}\t{what}\t{arm.run.model} {arm.label}\t{arm.step}\n".encode())
+    def line(what: str, state: RunState) -> None:
+        os.write(file, f"{os.getpid()}\t{what}\t{state.run.model} {state.label}\t{state.step}\n".encode())
 
-    step, save = training.training_step, Checkpoint.save
+    step, save = loop.training_step, RunState.save
 
-    def training_step(arm, *args):
-        line("step", arm)
-        return step(arm, *args)
+    def training_step(state, *args):
+        line("step", state)
+        return step(state, *args)
 
-    def save_and_tell(self, arm):
-        line("saving", arm)
-        save(self, arm)
-        line("saved", arm)
+    def save_and_tell(self):
+        if self.checkpoint is None or self.failure is not None or not self.step:
+            return
+        line("saving", self)
+        save(self)
+        line("saved", self)
 
-    training.training_step, Checkpoint.save = training_step, save_and_tell
+    loop.training_step, RunState.save = training_step, save_and_tell
 
 
 def main(phantom: str, results: str, trace: str) -> None:

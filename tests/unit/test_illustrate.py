@@ -26,8 +26,8 @@ from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.files import read_arrays, write_arrays
 from kdlib.losses import Context, SupervisedContrastiveLoss
-from kdlib.training.distiller import FeatureHooks
-from kdlib.training.loop import new_arm, new_model
+from kdlib.training.hooks import FeatureHooks
+from kdlib.training.state import new_model, new_state
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
     images, labels = bank.batch(index)
     (teacher_run,) = run.teacher_runs().values()
     teacher = new_model(teacher_run, 1).eval()
-    arm = new_arm(run, 1, 1, torch.device("cpu"), {"T1": teacher})
+    arm = new_state(run, 1, 1, torch.device("cpu"), {"T1": teacher})
     seen = []
     draw = SupervisedContrastiveLoss.draw
 
@@ -119,7 +119,7 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(SupervisedContrastiveLoss, "draw", recorded)
-    _, own = arm.taps(images)
+    _, own = arm.hooks(images)
     _, taught = FeatureHooks(teacher, teacher.scales, list(own))(images)
     seed = derive_seed(run.seed, "terms", step)
     terms = {name: term for name, term in arm.distiller.terms.items() if name == "D-D"}

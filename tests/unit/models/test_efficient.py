@@ -3,7 +3,7 @@ import torch
 
 from kdlib import InputError, thesis_recipe
 from kdlib.models import build_model, count_parameters, gflops
-from kdlib.training.distiller import probe, scales_of
+from kdlib.training.hooks import probe, scales_of
 
 
 def test_e1_has_the_budget_of_s1():

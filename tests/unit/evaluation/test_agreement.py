@@ -13,20 +13,15 @@ from hypothesis import strategies as st
 from monai.metrics import CalibrationErrorMetric, calibration_binning
 from torch import nn
 
+from kdlib.analysis.calibration import expected_calibration_error
 from kdlib.config import InputError, Preprocessing
 from kdlib.data.decathlon import index
 from kdlib.data.slices import build
-from kdlib.evaluation.agreement import (
-    _features_at,
-    calibration,
-    cka,
-    expected_calibration_error,
-    fidelity,
-    sample_features,
-    scale_similarity,
-    surface_band,
-)
-from kdlib.evaluation.cases import evaluate, predict_cases
+from kdlib.evaluation.agreement import agreement
+from kdlib.evaluation.calibration import calibration
+from kdlib.evaluation.cases import TOLERANCE, evaluate
+from kdlib.evaluation.masks import predict_cases, surface_band
+from kdlib.evaluation.similarity import cka, features_at, sample_features, scale_similarity
 from kdlib.models import Output, build_model
 from kdlib.training.device import computes_bf16
 
@@ -85,7 +80,7 @@ def wide(table) -> pd.DataFrame:
 def test_a_model_agrees_with_itself(dataset, target):
     bank = painted(dataset, target)
     model = Reader(len(bank.classes), shift=1)
-    table = fidelity(model, model, bank, dataset, bank.cases)
+    table = agreement(model, model, bank, dataset, bank.cases)
     assert list(table.columns) == ["case", "class", "metric", "value"]
     assert len(table) == len(bank.cases) * len(bank.classes) * 3
     found = wide(table)
@@ -96,11 +91,11 @@ def test_a_model_agrees_with_itself(dataset, target):
     assert (found.drop(index=absent)[["band_agreement", "error_overlap"]] == 1).all(axis=None)
 
 
-def test_fidelity_by_hand(dataset):
+def test_agreement_by_hand(dataset):
     # the teacher is right; the student lies one row (2 mm along the file's y) lower: 14 of the box's 15 rows are shared
     bank = painted(dataset, "near")
     teacher, student = Reader(1), Reader(1, shift=1)
-    found = wide(fidelity(student, teacher, bank, dataset, bank.cases))
+    found = wide(agreement(student, teacher, bank, dataset, bank.cases))
     assert found["agreement"].tolist() == pytest.approx([14 / 15] * 2)
     assert found["error_overlap"].tolist() == [0.0, 0.0]
     # both faces that move hold 8 x 6 voxels; the band is counted voxel by voxel below
@@ -114,10 +109,10 @@ def test_fidelity_by_hand(dataset):
 
 def test_errors_made_alike_and_apart(dataset):
     bank = painted(dataset, "near")
-    alike = wide(fidelity(Reader(1, 2), Reader(1, 1), bank, dataset, ["box_2"]))
+    alike = wide(agreement(Reader(1, 2), Reader(1, 1), bank, dataset, ["box_2"]))
     # wrong are 2 x 2 rows and 2 x 1 rows, of which 2 are the same
     assert alike["error_overlap"].item() == pytest.approx(2 * 2 / 6)
-    apart = wide(fidelity(Reader(1, 1), Reader(1, -1), bank, dataset, ["box_2"]))
+    apart = wide(agreement(Reader(1, 1), Reader(1, -1), bank, dataset, ["box_2"]))
     assert apart["error_overlap"].item() == 0 and apart["agreement"].item() == pytest.approx(13 / 15)
     assert list(apart.index) == [("box_2", "near")]
 
@@ -141,7 +136,7 @@ def slow_band(truth, spacing, width=2.0):
 def test_surface_band_is_its_definition(seed, spacing):
     generator = np.random.default_rng(seed)
     truth = generator.random(generator.integers(1, 9, 3)) < generator.choice([0.05, 0.9])
-    band, box = surface_band(truth, spacing)
+    band, box = surface_band(truth, spacing, TOLERANCE)
     found = np.zeros_like(truth)
     found[box] = band
     assert np.array_equal(found, slow_band(truth, spacing) if truth.any() else found * False)
@@ -149,7 +144,7 @@ def test_surface_band_is_its_definition(seed, spacing):
 
 def test_unknown_case_is_named(dataset):
     with pytest.raises(InputError, match="box_7"):
-        fidelity(Reader(1), Reader(1), painted(dataset, "near"), dataset, ["box_7"])
+        agreement(Reader(1), Reader(1), painted(dataset, "near"), dataset, ["box_7"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- CKA
@@ -250,7 +245,7 @@ def test_a_model_is_like_itself_scale_by_scale(noise):
 @pytest.mark.parametrize("positions", [2, 10, 28, 29, 100])  # fewer and more than the 28 slices
 def test_as_many_positions_as_asked_for(noise, positions, monkeypatch):
     seen = []
-    monkeypatch.setattr("kdlib.evaluation.agreement.cka", lambda x, y: seen.append((len(x), len(y))) or 0.0)
+    monkeypatch.setattr("kdlib.evaluation.similarity.cka", lambda x, y: seen.append((len(x), len(y))) or 0.0)
     scale_similarity(*models("S1", "S1"), noise, positions)
     assert set(seen) == {(positions, positions)}
 
@@ -273,7 +268,7 @@ def test_scales_of_any_resolution_are_read_at_the_same_places(noise):
     ramp = torch.arange(32).add(4 * torch.arange(32)[:, None]).to(torch.uint8).expand_as(noise.images)
     points = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
     model = Ramp()
-    found = _features_at(model, dataclasses.replace(noise, images=ramp), torch.arange(4), points)
+    found = features_at(model, dataclasses.replace(noise, images=ramp), torch.arange(4), points)
     column, row = ((points.flatten(0, 1) + 1) * 16 - 0.5).unbind(1)  # in pixels, whose centres are whole
     expected = ((column + 4 * row) * 3 / 255 + model.fine.bias)[:, None].detach()
     near = {"atol": 0.03, "rtol": 0} if computes_bf16(torch.device("cpu")) else {"atol": 1e-5, "rtol": 0}
@@ -285,7 +280,7 @@ def test_slices_may_come_in_any_batches(noise):
     (model,) = models("S1")
     index, points = torch.arange(27, -1, -3), torch.rand(10, 3, 2) * 2 - 1
     near = {"atol": 0.05, "rtol": 0} if computes_bf16(torch.device("cpu")) else {}
-    whole, parts = (_features_at(model, noise, index, points, batch) for batch in (32, 3))
+    whole, parts = (features_at(model, noise, index, points, batch) for batch in (32, 3))
     for name, found in whole.items():
         assert len(found) == 30
         torch.testing.assert_close(found, parts[name], **near)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from monai.networks import nets
 from torch import nn
 
@@ -11,17 +13,9 @@ from kdlib.config import SCALES, InputError, Recipe, Term
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.models import ExternalModel, build_model
-from kdlib.training.distiller import (
-    PROJECTION,
-    Adapter,
-    Distiller,
-    FeatureHooks,
-    Projector,
-    check_recipe,
-    probe,
-    resize,
-    scales_of,
-)
+from kdlib.training.adapters import PROJECTION, Adapter, Projector, resize
+from kdlib.training.distiller import Distiller, check_recipe, shuffled_features
+from kdlib.training.hooks import FeatureHooks, probe, scales_of
 
 ALL = ("E-E", "B-B", "D-D", "PMD")
 
@@ -309,5 +303,17 @@ def test_scales_of_reads_only_what_is_used():
     both = [thesis_recipe("S1", only=("B-B",)), thesis_recipe("S2", only=("E-E", "B-B", "PMD"))]
     assert scales_of(both) == ["bottleneck", "encoder2"]
     assert scales_of(
-        [Recipe("r", terms=(Term("x", "fitnet", 1.0, student_layers="b", teacher_layers="t/2"),))], taught=True
+        [Recipe("r", terms=(Term("x", "fitnet", 1.0, student_layers="b", teacher_layers="t/2"),))], side="teacher"
     ) == ["t"]
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(0, 100))
+def test_a_shuffled_teacher_gives_everybody_another_patients_features(owners, seed):
+    patients, images = torch.tensor(owners), torch.arange(float(len(owners)))[:, None]
+    mixed = shuffled_features({"bottleneck": images, "logits": images * 10}, patients, seed)
+    other = mixed["bottleneck"][:, 0].long()
+    assert sorted(other.tolist()) == list(range(len(owners))), "each once"
+    assert (other != torch.arange(len(owners))).all()
+    assert torch.equal(mixed["logits"], mixed["bottleneck"] * 10), "the same other image at every scale"
+    if 2 * patients.bincount().max() <= len(owners):
+        assert (patients[other] != patients).all()

@@ -1,0 +1,85 @@
+"""Masks of volumes: the truth of a label file, predictions on the file's grid, boxes and bands around a surface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from torch import Tensor, nn
+
+from kdlib.data.decathlon import Dataset
+from kdlib.data.slices import SliceBank, restore
+from kdlib.losses import probabilities
+from kdlib.training.validation import inference, slice_logits
+
+
+def true_mask(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray:
+    """Class indices XYZ of a case's label file: 0 background, 1..C the position in `classes`.
+
+    Raises:
+        InputError: a case that the data set does not hold.
+    """
+    file = np.asarray(nib.load(dataset.case(name).label).dataobj).round().astype(int)
+    truth = np.zeros_like(file)
+    for value, label in enumerate(classes, start=1):
+        truth[file == dataset.labels[label]] = value
+    return truth
+
+
+def class_indices(scores: Tensor, threshold: float = 0.5) -> Tensor:
+    """Class indices of probabilities with the channel as first axis: one is cut at the threshold, of several the most
+    probable wins."""
+    return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()
+
+
+def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[str, Tensor]:
+    """Probabilities of every case of the bank: name -> [C,D,H,W] in the slice grid, on the model's device.
+
+    C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
+    """
+    with inference(model) as device:
+        scores = torch.cat([probabilities(logits) for logits, *_ in slice_logits(model, bank, device, batch)])
+    owner = bank.case_index.to(scores.device)
+    return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
+
+
+def on_file_grid(scores: Tensor, bank: SliceBank, name: str, threshold: float = 0.5) -> np.ndarray:
+    """Class indices XYZ on the grid of a case's label file, of its probabilities [C,D,H,W] in the slice grid.
+
+    Probabilities, not labels, go back to the file's grid, and are cut there.
+    """
+    return class_indices(restore(scores, bank.geometry[name]), threshold).cpu().numpy()
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Bounding box of an XYZ mask that is not empty."""
+    sides = [np.flatnonzero(mask.any(axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
+    return tuple(slice(side[0], side[-1] + 1) for side in sides)
+
+
+def grown_box(mask: np.ndarray, fraction: float = 0.25) -> tuple[slice, ...]:
+    """The bounding box grown on every side by a fraction of its length, at least by one voxel; an empty mask's is empty."""
+    if not mask.any():
+        return (slice(0, 0),) * 3
+    grown = [(side, max(1, int((side.stop - side.start) * fraction))) for side in bounding_box(mask)]
+    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side, margin in grown)
+
+
+def surface_band(truth: np.ndarray, spacing: Sequence[float], width: float) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Voxels of a boolean XYZ mask whose centre lies within `width` mm of one on the mask's surface.
+
+    The surface are the voxels of the mask with a face neighbour outside it.
+
+    Returns:
+        the band inside a box, and the box that holds all of it: a distance to every voxel of a body would take long.
+    """
+    if not truth.any():
+        return np.zeros((0, 0, 0), bool), (slice(0, 0),) * 3
+    reach = [int(width / side) for side in spacing]
+    box = tuple(slice(max(s.start - r, 0), s.stop + r) for s, r in zip(bounding_box(truth), reach, strict=True))
+    mask = truth[box]
+    surface = mask & ~binary_erosion(mask)
+    return distance_transform_edt(~surface, sampling=spacing) <= width, box

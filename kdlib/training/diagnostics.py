@@ -1,0 +1,139 @@
+"""Gradient diagnostics: what each loss of an epoch was, how strongly it pulled, and which term passes no gradient."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib.config import Run, TrainingError
+from kdlib.training.distiller import Distiller
+
+INACTIVE = ("softmax_kl",)  # published losses that are exactly zero, and that a protocol keeps nevertheless
+
+
+def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept."""
+    gradients = [None] * len(parameters)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
+
+
+class EpochDiagnostics:
+    """Sums an epoch's losses on the device, measures each term's gradient, and stops a run with an inactive term.
+
+    Gradients on the student are taken in the first two steps of an epoch, and in later ones while they are zero.
+
+    Args:
+        run: whose epoch it is; `label`: its name in messages.
+        distiller: its terms; None for a run without distillation.
+        micro_batches: parts that every batch is split into.
+    """
+
+    def __init__(self, run: Run, label: str, distiller: Distiller | None, micro_batches: int = 1):
+        self.run, self.label, self.distiller, self.micro_batches = run, label, distiller, micro_batches
+        self.terms = {name: module.term for name, module in distiller.terms.items()} if distiller is not None else {}
+        self.losses: dict[str, Tensor] = defaultdict(float)
+        self.magnitude: dict[str, Tensor] = defaultdict(float)
+        self.gradients: dict[str, list[Tensor]] = defaultdict(list)
+        self.steps = 0
+        self.balanced = False  # whether the weights of this epoch are set, where the recipe balances them
+        self.decay = 0.0  # how far weight decay alone shrinks a parameter in this epoch, relative to its norm
+        # a gradient of 0 is measured again, but for a term that is known to have no other
+        self.gradient_seen = {name for name, term in self.terms.items() if term.loss in INACTIVE}
+        self.projectors = {name: [p.detach().clone() for p in distiller.learned(name)] for name in self.terms}
+
+    def unmeasured(self) -> list[str]:
+        """Losses whose gradient is still to be measured."""
+        names = ["segmentation", *self.terms] if self.terms else []
+        unbalanced = self.run.effective_recipe.balance is not None and not self.balanced
+        return [n for n in names if unbalanced or len(self.gradients[n]) < 2 or n not in self.gradient_seen]
+
+    def add(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor], decay: float) -> None:
+        """Takes in a step: its losses, the gradients that were measured, and learning rate times weight decay."""
+        self.steps += 1
+        self.decay += decay
+        for name, value in losses.items():
+            self.losses[name] += value.detach()
+            self.magnitude[name] += value.detach().abs()
+        for name, gradient in gradients.items():
+            self.gradients[name] = [*self.gradients[name][-1:], gradient]
+            if gradient.any():
+                self.gradient_seen.add(name)
+
+    def rows(self, epoch: int, weights: Mapping[str, float]) -> list[dict]:
+        """Tidy rows of the epoch (epoch, name, value).
+
+        Each loss by its name. Of the segmentation loss and each term `grad/`, the norm of its weighted gradient on the
+        student; `share/`, its part of the sum of these norms; `cosine/`, between its gradients of two successive steps.
+        Of each term `weight/` where it is balanced; `infonce_over_chance/`, InfoNCE over the ln N of a student that
+        knows nothing; and `projector_change/`, how far its least changed learned projector moved, relative to its norm.
+
+        Raises:
+            TrainingError: a loss that is not finite; a distillation term that was exactly zero or passed no gradient to
+                the student in any step of the epoch; or one of whose learned projectors did not change (further than
+                weight decay alone would).
+        """
+        values = {name: float(total) / self.steps for name, total in self.losses.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.label}: {name} became {value} in epoch {epoch}; lower the learning rate "
+                    f"({self.run.optimisation.lr:g}) or look at the data; other runs are kept"
+                )
+        norms = {name: float(seen[0].norm() or seen[-1].norm()) for name, seen in self.gradients.items()}
+        measured = {f"grad/{name}": weights[name] * norm for name, norm in norms.items()}
+        total = sum(measured.values()) or 1.0
+        if self.run.effective_recipe.balance is not None:
+            measured |= {f"weight/{name}": weights[name] for name in self.terms}
+        measured |= {f"share/{name}": measured[f"grad/{name}"] / total for name in norms}
+        for name, seen in self.gradients.items():
+            if len(seen) == 2 and all(gradient.any() for gradient in seen):
+                measured[f"cosine/{name}"] = float(F.cosine_similarity(*seen, dim=0))
+        for name in self.terms:
+            measured |= self._check_term(name, values[name], norms[name], epoch)
+        return [dict(epoch=epoch, name=name, value=value) for name, value in (values | measured).items()]
+
+    def _check_term(self, name: str, value: float, norm: float, epoch: int) -> dict[str, float]:
+        """`infonce_over_chance/` and `projector_change/` of an active term; see `rows`."""
+        term, found, fault = self.terms[name], {}, ""
+        if float(self.magnitude[name]) == 0:
+            fault = "was exactly zero"
+        elif norm == 0:
+            fault = "passed no gradient to the student"
+        pairs = list(zip(self.distiller.learned(name), self.projectors[name], strict=True))
+        if pairs:
+            # biases are left out: a loss may be invariant to a shift, as CWD is
+            changes = [float((now.detach() - then).norm() / then.norm()) for now, then in pairs if now.dim() > 1]
+            found[f"projector_change/{name}"] = min(changes)
+            if term.weight and min(changes) <= 2 * self.decay:
+                fault = fault or "did not change one of its learned projectors"
+        if fault and term.loss not in INACTIVE:
+            raise TrainingError(f"{self.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
+        if term.loss == "infonce" and not term.arguments.get("same_patient"):
+            chance = math.log(self.run.optimisation.batch / self.micro_batches)
+            found[f"infonce_over_chance/{name}"] = value / chance
+        return found
+
+    def state_dict(self) -> dict:
+        """What a checkpoint within the epoch keeps: tensors and JSON values."""
+        return {
+            "losses": dict(self.losses), "magnitude": dict(self.magnitude), "gradients": dict(self.gradients),
+            "projectors": self.projectors, "gradient_seen": sorted(self.gradient_seen), "steps": self.steps,
+            "decay": self.decay, "balanced": self.balanced,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping, device: torch.device) -> None:
+        """Takes in what `state_dict` gave."""
+        for name in ("losses", "magnitude"):
+            getattr(self, name).update((key, value.to(device)) for key, value in state[name].items())
+        for name in ("gradients", "projectors"):
+            getattr(self, name).update((key, [v.to(device) for v in seen]) for key, seen in state[name].items())
+        self.gradient_seen = set(state["gradient_seen"])
+        self.steps, self.decay, self.balanced = state["steps"], state["decay"], state["balanced"]

@@ -1,0 +1,102 @@
+"""Reading named layers of any model during its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.config import InputError, Recipe
+
+
+class FeatureHooks:
+    """Reads named layers of any model during its forward pass, without changing the model.
+
+    Args:
+        model: the network.
+        layers: scale name -> submodule path; kdlib's models carry theirs as `model.scales`.
+        names: the scales to read.
+
+    Raises:
+        InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
+            layer that does not give one tensor.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
+        self.model = model
+        self.features: dict[str, Tensor] = {}
+        self.names = list(names)
+        modules = dict(model.named_modules())
+        self._handles = []
+        for name in self.names:
+            if name not in layers:
+                raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
+            if layers[name] not in modules:
+                known = ", ".join(path for path in modules if path)
+                raise InputError(
+                    f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}"
+                )
+            self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name, layers[name])))
+
+    def _reader(self, name: str, path: str):
+        def read(module, inputs, output):
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}: name a layer that gives a tensor"
+                )
+            self.features[name] = output
+
+        return read
+
+    def __call__(self, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
+        """The model's output, and the features of this pass."""
+        output = self.model(*args, **kwargs)
+        features, self.features = self.features, {}
+        return output, features
+
+    def close(self) -> None:
+        """Takes the hooks off the model again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def split_scale(scale: str) -> tuple[str, int]:
+    """A layer's name and the factor that it is pooled by: "encoder2/2" is ("encoder2", 2).
+
+    Raises:
+        InputError: the factor is no whole number above 1.
+    """
+    name, _, factor = scale.partition("/")
+    if factor and not (factor.isdigit() and int(factor) > 1):
+        raise InputError(f"scale {scale!r}: write the factor of its pooling as a whole number above 1, e.g. encoder2/2")
+    return name, int(factor or 1)
+
+
+def scales_of(recipes: Iterable[Recipe], side: str = "student") -> list[str]:
+    """The layers that `recipes` read from their "student" or their "teacher", each once, without the logits."""
+    scales = [scale for r in recipes for term in r.terms for scale in getattr(term, f"{side}_layers")]
+    return list(dict.fromkeys(name for name, _ in map(split_scale, scales) if name != "logits"))
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module, layers: Mapping[str, str], names: Iterable[str], channels: int = 3, dims: int = 2, size: int = 64
+) -> dict[str, torch.Size]:
+    """[N, H, W (, D)] of each named scale for an image of this size, found by one forward pass in eval mode."""
+    parameter = next(model.parameters())
+    hooks, training = FeatureHooks(model, layers, names), model.training
+    model.eval()  # batch statistics must not see the probe
+    _, features = hooks(torch.zeros(1, channels, *[size] * dims, device=parameter.device, dtype=parameter.dtype))
+    model.train(training)
+    hooks.close()
+    kind = type(model).__name__
+    for name in hooks.names:
+        if name not in features:
+            raise InputError(f"layer {layers[name]!r} (scale {name!r}) of {kind} is never run: name another")
+        if features[name].dim() != dims + 2:
+            raise InputError(
+                f"layer {layers[name]!r} (scale {name!r}) of {kind} gives {list(features[name].shape)}, not [batch, "
+                f"channels, {dims} spatial dimensions]: name a layer that gives maps"
+            )
+    return {name: features[name].shape[1:] for name in hooks.names}

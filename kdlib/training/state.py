@@ -1,0 +1,200 @@
+"""A run in training: its network, projectors and optimiser, and everything that a checkpoint must keep of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.config import InputError, Run, TrainingError, derive_seed
+from kdlib.losses import SegmentationLoss
+from kdlib.models import build_model
+from kdlib.training.checkpoint import Checkpoint
+from kdlib.training.diagnostics import EpochDiagnostics
+from kdlib.training.distiller import Distiller
+from kdlib.training.fabric import ALONE, Processes
+from kdlib.training.hooks import FeatureHooks, probe, scales_of
+from kdlib.training.schedule import optimiser_of
+
+
+def new_model(run: Run, classes: int) -> nn.Module:
+    """The run's model with its initial weights: the same for every recipe of a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(run.seed, "weights", run.model))
+        return build_model(run.model, classes=classes, width=run.profile.width)
+
+
+@dataclass
+class RunState:
+    """One model in training: what a step needs, and what it leaves.
+
+    Args:
+        hooks: on the layers of the model that its recipe reads.
+        distiller: terms and projectors; None without distillation.
+        checkpoint: where the state is kept; None keeps nothing.
+        micro_batches: parts of a batch that go forward and backward one after the other.
+        weights: of each loss in the total: the recipe's, until balancing changes those of the terms.
+        step: optimiser steps done.
+        diagnostics: of the epoch that it is in; None between two epochs.
+        sessions: where it was trained, from which step on.
+        best, best_distiller: weights of the best epoch, and the distiller's state beside them.
+        seconds: that the training took.
+    """
+
+    run: Run
+    model: nn.Module
+    hooks: FeatureHooks
+    distiller: Distiller | None
+    segmentation: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    checkpoint: Checkpoint | None = None
+    micro_batches: int = 1
+    weights: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    diagnostics: EpochDiagnostics | None = None
+    history: list[dict] = field(default_factory=list)
+    sessions: list[dict] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_distiller: dict[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_dice: float = -1.0
+    seconds: float = 0.0
+    failure: TrainingError | InputError | None = None
+
+    def __post_init__(self):
+        recipe = self.run.effective_recipe
+        self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
+        self.weights |= self.distiller.weights if self.distiller is not None else {}
+
+    @property
+    def label(self) -> str:
+        recipe = f" {self.run.recipe.name}" if self.run.recipe.terms else ""
+        return f"{self.run.name}{recipe}, fold {self.run.fold}, seed {self.run.seed}"
+
+    def begin_epoch(self) -> EpochDiagnostics:
+        """Training mode, and fresh diagnostics."""
+        self.model.train()
+        self.diagnostics = EpochDiagnostics(self.run, self.label, self.distiller, self.micro_batches)
+        return self.diagnostics
+
+    def end_epoch(self, epoch: int, rows: Sequence[dict], dice: float) -> None:
+        """Takes in an epoch's rows, and keeps the weights of the best one (the first of equals)."""
+        self.history += rows
+        if dice > self.best_dice:
+            self.best_dice, self.best_epoch = dice, epoch
+            self.best = copy.deepcopy(self.model.state_dict())
+            if self.distiller is not None:
+                self.best_distiller = copy.deepcopy(self.distiller.state_dict())
+        self.diagnostics = None
+
+    def log(self, text: str, echo: bool = False) -> None:
+        """A line of the run's log, where it has one; `echo` prints it too."""
+        if self.checkpoint is not None:
+            self.checkpoint.log(text)
+        if echo:
+            print(f"{self.label}: {text}", flush=True)
+
+    def save(self) -> None:
+        """Saves a checkpoint, where the run has one and has done a step."""
+        if self.checkpoint is not None and self.failure is None and self.step:
+            self.checkpoint.save(self.state_dict())
+
+    def resume(self, checkpoint: Checkpoint, steps: int, processes: int = 1) -> None:
+        """Brings a new run to where its checkpoint was saved; a checkpoint of something else is the run's failure.
+
+        Args:
+            steps: of the whole training; processes: that train it.
+        """
+        self.checkpoint = checkpoint
+        try:
+            saved = checkpoint.load()
+        except InputError as error:  # a person must decide
+            self.failure = error
+            return
+        if saved is not None:
+            self.load_state_dict(saved)
+            self.log(f"resumes from step {self.step} of {steps}", echo=True)
+        device = str(next(self.model.parameters()).device)
+        session = {"from_step": self.step, "device": device, "torch": torch.__version__}
+        session |= {"micro_batches": self.micro_batches} if self.micro_batches > 1 else {}
+        self.sessions.append(session | ({"processes": processes} if processes > 1 else {}))
+
+    def state_dict(self) -> dict:
+        """The whole state: nested dicts of tensors and JSON values."""
+        optimiser = self.optimiser.state_dict()
+        within = self.diagnostics is not None and self.diagnostics.steps
+        return {
+            "step": self.step, "seconds": self.seconds, "weights": self.weights, "history": self.history,
+            "sessions": self.sessions, "best_epoch": self.best_epoch, "best_dice": self.best_dice,
+            "model": self.model.state_dict(), "best": self.best, "best_distiller": self.best_distiller,
+            "distiller": self.distiller.state_dict() if self.distiller is not None else {},
+            "optimiser": optimiser["state"], "lr": [group["lr"] for group in optimiser["param_groups"]],
+            "schedule": self.schedule.state_dict(),
+            "diagnostics": self.diagnostics.state_dict() if within else None,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Gives a new run the state of `state_dict`."""
+        device = next(self.model.parameters()).device
+        self.model.load_state_dict(state["model"])
+        if self.distiller is not None:
+            self.distiller.load_state_dict(state["distiller"])
+        self._load_optimiser(state["optimiser"], state["lr"])
+        self.schedule.load_state_dict(dict(state["schedule"]))
+        for name in ("step", "seconds", "weights", "history", "sessions", "best_epoch", "best_dice"):
+            setattr(self, name, state[name])
+        for name in ("best", "best_distiller"):
+            setattr(self, name, {key: tensor.to(device) for key, tensor in state[name].items()})
+        if state["diagnostics"] is not None:
+            self.begin_epoch().load_state_dict(state["diagnostics"], device)
+
+    def _load_optimiser(self, state: Mapping, rates: Sequence[float]) -> None:
+        groups = self.optimiser.state_dict()["param_groups"]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        state = {int(index): dict(values) for index, values in state.items()}
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, own in self.optimiser.state.items():
+            for name, value in own.items():
+                if name != "step":  # laid out in memory as the parameter is, as the optimiser would
+                    own[name] = torch.empty_like(parameter).copy_(value)
+
+
+def new_state(
+    run: Run,
+    classes: int,
+    steps: int,
+    device: torch.device,
+    teachers: Mapping[str, nn.Module],
+    patients: Sequence[int] = (),
+    micro_batches: int = 1,
+    processes: Processes = ALONE,
+) -> RunState:
+    """A run ready for its first of `steps` optimiser steps.
+
+    Args:
+        classes: number of target classes.
+        teachers: by name; of a recipe with terms.
+        patients: numbers of the patients of the training part, whose features alone may enter a memory.
+        micro_batches: parts that every batch is split into; processes: that train the run.
+    """
+    model, recipe, size = new_model(run, classes), run.effective_recipe, run.preprocessing.size
+    model = processes.whole_batch_norm(model)
+    layers, distiller = scales_of([recipe]), None
+    if recipe.terms:
+        shapes = probe(model, model.scales, layers, size=size)
+        read = scales_of([recipe], "teacher")
+        of_teachers = {name: probe(teacher, teacher.scales, read, size=size) for name, teacher in teachers.items()}
+        if run.teacher == "self":
+            of_teachers = {"self": shapes}
+        distiller = Distiller(recipe, shapes, of_teachers, run.seed, patients=patients).to(device)
+    model = model.to(device, memory_format=torch.channels_last)
+    parameters = [*model.parameters(), *(distiller.parameters() if distiller is not None else ())]
+    hooks = FeatureHooks(model, model.scales, layers)
+    segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)
+    optimiser, schedule = optimiser_of(run, parameters, steps)
+    return RunState(run, model, hooks, distiller, segmentation, optimiser, schedule, micro_batches=micro_batches)

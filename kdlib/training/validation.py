@@ -1,0 +1,60 @@
+"""What a training knows of itself on slices that it does not learn from: Dice of volumes, in the slice grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.data import SliceBank
+from kdlib.losses import predict
+from kdlib.training.device import autocast
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the device."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device):
+            yield device
+    finally:
+        model.train(training)
+
+
+def slice_logits(
+    model: nn.Module, bank: SliceBank, device: torch.device, batch: int = 32
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits [B,C,H,W] float32, labels [B,H,W] and case numbers [B] of all slices in their order, on `device`."""
+    slices = torch.arange(len(bank), device=bank.images.device)
+    for index in slices.split(batch) if len(slices) else ():
+        images, labels = bank.batch(index)
+        images = images.to(device, memory_format=torch.channels_last)
+        logits = model(images, reconstruct=False).segmentation.float()
+        yield logits, labels.to(device), bank.case_index[index].to(device)
+
+
+def volume_dice(
+    model: nn.Module, bank: SliceBank, batch: int = 32, threshold: float = 0.5, pooled: bool = False
+) -> float:
+    """Dice of every volume and class in the slice grid, then their mean; 1 where prediction and truth are empty.
+
+    Args:
+        threshold: probability above which a pixel of a one-channel model is foreground.
+        pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
+    """
+    with inference(model) as device:
+        # of every class and volume: both masks, prediction, truth
+        volumes = torch.zeros(len(bank.classes), 3, len(bank.cases), dtype=torch.int64, device=device)
+        for logits, labels, cases in slice_logits(model, bank, device, batch):
+            guess = predict(logits, threshold)
+            masks = [(guess == value, labels == value) for value in range(1, len(bank.classes) + 1)]
+            sums = [torch.stack([(p & t).sum((1, 2)), p.sum((1, 2)), t.sum((1, 2))]) for p, t in masks]
+            volumes.index_add_(2, cases, torch.stack(sums))
+    if pooled:
+        volumes = volumes.sum(2, keepdim=True)
+    both, predicted, true = volumes.double().unbind(1)
+    return float(torch.where(predicted + true > 0, 2 * both / (predicted + true), 1.0).mean())
