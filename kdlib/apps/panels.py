@@ -25,8 +25,7 @@ from kdlib.config import InputError, TrainingError
 
 def picture(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
+    figure.savefig(buffer := io.BytesIO(), dpi=dpi)
     return buffer.getvalue()
 
 
@@ -36,8 +35,7 @@ def _image() -> widgets.Image:
 
 
 def _show(image: widgets.Image, png: bytes) -> None:
-    image.value = png
-    image.layout.display = "" if png else "none"
+    image.value, image.layout.display = png, "" if png else "none"
 
 
 def _legend(colours: dict[str, str]) -> str:
@@ -114,8 +112,7 @@ class Picker(widgets.VBox):
 
     def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
         self._filling = True
-        chooser.options = options
-        chooser.value = value
+        chooser.options, chooser.value = options, value
         self._filling = False
 
     def _list_runs(self, run: str = "") -> None:
@@ -218,10 +215,9 @@ class Viewer(widgets.VBox):
 
     def show(self) -> None:
         self.seen = explore.look(self.pick.run, self.pick.teachers, self.pick.case)
-        self.place = explore.on_target(self.seen)
-        depth, number = self.seen.geometry.depth, self.place[0]
+        self.place, depth = explore.on_target(self.seen), self.seen.geometry.depth
         self.number.unobserve(self._draw, "value")
-        self.number.max, self.number.value = depth - 1, number
+        self.number.max, self.number.value = depth - 1, self.place[0]
         self.number.observe(self._draw, "value")
         self.loaded = False
         self._lay_out()
@@ -407,8 +403,8 @@ class TrainingPanel(widgets.VBox):
     def _list(self) -> None:
         """One row per term: weight and temperature."""
         self.histories: dict = {}
-        self.message.value = ""
         _show(self.image, b"")
+        self.message.value = ""
         try:
             terms = explore.distillation_run(self.pick.run, self.pick.teachers).recipe.terms
         except InputError as error:

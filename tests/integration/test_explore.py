@@ -33,7 +33,9 @@ def find(small_study, table):
     """`find("S1", recipe)` is that run and its teachers."""
 
     def run(model: str, recipe: str | None = None):
-        rows = table[(table["model"] == model) & (table["recipe"].eq(recipe) if recipe else table["role"].ne("distilled"))]
+        rows = table[
+            (table["model"] == model) & (table["recipe"].eq(recipe) if recipe else table["role"].ne("distilled"))
+        ]
         student = explore.load_run(small_study, rows["run"].item(), device="cpu")
         return student, explore.teachers_of(student, table, "phantom", "cpu")
 
@@ -207,7 +209,9 @@ def test_regions_share_the_whole_gradient_of_every_term(find):
     assert list(whole.index) == ["E-E", "B-B", "D-D", "PMD"] and whole["share_in_region"].eq(1).all()
     assert (whole["grad_norm"] > 0).all() and whole["cosine"].between(-1, 1).all()
     np.testing.assert_allclose(halves[0]["share_in_region"] + halves[1]["share_in_region"], 1, rtol=1e-5)
-    np.testing.assert_allclose(halves[0]["grad_norm"] ** 2 + halves[1]["grad_norm"] ** 2, whole["grad_norm"] ** 2, rtol=1e-4)
+    np.testing.assert_allclose(
+        halves[0]["grad_norm"] ** 2 + halves[1]["grad_norm"] ** 2, whole["grad_norm"] ** 2, rtol=1e-4
+    )
 
 
 def test_a_baseline_shows_the_prediction_term_and_a_teacher_is_refused(find):

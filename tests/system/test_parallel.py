@@ -38,7 +38,7 @@ from kdlib.config import (
 from kdlib.data import SliceBank, make_phantom
 from kdlib.experiments import parallel
 from kdlib.experiments.parallel import launch, main
-from kdlib.experiments.recipes import distiller, controls, thesis_recipe
+from kdlib.experiments.recipes import controls, distiller, thesis_recipe
 from kdlib.experiments.runner import study
 from kdlib.experiments.store import manifest, run_folder
 from kdlib.training import ranks
