@@ -12,11 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from kdlib.config import InputError
+
+if TYPE_CHECKING:  # the command line does not wait for its import
+    import pandas as pd
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -60,6 +63,8 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Reads a table; names of cases and patients stay text."""
+    import pandas as pd
+
     return pd.read_csv(path, dtype={"case": str, "patient": str})
 
 
@@ -79,6 +84,8 @@ def read_arrays(path: Path) -> pd.DataFrame:
     Raises:
         InputError: a damaged file, or one of other things.
     """
+    import pandas as pd
+
     try:
         with np.load(path, allow_pickle=False) as file:
             return pd.DataFrame({column: list(file[column]) for column in file.files})

@@ -34,7 +34,7 @@ from kdlib.apps.notebooks import (
     read_parameters,
     render,
 )
-from kdlib.config import PROTOCOLS, InputError, Run, TrainingError, lookup, override_profile
+from kdlib.config import PROTOCOLS, InputError, Run, TrainingError, from_json, lookup, override_profile
 from kdlib.files import write_text
 
 ROOT = NOTEBOOKS.parent
@@ -84,6 +84,11 @@ def parser() -> Parser:
     run.add_argument("notebook", type=Path)
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("-o", "--output", type=Path, required=True, help="the executed copy")
+    train = commands.add_parser("train", help="train runs that a file describes, on one or several processes")
+    train.add_argument("file", type=Path, help="JSON: a run, or a list of runs, with the fields of kdlib.Run")
+    train.add_argument("--results", default="results", help="folder that trained runs are kept in")
+    train.add_argument("--processes", type=int, default=1, help="processes of each training, each on a GPU of its own")
+    train.add_argument("--device", default="auto", help="auto, cpu or cuda")
     report = commands.add_parser("report", help="write report.html and a page per chapter")
     report.add_argument("folder", type=Path, help="the study's folder, e.g. results/phantom-spleen-quick")
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
@@ -386,6 +391,25 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from kdlib.experiments import parallel  # needs torch
+
+    try:
+        found = json.loads(options.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{options.file} cannot be read as JSON: {error}") from None
+    records = found if isinstance(found, list) else [found]
+    try:
+        runs = [from_json(record) for record in records]
+    except InputError as error:
+        raise InputError(f"{options.file}: {error}") from None
+    if not runs:
+        raise InputError(f"{options.file} holds no run: give one, or a list of runs, with the fields of kdlib.Run")
+    parallel.train(runs, options.results, options.processes, options.device)
+    print(f"{len(runs)} runs are done in {Path(options.results, 'runs')}")
+    return 0
+
+
 def _dry_run(options: argparse.Namespace) -> int:
     from kdlib.experiments.dry_run import describe  # needs torch
 
@@ -411,7 +435,7 @@ def main(command: Sequence[str]) -> int:
         recorded = getattr(options, "record", None) is not None
         if options.command == "study":
             return _study(options, command)
-        return {"run": _run, "report": _report, "dry-run": _dry_run}[options.command](options)
+        return {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended
         if not recorded or isinstance(error, NotebookError):

@@ -250,9 +250,9 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
 
 
 def _failure(notebook: Path, error: PapermillExecutionError, failed: Path) -> Exception:
-    for known in (InputError, TrainingError):
-        if error.ename == known.__name__:
-            return known(error.evalue)
+    known = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
+    if error.ename in known:
+        return known[error.ename](error.evalue)
     trace = strip_color("\n".join(error.traceback)).rstrip().splitlines()[-12:]
     lines = [f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}", *(f"    {line}" for line in trace)]
     return NotebookError("\n".join([*lines, f"executed so far: {failed}"]))

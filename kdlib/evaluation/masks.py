@@ -61,7 +61,7 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 
 
 def grown_box(mask: np.ndarray, fraction: float = 0.25) -> tuple[slice, ...]:
-    """The bounding box grown on every side by a fraction of its length, at least by one voxel; an empty mask's is empty."""
+    """The bounding box grown on every side by a fraction of its length, at least a voxel; an empty mask's is empty."""
     if not mask.any():
         return (slice(0, 0),) * 3
     grown = [(side, max(1, int((side.stop - side.start) * fraction))) for side in bounding_box(mask)]

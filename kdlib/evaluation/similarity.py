@@ -110,7 +110,8 @@ def sample_features(
 ) -> dict[str, np.ndarray]:
     """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
 
-    The pixels are drawn as `SupervisedContrastiveLoss` draws its own, from `slices` random slices that show a class; a map coarser than the slice is read between the centres of its pixels.
+    The pixels are drawn as `SupervisedContrastiveLoss` draws its own, from `slices` random slices that show a class; a
+    map coarser than the slice is read between the centres of its pixels.
 
     Args:
         models: name -> network whose `scales` name `scale`.

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from kdlib.config import InputError, Run, TrainingError
+from kdlib.config import InputError, Run, TrainingError, from_json, to_json
 from kdlib.experiments.runner import check, study, train_group
 from kdlib.training.device import pick_device
 from kdlib.training.fabric import Processes, check_batch, launch
@@ -52,7 +52,7 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
         return
     try:
         with InterruptHandler():
-            launch(_work, processes, place, list(runs), Path(results).resolve())
+            launch(_work, processes, place, [to_json(run) for run in runs], str(Path(results).resolve()))
     except ProcessRaisedException as error:  # the last line of its text is that of a traceback
         kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
         for own in (InputError, TrainingError):
@@ -72,11 +72,14 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
             child.join()
 
 
-def _work(processes: Processes, runs: list[Run], results: Path) -> None:
-    """What each process does: the first one the study, the others the trainings that it tells them."""
+def _work(processes: Processes, runs: list[dict], results: str) -> None:
+    """What each process does: the first one the study, the others the trainings that it tells them.
+
+    Runs come as JSON, since Fabric looks into what it passes on and cannot look into a frozen dataclass.
+    """
     device = processes.fabric.device
     if processes.rank == 0:
-        study(runs, results, str(device), processes)
+        study([from_json(run) for run in runs], results, str(device), processes)
         processes.broadcast(None)
         return
     try:

@@ -55,7 +55,10 @@ class Processes:
         if self.size == 1 or maps is None:
             return maps
         last = maps.movedim(1, -1).contiguous()  # channels last, which costs nothing where they are
-        return self.fabric.all_gather(last, sync_grads=True).flatten(0, 1).movedim(-1, 1)
+        gathered = self.fabric.all_gather(last, sync_grads=True)
+        if gathered.requires_grad:  # gloo sends a gradient as it lies in memory, whatever its strides say
+            gathered.register_hook(torch.Tensor.contiguous)
+        return gathered.flatten(0, 1).movedim(-1, 1)
 
     def average(self, values: Tensor) -> Tensor:
         """The mean over the processes, not differentiable."""

@@ -246,8 +246,9 @@ def folder(tmp_path_factory):
     return root
 
 
-def painted(dataset, target, view=Preprocessing(32)):
+def painted(dataset, target, view=None):
     """A bank whose images are its labels, for `Reader`."""
+    view = view or Preprocessing(32)
     bank = build(dataset, dataset.classes(target), view)
     return dataclasses.replace(bank, images=bank.labels * (255 // len(bank.classes)))
 

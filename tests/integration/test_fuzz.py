@@ -329,7 +329,8 @@ nearly = st.fixed_dictionaries({
     "name": sound, "modality": st.sampled_from([{"0": "CT"}, {"0": "mri"}, {"0": "T1", "1": "T2"}, {"0": " ct "}]),
     "labels": st.lists(sound, min_size=1, max_size=4, unique=True).flatmap(
         lambda names: st.permutations([1, 3, 65535, 65536, 200]).map(
-            lambda order: {"0": "background", "1": "organ", "3": "other"} | dict(zip(map(str, order), names)))),
+            lambda order: {"0": "background", "1": "organ", "3": "other"}
+            | dict(zip(map(str, order), names, strict=False)))),
     "training": st.lists(st.sampled_from(describe()["training"]), max_size=4),
     "numTraining": anything,
 })  # fmt: skip

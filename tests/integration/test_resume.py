@@ -34,13 +34,13 @@ def train(runs, teachers=None, checkpoints=()):
     return train_cohort(runs, blobs(3), blobs(1, seed=9), STEPS, CPU, teachers, None, checkpoints)
 
 
-def kill_after(monkeypatch, steps: int, error=SystemExit(143)) -> None:
+def kill_after(monkeypatch, steps: int, error: BaseException | None = None) -> None:
     """The process stops after so many optimiser steps of all arms together."""
     original, done = training.training_step, []
 
     def step(*args):
         if len(done) == steps:
-            raise error
+            raise error or SystemExit(143)
         done.append(args)
         return original(*args)
 
@@ -60,7 +60,7 @@ def alike(arms, others) -> None:
 
 def stateful() -> list[Run]:
     """Every kind of state that a distilled student can have, one run each."""
-    at = {"at": "bottleneck"}
+    at = {"student_layers": "bottleneck"}
     kinds = {
         "memory": (Term("B-B", "supcon", 0.2, 0.1, options={"memory": 64, "same_patient": True}),),
         "crd": (Term("x", "crd", 0.2, options={"memory": 40}, **at),),

@@ -145,7 +145,9 @@ def test_a_run_without_a_manifest_is_trained_again_and_ends_the_same(finished, m
     (folder / "metrics.csv").write_text("half a tab")
     trained = []
     original = runner.train_cohort
-    monkeypatch.setattr(runner, "train_cohort", lambda group, *args: trained.append(group) or original(group, *args))
+    monkeypatch.setattr(
+        runner, "train_cohort", lambda group, *args, **more: trained.append(group) or original(group, *args, **more)
+    )
     again = study(runs, results, "cpu")
     assert trained == [[runs[2]]], "alone, without its cohort"
     pd.testing.assert_frame_equal(again.cases, found.cases)
@@ -246,7 +248,7 @@ def test_a_protocol_acts_through_its_switches_not_its_name(phantom, finished, tm
 def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch):
     trained = []
 
-    def pretend(group, results, device):
+    def pretend(group, results, *_):
         for run in group:
             trained.append(run_key(run, results))
             write(
@@ -296,9 +298,9 @@ def test_the_key_of_an_outside_network_changes_with_its_layers_and_taps(phantom,
 def test_the_published_study_runs_with_all_its_faults(phantom, tmp_path, monkeypatch):
     selected, original = [], runner.train_cohort
 
-    def train(group, train, val, *rest):
+    def train(group, train, val, *rest, **more):
         selected.append(val)
-        return original(group, train, val, *rest)
+        return original(group, train, val, *rest, **more)
 
     monkeypatch.setattr(runner, "train_cohort", train)
     runs = [dataclasses.replace(run, protocol=PROTOCOLS["thesis"]) for run in runs_on(phantom)]
@@ -710,7 +712,9 @@ def test_what_another_process_trains_is_left_for_the_end_and_then_read(
     done = run_folder(runs[1], results)
     copy = f"import shutil; shutil.copytree({str(done)!r}, folder, dirs_exist_ok=True)"
     trained, original = [], runner.train_missing
-    monkeypatch.setattr(runner, "train_missing", lambda group, *args: trained.append(group) or original(group, *args))
+    monkeypatch.setattr(
+        runner, "train_missing", lambda group, *args, **more: trained.append(group) or original(group, *args, **more)
+    )
     with another_process(runs[1], mine, copy) as other:
         locked = runner.locked
 

@@ -14,6 +14,7 @@ from kdlib.config import PROTOCOLS, Recipe, Run, Term, TrainingError
 from kdlib.data.sampling import batch_indices
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.losses import LOSSES
+from kdlib.training import batch
 from kdlib.training import loop as training
 from kdlib.training.batch import Batch
 from kdlib.training.hooks import FeatureHooks
@@ -56,14 +57,15 @@ def test_the_teacher_is_untouched_by_a_cohort():
 
 
 def test_order_is_shuffled_passes_and_depends_on_the_seed_alone():
-    batches = batch_indices(10, 4, seed=3)
+    ten, three = torch.ones(10, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    batches = batch_indices(ten, 4, seed=3)
     drawn = torch.cat([next(batches) for _ in range(5)])
     assert sorted(drawn[:10].tolist()) == list(range(10)) == sorted(drawn[10:].tolist())
     assert drawn[:10].tolist() != drawn[10:].tolist()
-    again = batch_indices(10, 4, seed=3)
+    again = batch_indices(ten, 4, seed=3)
     assert torch.equal(drawn, torch.cat([next(again) for _ in range(5)]))
-    assert not torch.equal(drawn[:4], next(batch_indices(10, 4, seed=4)))
-    assert len(next(batch_indices(3, 8, seed=0))) == 8, "a batch larger than the data is filled from further passes"
+    assert not torch.equal(drawn[:4], next(batch_indices(ten, 4, seed=4)))
+    assert len(next(batch_indices(three, 8, seed=0))) == 8, "a batch larger than the data is filled from further passes"
 
 
 def test_initial_weights_do_not_depend_on_the_recipe():
@@ -250,9 +252,9 @@ def test_a_student_teaches_itself():
     assert train_one(run, {"S1": new_model(teacher, 1).eval().requires_grad_(False)}).failure is None
 
 
-def test_budget_of_both_is_teachers_and_students_steps():
+def test_budget_of_teacher_and_student_is_teachers_and_students_steps():
     profile = dataclasses.replace(TINY, teacher_epochs=4, teacher_steps=30, student_epochs=5, student_steps=10)
-    both = Run("phantom", "spleen", "S1", profile=profile, recipe=Recipe("longer", budget="both"))
+    both = Run("phantom", "spleen", "S1", profile=profile, recipe=Recipe("longer", budget="teacher+student"))
     assert epochs_of(both, 320) * steps_per_epoch(both, 320) == 4 * 30 + 5 * 10
     free = dataclasses.replace(both, profile=dataclasses.replace(profile, teacher_steps=None, student_steps=None))
     assert epochs_of(free, 320) * steps_per_epoch(free, 320) == 4 * 20 + 5 * 10
@@ -272,7 +274,8 @@ def test_nan_stops_with_arm_epoch_and_loss(monkeypatch):
     bank = blobs()
     arms = train_cohort([run_of("S1")], bank, blobs(1), 3, CPU)
     assert arms[0].failure is None
-    monkeypatch.setattr(training, "augment", lambda images, labels, generator: (images * float("nan"), labels))
+    spoiled = lambda images, labels, generator: (images * float("nan"), labels)  # noqa: E731
+    monkeypatch.setattr(batch, "augment", spoiled)
     failure = train_cohort([run_of("S1")], bank, blobs(1), 3, CPU)[0].failure
     assert isinstance(failure, TrainingError)
     assert "S1, fold 0, seed 0" in str(failure) and "nan in epoch 1" in str(failure)

@@ -354,4 +354,4 @@ def test_the_wrapper_waits_for_neither_torch_nor_training_code():
 def test_every_name_of_the_package_is_there():
     assert {name for name in kdlib.__all__ if not hasattr(kdlib, name)} == set()
     with pytest.raises(AttributeError, match="no attribute 'studdy'"):
-        kdlib.studdy
+        kdlib.studdy  # noqa: B018

@@ -59,7 +59,7 @@ def test_every_method_is_tested_on_the_same_patients_by_every_metric(done):
     }  # fmt: skip
     rows = cases.drop_duplicates("method")
     assert set(rows.loc[rows["role"] == "distilled", ["teacher", "model"]].itertuples(index=False, name=None)) == {
-        (teacher, student) for teacher in ("T1", "T2") for student in ("S1", "S2")
+        (teacher, student) for teacher in ("T1", "T2") for student in ("S1", "S2", "E1")
     }
 
 
@@ -86,8 +86,8 @@ def test_a_dry_run_knows_what_a_study_has_trained_and_what_it_would(done, capsys
 def test_a_dry_run_of_a_study_that_never_ran_trains_and_draws_nothing(tmp_path, capsys):
     assert study(tmp_path / "results", "--only", "00_data", "01_baseline", command="dry-run") == 0
     told = capsys.readouterr().out
-    assert "00_data: no runs" in told and "01_baseline: 6 runs, 0 of them done" in told
-    assert re.search(r"^to train: 6 runs, time unknown$", told, re.MULTILINE)
+    assert "00_data: no runs" in told and "01_baseline: 8 runs, 0 of them done" in told
+    assert re.search(r"^to train: 8 runs, time unknown$", told, re.MULTILINE)
     assert not (tmp_path / "results" / "runs").exists() and not (tmp_path / "results" / "tiny").exists()
 
 

@@ -235,7 +235,8 @@ def test_changes_of_a_profile_are_read_strictly(changes, message):
 def test_every_field_of_every_description_refuses_another_type(kind):
     """An object is of no type that a field may have."""
     made = {
-        Preprocessing: Preprocessing(), Term: Term("E-E", "fitnet", 0.1), Recipe: BASELINE, Optimisation: Optimisation(),
+        Preprocessing: Preprocessing(), Term: Term("E-E", "fitnet", 0.1), Recipe: BASELINE,
+        Optimisation: Optimisation(),
         Protocol: PROTOCOLS["thesis"], Profile: PROFILES["quick"], Run: Run("phantom", "spleen", "S1"),
     }[kind]  # fmt: skip
     for field in dataclasses.fields(kind):
