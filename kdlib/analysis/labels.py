@@ -47,6 +47,15 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(label=_distinct(found, _short_labels(found)))
 
 
+def way_of_learning(method: pd.Series) -> str:
+    """What a student learns from, whatever its labels and its length: a row of `methods` in words."""
+    if method["role"] == "baseline":
+        return "alone"
+    if method["role"] == "control":
+        return CONTROLS.get(method["control"], method["control"])
+    return "distilled, with unlabelled images" if method.get("unlabelled") else "distilled"
+
+
 def method_labels(table: pd.DataFrame) -> dict[str, str]:
     """Method -> its label in this table; see `methods`."""
     return methods(table)["label"].to_dict()

@@ -12,10 +12,12 @@ from kdlib.analysis.comparisons import (
     ranks,
     smallest_p,
 )
+from kdlib.analysis.convergence import convergence
 from kdlib.analysis.correction import gains, overlap_weights, paired_changes, paired_permutation, step_changes
 from kdlib.analysis.intervals import Interval, interval, interval_text, seed_noise
 from kdlib.analysis.labels import merge_equal_losses, method_labels, methods
 from kdlib.analysis.patients import per_patient, rows_of
+from kdlib.analysis.sentences import withhold
 from kdlib.analysis.tables import (
     THESIS_COLUMNS,
     THESIS_TABLE,
@@ -40,6 +42,7 @@ __all__ = [
     "all_means",
     "caption_note",
     "compare",
+    "convergence",
     "gains",
     "gradient_diagnostics",
     "holm",
@@ -68,4 +71,5 @@ __all__ = [
     "summarise",
     "thesis_row",
     "to_latex",
+    "withhold",
 ]

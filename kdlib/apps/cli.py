@@ -39,9 +39,11 @@ from kdlib.files import write_text
 
 ROOT = NOTEBOOKS.parent
 ORDER = (
-    "00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "05_correction", "06_figures",
+    "00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "05_correction", "07_fractions",
+    "08_length", "06_figures",
 )  # fmt: skip
-EXPERIMENTS = tuple(name for name in ORDER if name != "05_correction")  # on request: it trains teachers at every step
+ON_REQUEST = ("05_correction", "07_fractions", "08_length")  # they train most
+EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
 KILLED = "killed from outside, or out of memory"
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix

@@ -35,7 +35,7 @@ COLON = (  # centre and half axes, mm: as large as a spleen, and as bright when 
 VERSION = 1  # of the anatomy: raise it when the same seed gives other volumes
 
 
-def make_phantom(folder: str | Path, patients: int = 16, seed: int = 0) -> Path:
+def make_phantom(folder: str | Path, patients: int = 20, seed: int = 0) -> Path:
     """Write a phantom data set, or return at once the one that is there.
 
     The same seed gives the same files to the bit, and its first patients do not depend on how many there are.

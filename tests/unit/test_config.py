@@ -61,7 +61,7 @@ from kdlib.training.distiller import check_recipe
         (lambda: Run("phantom", "spleen", "S1", teacher="T1"), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", recipe=thesis_recipe("S1")), "both or neither"),
         (lambda: Run("phantom", "spleen", "S1", fraction=0.0), "fraction"),
-        (lambda: Run("phantom", "spleen", "S1", fold=9), "has 0 to 3"),
+        (lambda: Run("phantom", "spleen", "S1", fold=9), "has 0 to 1"),
         (lambda: thesis_recipe("S1", only=("E-D",)), "E-E"),
         (lambda: lookup("profile", "fast", PROFILES), "quick"),
     ],

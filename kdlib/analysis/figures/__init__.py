@@ -7,6 +7,7 @@ from kdlib.analysis.figures.comparisons import ablation, cumulative_correction, 
 from kdlib.analysis.figures.failure import failure
 from kdlib.analysis.figures.pictures import features, pairs, qualitative, slice_montage
 from kdlib.analysis.figures.results import (
+    along,
     choose_cases,
     dice_per_method,
     efficiency,
@@ -21,6 +22,7 @@ __all__ = [
     "DOUBLE",
     "SINGLE",
     "ablation",
+    "along",
     "choose_cases",
     "cumulative_correction",
     "dice_per_method",

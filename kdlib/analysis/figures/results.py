@@ -16,6 +16,7 @@ from kdlib.analysis.figures.style import (
     METHODS,
     MM,
     NO_LINE,
+    OTHER_COLOURS,
     PALE,
     SINGLE,
     STYLE,
@@ -35,7 +36,7 @@ from kdlib.analysis.figures.style import (
     spread,
 )
 from kdlib.analysis.intervals import canonical_order, interval, interval_text
-from kdlib.analysis.labels import method_labels
+from kdlib.analysis.labels import method_labels, methods, way_of_learning
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient
 from kdlib.analysis.tables import THESIS_TABLE, small_sample_note, summarise
@@ -125,6 +126,46 @@ def slopes(table: pd.DataFrame, verdicts: pd.DataFrame, metric: str = "dice") ->
         f"Holm's correction for {len(verdicts)} comparisons. {small_sample_note(verdicts)}"
     )
     figure.set_label(note.strip())
+    return figure
+
+
+@plt.rc_context(STYLE)
+def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
+    """Mean and interval along the share of labels or the length of the training, a line for each way of learning.
+
+    Args:
+        table: tidy; its teachers are a band.
+        axis: "fraction" or "length".
+
+    Raises:
+        InputError: another axis; see also `kdlib.analysis.statistics.per_patient`.
+    """
+    title = {"fraction": "training patients with labels (%)", "length": "length of the training (profile = 1)"}
+    if axis not in title:
+        raise InputError(f"axis {axis!r} does not exist: choose from {', '.join(title)}")
+    means = summarise(table, metric=metric).set_index("method")
+    found = methods(table)
+    figure, ax = plt.subplots(figsize=(SINGLE, 70 * MM))
+    for row in means.loc[found.index[found["role"] == "teacher"]].itertuples():
+        ax.axhspan(row.low, row.high, color=PALE, alpha=0.35, linewidth=0)
+        ax.axhline(row.mean, color=DARK, linewidth=1, label=row.label)
+    students = found[found["role"] != "teacher"]
+    ways = students.apply(way_of_learning, axis="columns")
+    for number, (way, group) in enumerate(students.groupby(ways, sort=False)):
+        rows = means.loc[group.index].assign(at=group[axis]).sort_values("at")
+        style = dict(color=("black", *OTHER_COLOURS)[number % 7], marker="osD^vPX"[number % 7], markersize=4)
+        place = rows["at"] * (100 if axis == "fraction" else 1) * 1.02 ** (number - 2)
+        ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
+        ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1, elinewidth=0.7, capsize=0, **style)
+    ax.set_xscale("log")
+    marks = sorted(set(students[axis] * (100 if axis == "fraction" else 1)))
+    ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    ax.minorticks_off()
+    ax.set(xlabel=title[axis], ylabel=axis_label(metric))
+    ax.grid(axis="y")
+    handles, _ = ax.get_legend_handles_labels()
+    legend_below(figure, handles, columns=2)
+    figure.set_label(f"Points: {mean_text(means)}; the teacher's as a band. Points of one place are set side by side.")
     return figure
 
 

@@ -22,6 +22,7 @@ from kdlib.analysis.figures import (
     DOUBLE,
     SINGLE,
     ablation,
+    along,
     choose_cases,
     cumulative_correction,
     dice_per_method,
@@ -812,3 +813,29 @@ def test_saved_figures_embed_their_fonts(tmp_path):
     path = save_figure(dice_per_method(results(METHODS[:2])), tmp_path, "dice", "")[0]
     listed = subprocess.run(["pdffonts", path], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
     assert listed and all(re.search(r"TrueType.*\byes yes (yes|no)", line) for line in listed), listed
+
+
+@pytest.mark.parametrize("axis, values", [("fraction", (0.1, 0.5, 1.0)), ("length", (0.25, 1.0, 2.0))])
+def test_a_line_for_each_way_of_learning_along_an_axis(axis, values):
+    """Each line passes through the means of its methods, in the axis's order; the teacher is a band."""
+    ways = {
+        "alone": dict(role="baseline", teacher="", control="", unlabelled=False),
+        "distilled": dict(role="distilled", teacher="T1", control="", unlabelled=False),
+        "distilled, with unlabelled images": dict(role="distilled", teacher="T1", control="", unlabelled=True),
+        "pseudo-labels": dict(role="control", teacher="T1", control="pseudo_labels", unlabelled=True),
+    }
+    teacher = dict(role="teacher", teacher="", control="", fraction=1.0, length=1.0)
+    tables = [tidy({"T1": [0.9, 0.92, 0.94]}, **teacher)]
+    for number, columns in enumerate(ways.values()):
+        for value in reversed(values):
+            table = tidy({f"{number} {value}": [0.5 + value / 10, 0.6 + value / 10, 0.7]})
+            tables.append(table.assign(model="S1", **columns, **{axis: value}))
+    figure = along(pd.concat(tables, ignore_index=True), axis)
+    lines = {line.get_label(): line for line in figure.axes[0].containers}
+    assert set(lines) == set(ways)
+    for container in lines.values():
+        drawn = container.lines[0].get_ydata()
+        assert drawn == pytest.approx([(1.8 + 2 * value / 10) / 3 for value in values])
+    assert figure.axes[0].get_xscale() == "log" and "as a band" in figure.get_label()
+    with pytest.raises(InputError, match="axis 'width' does not exist"):
+        along(tables[0], "width")

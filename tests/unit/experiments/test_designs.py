@@ -13,7 +13,7 @@ from kdlib.experiments.dry_run import describe
     "change, message",
     [
         ({"device": "tpu"}, "device 'tpu' does not exist: choose 'auto', 'cpu' or 'cuda'"),
-        ({"folds": [9]}, "fold 9 does not exist: profile 'quick' has 0 to 3"),
+        ({"folds": [9]}, "fold 9 does not exist: profile 'quick' has 0 to 1"),
         ({"folds": []}, "folds .*: give at least one, and each once"),
         ({"folds": 0}, "setting, folds 0: give a list, each a whole number of 0 or more"),
         ({"seeds": [1, 1]}, "seeds .*: give at least one, and each once"),
@@ -77,6 +77,6 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     plan["parameters"] = {name: {"results": str(tmp_path)} for name in ("00_data", "01_baseline", "03_ablation")}
     text = describe(plan)
     assert "00_data: no runs" in text and "01_baseline: 8 runs, 0 of them done" in text
-    assert "    KD(T1,S1)@50:PMD, fold 0, seed 0: 300 steps, time unknown, runs/" in text
+    assert "    KD(T1,S1)@50:PMD, fold 0, seed 0: 400 steps, time unknown, runs/" in text
     assert text.splitlines()[-1] == "to train: 23 runs, time unknown"
     assert set(EXPERIMENTS) >= {"01_baseline", "05_correction"} and requested_runs("06_figures", {}) == []
