@@ -35,7 +35,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
 make study   run every experiment and write report.html; what is finished is kept, so a stopped study resumes
-make check   run the unit tests, in under a minute
+make check   run the quick unit tests, in about a minute
 make test    run all tests, and measure which lines they reach
 make lab     open notebooks/explore.ipynb in JupyterLab, on 127.0.0.1 and behind a token
 make strip   remove outputs from notebooks/ before a commit
@@ -45,7 +45,7 @@ make clean   remove the environment and caches, never results
 Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3"
   DATA      phantom     a folder in Decathlon layout, or phantom
   TARGET    spleen      label names joined by ",", or all
-  PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, ct128, thesis
+  PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, ct96, ct128, thesis
   PROTOCOL  corrected   corrected, or thesis: with the faults of the published study
   CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
   ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
@@ -55,7 +55,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
-  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05_correction, 07_fractions and 08_length
+  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05, 07 and 08, which train most
   DRY                   DRY=1 lists what would be trained, and for how long by past runs
   CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
   CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
@@ -104,7 +104,7 @@ study: $(STAMP)
 	    --device="$$DEVICE" --results="$$RESULTS" --study="$$STUDY" $${ONLY:+--only $$ONLY}
 
 check: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto tests/unit
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "not slow" tests/unit
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rs --durations=15 -n auto --dist loadfile \

@@ -25,13 +25,6 @@ __all__ = [  # of other files, but imported from here
 
 STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
-LOSS_NAMES = {  # of the distillers, as printed
-    "kl": "KL (Hinton)", "softmax_kl": "KL over one channel (published)", "dkd": "DKD", "dist": "DIST",
-    "cwd": "CWD (logits)", "boundary_kl": "boundary KL", "fitnet": "MSE", "at": "AT", "feature_cwd": "CWD (features)",
-    "reviewkd": "ReviewKD", "emkd_importance": "EMKD importance", "emkd_affinity": "EMKD affinity", "sp": "SP",
-    "skd": "SKD pair-wise", "ifvd": "IFVD", "cirkd": "CIRKD", "infonce": "InfoNCE",
-    "supcon": "supervised contrastive loss", "prototype": "prototype contrast", "crd": "CRD",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def parser() -> Parser:
     study = argparse.ArgumentParser(add_help=False)
     study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
     study.add_argument("--target", default="spleen", help="label names joined by ',', or 'all'")
-    study.add_argument("--profile", default="quick", help="quick, hippocampus, ct128 or thesis")
+    study.add_argument("--profile", default="quick", help="quick, hippocampus, ct96, ct128 or thesis")
     study.add_argument("--protocol", default="corrected", help="corrected or thesis")
     study.add_argument("--changes", default="{}", help="fields of the profile to change, as JSON")
     study.add_argument("--on-defect", default="raise", help="raise: stop at defective cases; drop: leave them out")

@@ -224,7 +224,9 @@ def _is_there(folder: Path, about: dict) -> bool:
         found = None
     files = [folder / entry[part] for entry in about["training"] for part in ("image", "label")]
     if found != about or not all(file.is_file() for file in files):
-        raise InputError(f"{folder}: is not {about['description']!r}; give a folder that does not exist yet")
+        raise InputError(
+            f"{folder}: is not {about['description']!r}; delete it, or give a folder that does not exist yet"
+        )
     return True
 
 

@@ -129,4 +129,4 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _columns(run: Run, results: Path) -> dict[str, object]:
-    return {"run": run_key(run, results), "arm": run.name} | identity(run)  # arm: until analysis reads the columns
+    return {"run": run_key(run, results)} | identity(run)

@@ -84,7 +84,7 @@ def finished(phantom, tmp_path_factory) -> tuple[Path, list[Run], Results]:
 
 def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
     results, runs, found = finished
-    own = ["run", "arm", *identity(runs[0])]
+    own = ["run", *identity(runs[0])]
     columns = [*own, "patient", "case", "class", "metric", "value"]
     assert list(found.cases.columns) == columns
     for table in (found.history, found.runs, found.examples):

@@ -95,8 +95,8 @@ def graph(text: str) -> set[tuple[str, str]]:
 
 def test_teachers_come_before_students_and_runs_before_reports(capfd, notebooks):
     only = ["--only", "00_data", "02_distillation", "03_ablation", "06_figures"]
-    found = graph(planned(capfd, notebooks, "--folds", "0 2", "--seeds", "0 7", *only))
-    for fold in (0, 2):
+    found = graph(planned(capfd, notebooks, "--folds", "0 1", "--seeds", "0 7", *only))
+    for fold in (0, 1):
         for seed in (0, 7):
             assert (f"teacher-T1-fold{fold}", f"02_distillation-fold{fold}-seed{seed}") in found
             assert (f"teacher-T2-fold{fold}", f"02_distillation-fold{fold}-seed{seed}") in found
@@ -104,7 +104,7 @@ def test_teachers_come_before_students_and_runs_before_reports(capfd, notebooks)
             assert (f"teacher-T2-fold{fold}", f"03_ablation-fold{fold}-seed{seed}") not in found
             assert (f"03_ablation-fold{fold}-seed{seed}", "03_ablation") in found
         assert ("00_data", f"teacher-T1-fold{fold}") in found
-    assert ("teacher-T1-fold0", "03_ablation-fold2-seed0") not in found
+    assert ("teacher-T1-fold0", "03_ablation-fold1-seed0") not in found
     assert {("02_distillation", "06_figures"), ("03_ablation", "06_figures"), ("06_figures", "report")} <= found
 
 

@@ -101,6 +101,21 @@ def test_the_correction_goes_from_the_published_to_the_corrected_protocol(done):
 
 
 @pytest.mark.slow
+def test_chapters_on_labels_and_length_have_a_line_for_each_way_of_learning(done):
+    assert study(done, "--only", "07_fractions", "08_length") == 0
+    tables = done / "tiny" / "tables"
+    fractions = pd.read_csv(tables / "07_fractions.csv")
+    assert set(fractions["fraction"]) == {0.1, 0.25, 0.5, 1.0}
+    assert set(fractions["control"].dropna()) == {"self_consistency", "pseudo_labels"}
+    assert set(pd.read_csv(tables / "08_length.csv").query("role != 'teacher'")["length"]) == {0.125, 0.25, 0.5, 1, 2}
+    verdicts = pd.read_csv(tables / "07_comparisons.csv")
+    progress = pd.read_csv(tables / "07_convergence.csv").set_index("method")["converged"]
+    rising = ~verdicts["a"].map(progress) | ~verdicts["b"].map(progress)
+    assert (verdicts.loc[rising, "verdict"] == "not converged").all() and rising.any()
+    assert {path.stem for path in (done / "tiny" / "figures").glob("0[78]*.pdf")} == {"07_fractions", "08_length"}
+
+
+@pytest.mark.slow
 def test_a_defective_data_set_is_the_last_that_a_user_sees(tmp_path, capfd):
     from kdlib.data import make_phantom
 

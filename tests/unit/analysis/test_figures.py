@@ -43,6 +43,8 @@ from kdlib.analysis.figures.style import HATCHES, VERDICTS
 from kdlib.analysis.statistics import THESIS_TABLE, compare, interval, per_patient, ranks, summarise
 from kdlib.config import InputError
 
+pytestmark = pytest.mark.slow  # they draw
+
 METHODS = [
     "T1", "T2", "S1", "S1 (50 %)", "S2", "S2 (50 %)", "KD(T1, S1)", "KD(T1, S2)", "KD(T2, S1)", "KD(T2, S2)",
 ]  # fmt: skip

@@ -17,6 +17,8 @@ from analysis_tables import identity
 from kdlib.analysis.figures import DOUBLE, features, qualitative
 from kdlib.config import InputError
 
+pytestmark = pytest.mark.slow  # they draw
+
 ROLES = {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}
 
 

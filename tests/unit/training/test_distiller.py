@@ -17,6 +17,8 @@ from kdlib.training.adapters import PROJECTION, Adapter, Projector, resize
 from kdlib.training.distiller import Distiller, check_recipe, shuffled_features
 from kdlib.training.hooks import FeatureHooks, probe, scales_of
 
+pytestmark = pytest.mark.slow  # every loss through the networks
+
 ALL = ("E-E", "B-B", "D-D", "PMD")
 
 
