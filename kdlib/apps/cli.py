@@ -45,6 +45,7 @@ ORDER = (
 ON_REQUEST = ("05_correction", "07_fractions", "08_length")  # they train most
 EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
 KILLED = "killed from outside, or out of memory"
+STOPPED = "stopped"  # by a scheduler or by Ctrl-C
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix
 
@@ -333,7 +334,7 @@ def _recorded(done: Path | None, folder: Path) -> Iterator[None]:
         return
     name, failed, begin = done.parent.name, done.with_name("failed.json"), time.perf_counter()
     before = json.loads(failed.read_text()) if failed.exists() else {"cause": KILLED}
-    if before["cause"] != KILLED:
+    if before["cause"] not in (KILLED, STOPPED):
         sys.exit(before["status"])
     write_text(failed, json.dumps({"cause": KILLED, "status": 1}))
     print(f"== {name}")
@@ -341,7 +342,7 @@ def _recorded(done: Path | None, folder: Path) -> Iterator[None]:
         with contextlib.redirect_stdout(_Labelled(name)):
             yield
     except BaseException as error:
-        cause = "stopped" if isinstance(error, KeyboardInterrupt) else str(error)
+        cause = STOPPED if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause.partition(chr(10))[0]}")
         write_text(failed, json.dumps({"cause": cause, "status": 2 if isinstance(error, InputError) else 1}))
         raise

@@ -87,7 +87,9 @@ def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, 
 
     setting = dict(data="phantom", target="spleen", profile=kdlib.override_profile("quick", CHANGES))
     runs = [kdlib.Run(model=model, **setting) for model in ("T1", "T2")]
-    runs += [kdlib.Run(model=model, fraction=fraction, **setting) for fraction in (1.0, 0.5) for model in ("S1", "S2")]
+    runs += [
+        kdlib.Run(model=model, fraction=fraction, **setting) for fraction in (1.0, 0.5) for model in ("S1", "S2", "E1")
+    ]
     kdlib.study(runs, tmp_path / "local", "cpu").save(tmp_path / "local", "01_baseline")
     for table in ("cases", "history"):
         here, there = (
