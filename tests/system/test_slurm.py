@@ -80,10 +80,12 @@ def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, 
         killed = job_of("T2", slurm)
         subprocess.run(["scancel", "--full", "--signal=KILL", killed], env=slurm, check=True)
         assert process.wait(timeout=1200) == 0, capfd.readouterr().out
-    assert "Trying to restart job" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "Trying to restart job" in said.out + said.err
     states = subprocess.check_output(["squeue", "--noheader", "--states=all", "--format=%i %T"], env=slurm, text=True)
     ends = dict(line.split() for line in states.splitlines())
-    assert ends.pop(killed) in ("FAILED", "CANCELLED") and list(ends.values()) == ["COMPLETED"] * 5
+    assert ends.pop(killed) in ("FAILED", "CANCELLED")
+    assert list(ends.values()) == ["COMPLETED"] * 4, "both teachers, the baselines, the report"
 
     setting = dict(data="phantom", target="spleen", profile=kdlib.override_profile("quick", CHANGES))
     runs = [kdlib.Run(model=model, **setting) for model in ("T1", "T2")]
