@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -47,9 +48,6 @@ def without_batch_norm(spatial_dims: int, in_channels: int, out_channels: int) -
     return model
 
 
-MODELS["S1-images"] = without_batch_norm
-
-
 class DoubleBank(SliceBank):
     """Batches in double precision."""
 
@@ -75,6 +73,7 @@ def cohort() -> list[Run]:
     return [dataclasses.replace(student, teacher="T1", recipe=recipe) for recipe in recipes]
 
 
+@mock.patch.dict(MODELS, {"S1-images": without_batch_norm})
 def trained(processes: Processes = ALONE) -> dict[str, tuple[dict[str, torch.Tensor], list[dict]]]:
     """Recipe -> everything that `STEPS` steps leave: weights, projectors, memories; and the history.
 
