@@ -29,8 +29,9 @@ from hypothesis import given, settings
 from nbformat import v4
 
 from kdlib.analysis.statistics import to_latex
-from kdlib.apps.cli import main, parser, study_parameters
+from kdlib.apps.cli import main, parser
 from kdlib.apps.notebooks import check_parameters, check_study, execute, read_notebook
+from kdlib.apps.study import study_parameters
 from kdlib.config import InputError
 from kdlib.data import build_bank, index, make_phantom, split_file, splits
 from kdlib.data.decathlon import Dataset

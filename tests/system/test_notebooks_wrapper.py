@@ -13,8 +13,9 @@ import pytest
 from nbformat import v4
 
 import kdlib
-from kdlib.apps.cli import main, parser, plan
+from kdlib.apps.cli import main, parser
 from kdlib.apps.notebooks import NotebookError, check_parameters, convert, execute, read_parameters, render
+from kdlib.apps.study import plan
 from kdlib.config import InputError, TrainingError
 
 

@@ -18,8 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from kdlib.apps.cli import EXPERIMENTS, parser, plan
+from kdlib.apps.cli import parser
 from kdlib.apps.notebooks import read_parameters
+from kdlib.apps.study import EXPERIMENTS, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -13,7 +13,8 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from kdlib.apps.cli import KILLED, main
+from kdlib.apps.cli import main
+from kdlib.apps.jobs import KILLED
 
 PARAMETERS = """\
 data: str = "phantom"

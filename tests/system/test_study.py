@@ -10,8 +10,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from kdlib.apps.cli import EXPERIMENTS, main
+from kdlib.apps.cli import main
 from kdlib.apps.notebooks import NOTEBOOKS, execute
+from kdlib.apps.study import EXPERIMENTS
 from kdlib.config import SWITCHES, InputError
 
 TINY = {
