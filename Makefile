@@ -55,8 +55,8 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
-  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05, 07 and 08, which train most
-  DRY                   DRY=1 lists what would be trained, and for how long by past runs
+  ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05, 07, 08 and 09, which train most
+  DRY                   DRY=1 lists what would be trained, and for how long
   CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
   CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
   SNAKEMAKE_ARGS        more options for Snakemake, e.g. SNAKEMAKE_ARGS="--default-resources runtime=600 mem_mb=8000"

@@ -23,6 +23,7 @@ TEACHERS = {  # whose runs an experiment builds on; the cumulative correction tr
     "04_loss_comparison": ("T1",),
     "07_fractions": ("T1",),
     "08_length": ("T1",),
+    "09_sweep": ("T1",),
 }
 TRAINING = [name for name in EXPERIMENTS if name not in ("00_data", "06_figures")]
 GPU = int(SHARED["device"].startswith("cuda") or (SHARED["device"] == "auto" and bool(shutil.which("nvidia-smi"))))

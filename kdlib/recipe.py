@@ -85,6 +85,7 @@ class Recipe:
             steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
             step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
+        warmup: share of the steps in which the student learns from its labels alone; the terms act after them.
         redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
         unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
             terms see them, the segmentation loss does not.
@@ -101,6 +102,7 @@ class Recipe:
     teacher: Literal["trained", "random", "shuffled"] = "trained"
     budget: Literal["student", "teacher+student", "wall_clock"] = "student"
     balance: Positive | None = None
+    warmup: Annotated[float, Range(0, below=1)] = 0.0
     redrawn_projectors: bool = False
     unlabelled: bool = False
     pseudo_labels: bool = False
@@ -112,6 +114,8 @@ class Recipe:
             raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
         if self.balance is not None and not any(term.weight for term in self.terms):
             raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
+        if self.warmup and not self.terms:
+            raise InputError(f"recipe {self.name!r}, warmup {self.warmup}: it is for terms, and there are none")
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name!r} names a distillation term twice: {', '.join(names)}")
@@ -129,6 +133,8 @@ class Optimisation:
         batch: slices per step.
         warmup: share of the steps in which the learning rate rises.
         target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
+        precision: of networks, in training and evaluation: "bf16", "fp32", or "auto" for bf16 where the processor
+            multiplies it natively (then a run's manifest says which it was). Losses are always computed in float32.
     """
 
     optimiser: Literal["adamw", "rmsprop"] = "adamw"
@@ -139,6 +145,7 @@ class Optimisation:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Annotated[float, Range(0, below=1)] = 0.05
     target_share: Annotated[float, Range(0, 1)] | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __post_init__(self):
         check_fields(self)

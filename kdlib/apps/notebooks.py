@@ -10,7 +10,6 @@ import difflib
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ import psutil
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from kdlib.config import InputError, TrainingError, lookup
-from kdlib.files import write_text
+from kdlib.files import check_study, write_text
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict}
@@ -104,16 +103,6 @@ def convert(value: object, annotation: str) -> object:
     if type(value) is not kind:
         raise ValueError(value)
     return value
-
-
-def check_study(name: str) -> None:
-    """Raises InputError where a study's name is not that of a folder in results, and of one that is free."""
-    if name in ("data", "runs", "splits"):
-        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
 
 
 def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:

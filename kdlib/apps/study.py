@@ -18,16 +18,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, check_study, convert, read_parameters
+from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, convert, read_parameters
 from kdlib.config import PROTOCOLS, InputError, Run, lookup, override_profile
-from kdlib.files import write_text
+from kdlib.files import check_study, write_text
 
 ROOT = NOTEBOOKS.parent
 ORDER = (
     "00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "05_correction", "07_fractions",
-    "08_length", "06_figures",
+    "08_length", "09_sweep", "06_figures",
 )  # fmt: skip
-ON_REQUEST = ("05_correction", "07_fractions", "08_length")  # they train most
+ON_REQUEST = ("05_correction", "07_fractions", "08_length", "09_sweep")  # they train most
 EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix

@@ -12,6 +12,7 @@ from kdlib.experiments.designs import (
     loss_comparison,
     negative_controls,
     requested_runs,
+    sweep,
     training_length,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "loss_comparison",
     "negative_controls",
     "requested_runs",
+    "sweep",
     "training_length",
 ]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Literal
 
 from monai.networks.nets import SegResNet
 
 from kdlib.config import (
+    BASELINE,
     PROTOCOLS,
     STUDENTS,
     TEACHERS,
@@ -22,6 +22,7 @@ from kdlib.config import (
     Profile,
     Recipe,
     Run,
+    Term,
     cumulative_correction,
     lookup,
     override_profile,
@@ -38,6 +39,7 @@ from kdlib.experiments.recipes import (
     unlabelled,
 )
 from kdlib.experiments.source import run_source
+from kdlib.files import check_study
 from kdlib.models import MODELS, ExternalModel
 from kdlib.strict import Range, check_fields
 from kdlib.training.device import pick_device
@@ -45,7 +47,6 @@ from kdlib.training.device import pick_device
 LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 Number = Annotated[int, Range(0)]
-RESERVED = ("data", "runs", "splits")  # folders of `results` that are no study
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,6 @@ class Setting:
     def everywhere(self, model: str, **fields: object) -> list[Run]:
         """The same run in every fold and seed."""
         return [self.run(model, fold=fold, seed=seed, **fields) for fold, seed in self.places]
-
-
-def check_study(name: str) -> None:
-    """Raises InputError where a study's name is not that of a folder in results, or of one that is taken."""
-    if name in RESERVED:
-        raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
 
 
 def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
@@ -266,6 +257,55 @@ def training_length(
     return runs
 
 
+def sweep(
+    setting: Setting,
+    student: str = "S1",
+    teacher: str = "T1",
+    fraction: float = 0.5,
+    lrs: Sequence[float] = (4e-3, 8e-3, 1.6e-2),
+    decays: Sequence[float] = (0.01, 0.05, 0.2),
+    batches: Sequence[int] = (),
+    weights: Sequence[float] = (0.4, 1.6),
+    balances: Sequence[float] = (0.5,),
+    temperatures: Sequence[float] = (1.0, 2.0, 4.0),
+    warmups: Sequence[float] = (0.0,),
+) -> list[Run]:
+    """As many trials for the student alone as for the distilled one, to choose a recipe on validation patients.
+
+    An untuned method loses to a tuned one, whatever it is worth: so learning rate, weight decay and batch of the
+    baseline get as many trials as weight (or, in its place, balance of gradients), temperature and warm-up of KL.
+
+    Args:
+        fraction: label fraction of all trials.
+        lrs, decays, batches: of the student alone (no batches: the profile's); the distilled one has the profile's.
+        weights, balances, temperatures, warmups: of KL on predictions, see `Recipe`; each warm-up with each weight and
+            each balance.
+
+    Raises:
+        InputError: the baseline and the distilled student get different numbers of trials.
+    """
+    alone = list(product(lrs, decays, batches or [setting.sized.student.batch]))
+    says = [("weight", weight) for weight in weights] + [("balance", share) for share in balances]
+    taught = list(product(says, temperatures, warmups))
+    if len(alone) != len(taught):
+        raise InputError(
+            f"sweep: {len(alone)} trials of the student alone and {len(taught)} of the distilled one; the better tuned "
+            "one would win: give both the same number"
+        )
+    runs = []
+    for lr, decay, batch in alone:
+        how = dataclasses.replace(setting.sized.student, lr=lr, weight_decay=decay, batch=batch)
+        profile = dataclasses.replace(setting.sized, student=how)
+        recipe = dataclasses.replace(BASELINE, name=f"lr {lr:g}, decay {decay:g}, batch {batch}")
+        runs += setting.everywhere(student, fraction=fraction, recipe=recipe, profile=profile)
+    for (rule, value), temperature, warmup in taught:
+        term = Term("PMD", "kl", value if rule == "weight" else 1.0, temperature)
+        name = f"{rule} {value:g}, temperature {temperature:g}, warm-up {warmup:g}"
+        recipe = Recipe(name, terms=(term,), balance=value if rule == "balance" else None, warmup=warmup)
+        runs += setting.everywhere(student, fraction=fraction, teacher=teacher, recipe=recipe)
+    return runs
+
+
 def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
     """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
     layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
@@ -308,4 +348,5 @@ EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
     "05_correction": correction,
     "07_fractions": label_fractions,
     "08_length": training_length,
+    "09_sweep": sweep,
 }

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from kdlib.config import Run, from_json
+from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.designs import requested_runs
-from kdlib.experiments.source import run_source
+from kdlib.experiments.runner import cohorts
+from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import is_done, read_manifest, run_key
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
+from kdlib.training.loop import train_cohort
 from kdlib.training.schedule import epochs_of, steps_per_epoch
+from kdlib.training.state import RunState, new_model
+from kdlib.training.validation import volume_dice
 
 
 def steps_of(run: Run, results: Path) -> int:
     """Steps of a training; where the profile fixes none, slices are counted by the headers of the scans."""
-    found = run_source(run, results)
-    train = set(found.folds[run.fold].train)
-    slices = sum(case.shape[2] for case in found.dataset.cases if case.name in train)
+    slices = slices_of(run, results)
     return epochs_of(run, slices) * steps_per_epoch(run, slices)
 
 
+def slices_of(run: Run, results: Path) -> int:
+    """Slices of all training patients, by the headers of the scans."""
+    found = run_source(run, results)
+    train = set(found.folds[run.fold].train)
+    return sum(case.shape[2] for case in found.dataset.cases if case.name in train)
+
+
 def past_runs(results: Path) -> pd.DataFrame:
-    """Seconds per step and seconds of evaluation of every finished run in `results`, and what they depend on."""
+    """Seconds per step and of evaluation, on a CPU of one core, of every finished run in `results`, and what they
+    depend on."""
     rows = []
     for folder in sorted((results / "runs").glob("*")):
         record = read_manifest(folder)
         if record.get("status") != "done":
             continue
         run, steps = from_json(record["run"]), record["steps"]
+        cores = record["threads"] if record["device"] == "cpu" else 1  # times of one core
         rows.append(
             dict(
                 model=run.model, distilled=run.teacher is not None, method=run.method, device=record["device"],
-                size=run.preprocessing.size, width=run.profile.width, pace=record["seconds"]["training"] / steps,
+                size=run.preprocessing.size, width=run.profile.width,
+                pace=cores * record["seconds"]["training"] / steps,
                 evaluation=record["seconds"]["evaluation"],
             )
         )  # fmt: skip
@@ -58,39 +75,93 @@ def seconds_of(run: Run, past: pd.DataFrame, steps: int, device: str) -> float |
     return None if like.empty else float(like["pace"].median() * steps + like["evaluation"].median())
 
 
+def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int = 4) -> tuple[float, float, float]:
+    """Seconds of one training step, of one validation, and of the evaluation of the test patients, each of one run of
+    a cohort: measured on its own data with networks that have learned nothing, on a CPU with one core."""
+    run = group[0]
+    fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
+    train, val = bank.select(fold.train).to(device), bank.select(fold.val).to(device)
+    if run.recipe.unlabelled:
+        train = train.hide_labels(set(fold.train) - set(fold.subset(run.fraction)))
+    teachers = {
+        name: new_model(teacher, len(bank.classes)).to(device, memory_format=torch.channels_last).eval()
+        for name, teacher in run.teacher_runs().items()
+    }
+
+    def train_for(count: int) -> float:
+        states.extend(train_cohort(group, train, val, count, device, teachers, epochs=1))
+        return sum(state.seconds for state in states[-len(group) :])
+
+    states: list[RunState] = []
+    with one_thread(), precision(run.optimisation.precision), contextlib.redirect_stderr(io.StringIO()):
+        train_for(1)  # the first pass chooses kernels and allocates
+        short, long = train_for(1), train_for(1 + steps)
+        begin = time.perf_counter()
+        volume_dice(states[0].model, val)
+        validation = time.perf_counter() - begin
+        begin = time.perf_counter()
+        one = bank.select(fold.test[:1])
+        evaluate(states[0].model, one.to(device), run_source(run, results).dataset, one.cases)
+        evaluation = (time.perf_counter() - begin) * len(fold.test)
+    return (long - short) / steps / len(group), validation, evaluation
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def foretell(runs: Sequence[Run], past: pd.DataFrame, results: Path, device: torch.device) -> dict[Run, float]:
+    """Seconds that each of these runs will take: by similar past runs, else by a few timed steps of its cohort."""
+    name = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+    found = {run: seconds_of(run, past, steps_of(run, results), name) for run in runs}
+    measured: dict[tuple, tuple[float, float, float]] = {}
+    for group in cohorts(run for run in runs if found[run] is None):
+        alike = tuple((run.method, run.profile, run.protocol) for run in group)
+        if alike not in measured:  # another fold or seed takes as long
+            measured[alike] = timed(group, results, device)
+        step, validation, evaluation = measured[alike]
+        for run in group:
+            epochs = epochs_of(run, slices_of(run, results))
+            found[run] = steps_of(run, results) * step + epochs * validation + evaluation
+    return found
+
+
 def describe(plan: Mapping[str, object]) -> str:
     """The plan of a study in words.
 
     Args:
         plan: "shared" (with "results" and "device") and "parameters", by notebook.
     """
-    shared = plan["shared"]
-    results, lines, total, unknown, seen = Path(shared["results"]), [], 0.0, 0, set()
-    place = pick_device(shared["device"])
-    device = str(place) if place.type == "cpu" else torch.cuda.get_device_name(place)
+    shared, parameters = plan["shared"], plan["parameters"]
+    results, place = Path(shared["results"]), pick_device(shared["device"])
+    asked = {name: {run_key(r, results): r for r in requested_runs(name, parameters[name])} for name in parameters}
+    missing = {key: run for runs in asked.values() for key, run in runs.items() if not is_done(run, results)}
     past = past_runs(results)
-    for name, parameters in plan["parameters"].items():
-        runs = {run_key(run, results): run for run in requested_runs(name, parameters)}
-        missing = {key: run for key, run in runs.items() if not is_done(run, results)}
-        lines.append(
-            f"{name}: {len(runs)} runs, {len(runs) - len(missing)} of them done" if runs else f"{name}: no runs"
-        )
-        for key, run in missing.items():
-            if key in seen:
-                continue
-            steps = steps_of(run, results)
-            seconds = seconds_of(run, past, steps, device)
-            seen.add(key)
-            total, unknown = total + (seconds or 0), unknown + (seconds is None)
-            time = "time unknown" if seconds is None else _time(seconds)
-            place = f"fold {run.fold}, seed {run.seed}"
-            lines.append(f"    {run.method}, {place}: {steps} steps, {time}, runs/{key}")
-    end = f"to train: {len(seen)} runs"
-    if seen:
-        known = (
-            f"about {_time(total)} of {device}, by past runs in {results}" if unknown < len(seen) else "time unknown"
-        )
-        end += f", {known}" + (f"; {unknown} with no similar run" if 0 < unknown < len(seen) else "")
+    seconds = foretell(list(missing.values()), past, results, place)
+    lines, seen = [], set()
+    for name, runs in asked.items():
+        done = sum(key not in missing for key in runs)
+        lines.append(f"{name}: {len(runs)} runs, {done} of them done" if runs else f"{name}: no runs")
+        for key in runs:
+            if key in missing and key not in seen:
+                seen.add(key)
+                run = missing[key]
+                what = f"{run.method}, fold {run.fold}, seed {run.seed}"
+                lines.append(f"    {what}: {steps_of(run, results)} steps, {_time(seconds[run])}, runs/{key}")
+    end = f"to train: {len(missing)} runs"
+    if missing:
+        total, cores = sum(seconds.values()), len(os.sched_getaffinity(0))
+        if place.type == "cpu":
+            end += f", about {_time(total)} on one core, {_time(total / cores)} on the {cores} of this machine"
+        else:
+            end += f", about {_time(total)} on {torch.cuda.get_device_name(place)}"
+        end += f"; by similar runs in {results}, else by a few timed steps"
     return "\n".join([*lines, end])
 
 

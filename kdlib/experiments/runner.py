@@ -36,7 +36,7 @@ from kdlib.experiments.tables import Results, collect
 from kdlib.files import remove_partial_files, write_arrays, write_csv
 from kdlib.models import MODELS, count_parameters
 from kdlib.training.checkpoint import CODE_HASH, Checkpoint, save_tensors
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
 from kdlib.training.distiller import check_recipe
 from kdlib.training.fabric import ALONE, Processes
 from kdlib.training.hooks import scales_of
@@ -125,6 +125,7 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.length,
             how.batch,
             how.target_share,
+            how.precision,
             alone,
         )
         groups.setdefault(key, []).append(run)
@@ -232,18 +233,19 @@ def train_group(
             teachers[name] = teacher.eval().requires_grad_(False)
         else:
             teachers[name] = trained(teacher_run, len(bank.classes), results, device)
-    return train_cohort(
-        group,
-        train.to(device),
-        val.to(device),
-        steps_per_epoch(run, slices),
-        device,
-        teachers,
-        epochs_of(run, slices),
-        [dataclasses.replace(checkpoint_of(run, results), read_only=read_only) for run in group],
-        parts,
-        processes=processes,
-    )
+    with precision(run.optimisation.precision):
+        return train_cohort(
+            group,
+            train.to(device),
+            val.to(device),
+            steps_per_epoch(run, slices),
+            device,
+            teachers,
+            epochs_of(run, slices),
+            [dataclasses.replace(checkpoint_of(run, results), read_only=read_only) for run in group],
+            parts,
+            processes=processes,
+        )
 
 
 def _train(
@@ -261,7 +263,8 @@ def _train(
         processes.broadcast((group, results, parts))  # the others train with this one: see `kdlib.experiments.parallel`
         states = train_group(group, results, device, parts, processes, read_only=False)
         parts_of = zip(states, checkpoints, records, strict=True)
-        return [error for each in parts_of if (error := _finish(*each, bank, found))]
+        with precision(group[0].optimisation.precision):
+            return [error for each in parts_of if (error := _finish(*each, bank, found))]
     except torch.OutOfMemoryError:
         raise
     except InputError:  # nothing can be written

@@ -35,7 +35,7 @@ from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
 from kdlib.models import MODELS
 from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint
-from kdlib.training.device import computes_bf16
+from kdlib.training.device import precision_on
 from kdlib.training.state import new_model
 
 FORMAT = 2  # of manifests
@@ -56,7 +56,8 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
 
     That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
     evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
-    teachers. Device, precision and versions stand in the manifest instead: a run made elsewhere is not trained again.
+    teachers. Device and versions stand in the manifest instead: a run made elsewhere is not trained again; neither is
+    one of precision "auto", which is what its machine computes fast.
     """
     profile, protocol = run.profile, run.protocol
     length = [profile.teacher_epochs, profile.teacher_steps]
@@ -70,15 +71,21 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
-        "recipe": dataclasses.asdict(run.effective_recipe) | {"name": "", "control": ""},
+        "recipe": _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""},
         "preprocessing": dataclasses.asdict(run.preprocessing),
         "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
         "network": _architecture(run.model),
-        "optimisation": dataclasses.asdict(run.optimisation),
+        "optimisation": _chosen(run.optimisation, precision="auto"),
         "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
         "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
     }
+
+
+def _chosen(description: object, **later: object) -> dict[str, object]:
+    """The fields of a description, without those that came `later` and are at the value that runs before them had."""
+    fields = dataclasses.asdict(description)
+    return {name: value for name, value in fields.items() if (name, value) not in later.items()}
 
 
 def _architecture(model: str) -> list | None:
@@ -172,7 +179,7 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
         "code": {"hash": CODE_HASH, "files": CODE},
         "git": git_state(),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "precision": "bf16" if computes_bf16(device) else "fp32",
+        "precision": precision_on(device, run.optimisation.precision),
         **machine(),
         "processes": processes,
         "notebook": os.path.relpath(notebook, results) if notebook else None,

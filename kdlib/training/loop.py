@@ -109,7 +109,7 @@ def training_step(state: RunState, batch: Batch, processes: Processes = ALONE) -
         # without foreground the Dice loss has almost no gradient to measure others by
         if balances and not diagnostics.balanced and (part.labels[part.labelled] > 0).any():
             balance(state, {name: float(gradient.norm()) for name, gradient in gradients.items()})
-        loss = sum(state.weights[name] * value for name, value in losses.items())
+        loss = sum(state.weight(name) * value for name, value in losses.items())
         share = len(part.images) / len(batch.images)
         (share * loss).backward()
         for totals, values in ((mean_losses, {"loss": loss} | losses), (mean_gradients, gradients)):

@@ -37,6 +37,7 @@ class RunState:
         checkpoint: where the state is kept; None keeps nothing.
         micro_batches: parts of a batch that go forward and backward one after the other.
         weights: of each loss in the total: the recipe's, until balancing changes those of the terms.
+        terms_from: the step from which the terms act.
         step: optimiser steps done.
         diagnostics: of the epoch that it is in; None between two epochs.
         sessions: where it was trained, from which step on.
@@ -54,6 +55,7 @@ class RunState:
     checkpoint: Checkpoint | None = None
     micro_batches: int = 1
     weights: dict[str, float] = field(default_factory=dict)
+    terms_from: int = 0
     step: int = 0
     diagnostics: EpochDiagnostics | None = None
     history: list[dict] = field(default_factory=list)
@@ -74,6 +76,11 @@ class RunState:
     def label(self) -> str:
         recipe = f" {self.run.recipe.name}" if self.run.recipe.terms else ""
         return f"{self.run.name}{recipe}, fold {self.run.fold}, seed {self.run.seed}"
+
+    def weight(self, name: str) -> float:
+        """Of a loss in the total at this step."""
+        early = self.step < self.terms_from and name in self.distiller.weights
+        return 0.0 if early else self.weights[name]
 
     def begin_epoch(self) -> EpochDiagnostics:
         """Training mode, and fresh diagnostics."""
@@ -197,4 +204,5 @@ def new_state(
     hooks = FeatureHooks(model, model.scales, layers)
     segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)
     optimiser, schedule = optimiser_of(run, parameters, steps)
-    return RunState(run, model, hooks, distiller, segmentation, optimiser, schedule, micro_batches=micro_batches)
+    parts = run, model, hooks, distiller, segmentation, optimiser, schedule
+    return RunState(*parts, micro_batches=micro_batches, terms_from=round(recipe.warmup * steps))

@@ -210,7 +210,9 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
           for switch in SWITCHES if switch != "one_channel_softmax" or "PMD" in student.recipe.name),
         *(dataclasses.replace(student, recipe=dataclasses.replace(student.recipe, **change)) for change in
           [{"teacher": "random"}, {"teacher": "shuffled"}, {"budget": "teacher+student"},
-           {"smoothing": 0.1}, {"balance": 0.5}]),
+           {"smoothing": 0.1}, {"balance": 0.5}, {"warmup": 0.5}]),
+        *(dataclasses.replace(student, profile=dataclasses.replace(TINY, student=how)) for how in
+          [dataclasses.replace(TINY.student, precision=precision) for precision in ("fp32", "bf16")]),
     ]  # fmt: skip
     keys = {run_key(run, results) for run in changed}
     assert len(keys) == len(changed) and key not in keys

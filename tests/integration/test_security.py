@@ -30,14 +30,14 @@ from nbformat import v4
 
 from kdlib.analysis.statistics import to_latex
 from kdlib.apps.cli import main, parser
-from kdlib.apps.notebooks import check_parameters, check_study, execute, read_notebook
+from kdlib.apps.notebooks import check_parameters, execute, read_notebook
 from kdlib.apps.study import study_parameters
 from kdlib.config import InputError
 from kdlib.data import build_bank, index, make_phantom, split_file, splits
 from kdlib.data.decathlon import Dataset
 from kdlib.experiments.store import load_weights
 from kdlib.experiments.tables import Results
-from kdlib.files import read_arrays
+from kdlib.files import check_study, read_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (

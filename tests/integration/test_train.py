@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_training import CPU, TINY, blobs, distilled, frozen_teacher, run_of, same, train_one
 
-from kdlib.config import PROTOCOLS, Recipe, Run, Term, TrainingError
+from kdlib.config import PROTOCOLS, InputError, Recipe, Run, Term, TrainingError
 from kdlib.data.sampling import batch_indices
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.losses import LOSSES
@@ -188,6 +188,22 @@ def test_all_weights_zero_is_no_distillation():
     assert trained.failure is None
     for name, tensor in baseline.model.state_dict().items():
         torch.testing.assert_close(trained.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_before_the_end_of_its_warm_up_a_distilled_student_is_a_baseline():
+    recipe = dataclasses.replace(distilled().recipe, warmup=0.5)  # of 2 epochs of 3 steps
+    taught, alone = dataclasses.replace(distilled(), recipe=recipe), run_of("S1", fraction=0.5)
+    seen: dict[Run, list[torch.Tensor]] = {taught: [], alone: []}  # weights after each epoch
+    for run, teachers in ((taught, frozen_teacher()), (alone, None)):
+
+        def keep(states, at=seen[run]):
+            at.append(torch.cat([weight.detach().flatten() for weight in states[0].model.parameters()]))
+
+        train_one(run, teachers, on_epoch=keep)
+    differences = [(a - b).abs().max().item() for a, b in zip(*seen.values(), strict=True)]
+    assert differences[0] < 1e-5 and differences[1] > 1e-3, differences
+    with pytest.raises(InputError, match="recipe 'alone', warmup 0.5: it is for terms, and there are none"):
+        Recipe("alone", warmup=0.5)
 
 
 def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():

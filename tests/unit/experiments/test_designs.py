@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kdlib.config import SWITCHES, InputError
-from kdlib.experiments import EXPERIMENTS, Setting, ablation, baseline, distillation, negative_controls, requested_runs
+from kdlib.experiments import (
+    EXPERIMENTS,
+    Setting,
+    ablation,
+    baseline,
+    distillation,
+    negative_controls,
+    requested_runs,
+    sweep,
+)
 from kdlib.experiments.dry_run import describe
+from kdlib.experiments.recipes import thesis_recipe
+from kdlib.experiments.source import run_source
+from kdlib.experiments.store import run_key
 
 
 @pytest.mark.parametrize(
@@ -72,11 +86,48 @@ def test_comparison_and_correction(tmp_path):
         requested_runs("05_correction", {"results": tmp_path, "target": "all"})
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     plan = {"shared": {"results": str(tmp_path), "device": "cpu"}, "parameters": {}}
-    plan["parameters"] = {name: {"results": str(tmp_path)} for name in ("00_data", "01_baseline", "03_ablation")}
+    small = {"results": str(tmp_path), "changes": {"size": 32, "spacing": 12.0, "width": 0.125}, "folds": (0, 1)}
+    plan["parameters"] = {"00_data": {}, "01_baseline": small | {"networks": ("T1", "S1")}}
     text = describe(plan)
-    assert "00_data: no runs" in text and "01_baseline: 8 runs, 0 of them done" in text
-    assert "    KD(T1,S1)@50:PMD, fold 0, seed 0: 400 steps, time unknown, runs/" in text
-    assert text.splitlines()[-1] == "to train: 23 runs, time unknown"
+    assert "00_data: no runs" in text and "01_baseline: 6 runs, 0 of them done" in text
+    times = re.findall(r"^    (.+), fold [01], seed 0: [24]00 steps, (\d+) (?:s|min), runs/\w{16}$", text, re.MULTILINE)
+    assert [name for name, _ in times] == ["T1", "T1", "S1", "S1", "S1@50", "S1@50"]
+    assert all(int(time) for _, time in times), "measured, where there is no similar run"
+    assert re.match(
+        r"to train: 6 runs, about .+ on one core, .+ on the \d+ of this machine; by sim", text.split("\n")[-1]
+    )
+    assert not (tmp_path / "runs").exists(), "nothing is kept"
     assert set(EXPERIMENTS) >= {"01_baseline", "05_correction"} and requested_runs("06_figures", {}) == []
+
+
+def test_a_sweep_gives_both_the_same_number_of_trials(tmp_path):
+    setting = Setting(results=tmp_path)
+    runs = sweep(setting)
+    alone, taught = [run for run in runs if not run.teacher], [run for run in runs if run.teacher]
+    assert len(alone) == len(taught) == len({run.method for run in alone}) == len({run.method for run in taught}) == 9
+    assert {run.optimisation.lr for run in alone} == {4e-3, 8e-3, 1.6e-2}
+    assert {run.optimisation for run in taught} == {setting.sized.student}
+    assert {run.recipe.balance for run in taught} == {None, 0.5}
+    assert len({run_key(run, tmp_path) for run in runs}) == 18
+    of_profile = next(run for run in alone if run.optimisation == setting.sized.student)
+    assert run_key(of_profile, tmp_path) == run_key(setting.run("S1", fraction=0.5), tmp_path), "trained once"
+    with pytest.raises(InputError, match="2 trials of the student alone and 9 of the distilled one"):
+        sweep(setting, lrs=(1e-3, 2e-3), decays=(0.05,))
+
+
+def test_a_teacher_has_seen_no_validation_or_test_patient_of_its_student(tmp_path):
+    """Of every experiment, fold and label fraction, and of every teacher of an ensemble."""
+    setting = Setting(results=tmp_path, folds=(0, 1))
+    runs = [run for design in EXPERIMENTS.values() for run in design(setting)]
+    ensemble = setting.run("S1", fold=1, fraction=0.5, teacher="T1+T2", recipe=thesis_recipe("S1"))
+    pairs = [(run, teacher) for run in (*runs, ensemble) for teacher in run.teacher_runs().values()]
+    assert {teacher.model for _, teacher in pairs} == {"T1", "T2", "S1"} and {run.fold for run, _ in pairs} == {0, 1}
+    for run, teacher in pairs:
+        mine, its = run_source(run, tmp_path), run_source(teacher, tmp_path)
+        fold, seen = mine.folds[run.fold], its.folds[teacher.fold].subset(teacher.fraction)
+        patients = its.folds[teacher.fold].groups
+        held_out = {fold.groups[case] for case in (*fold.val, *fold.test)}
+        assert not held_out & {patients[case] for case in seen}, (run.method, teacher.method)

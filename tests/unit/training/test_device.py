@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdlib.config import InputError
-from kdlib.training.device import autocast, computes_bf16, pick_device
+from kdlib.training.device import autocast, computes_bf16, pick_device, precision, precision_on
 
 CPU = torch.device("cpu")
 
@@ -30,3 +30,13 @@ def test_cpu_precision_follows_the_processor(monkeypatch, able, expected):
     with autocast(CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if expected else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_a_precision_that_is_asked_for_is_taken_whatever_the_processor(name):
+    with precision(name), autocast(CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name] and precision_on(CPU, name) == name
+    with autocast(CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert (product.dtype == torch.bfloat16) == (precision_on(CPU) == "bf16") == computes_bf16(CPU), "as before"
