@@ -97,10 +97,10 @@ class EpochDiagnostics:
             if len(seen) == 2 and all(gradient.any() for gradient in seen):
                 measured[f"cosine/{name}"] = float(F.cosine_similarity(*seen, dim=0))
         for name in self.terms:
-            measured |= self._check_term(name, values[name], norms[name], epoch)
+            measured |= self._check_term(name, values[name], norms[name], weights[name], epoch)
         return [dict(epoch=epoch, name=name, value=value) for name, value in (values | measured).items()]
 
-    def _check_term(self, name: str, value: float, norm: float, epoch: int) -> dict[str, float]:
+    def _check_term(self, name: str, value: float, norm: float, weight: float, epoch: int) -> dict[str, float]:
         """`infonce_over_chance/` and `projector_change/` of an active term; see `rows`."""
         term, found, fault = self.terms[name], {}, ""
         if float(self.magnitude[name]) == 0:
@@ -112,7 +112,7 @@ class EpochDiagnostics:
             # biases are left out: a loss may be invariant to a shift, as CWD is
             changes = [float((now.detach() - then).norm() / then.norm()) for now, then in pairs if now.dim() > 1]
             found[f"projector_change/{name}"] = min(changes)
-            if term.weight and min(changes) <= 2 * self.decay:
+            if weight and min(changes) <= 2 * self.decay:
                 fault = fault or "did not change one of its learned projectors"
         if fault and term.loss not in INACTIVE:
             raise TrainingError(f"{self.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")

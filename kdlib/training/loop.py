@@ -109,7 +109,8 @@ def training_step(state: RunState, batch: Batch, processes: Processes = ALONE) -
         # without foreground the Dice loss has almost no gradient to measure others by
         if balances and not diagnostics.balanced and (part.labels[part.labelled] > 0).any():
             balance(state, {name: float(gradient.norm()) for name, gradient in gradients.items()})
-        loss = sum(state.weight(name) * value for name, value in losses.items())
+        weights = state.weights_at(state.step)
+        loss = sum(weights[name] * value for name, value in losses.items())
         share = len(part.images) / len(batch.images)
         (share * loss).backward()
         for totals, values in ((mean_losses, {"loss": loss} | losses), (mean_gradients, gradients)):
@@ -127,7 +128,7 @@ def end_epoch(state: RunState, val: SliceBank, epoch: int, interrupts: Interrupt
     """Diagnostics, validation, and the weights of the best epoch."""
     run = state.run
     try:
-        rows = state.diagnostics.rows(epoch, state.weights)
+        rows = state.diagnostics.rows(epoch, state.weights_at(state.step - 1))
     except TrainingError as error:
         state.failure = error
         return

@@ -77,10 +77,10 @@ class RunState:
         recipe = f" {self.run.recipe.name}" if self.run.recipe.terms else ""
         return f"{self.run.name}{recipe}, fold {self.run.fold}, seed {self.run.seed}"
 
-    def weight(self, name: str) -> float:
-        """Of a loss in the total at this step."""
-        early = self.step < self.terms_from and name in self.distiller.weights
-        return 0.0 if early else self.weights[name]
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Of each loss in the total of a step: those of the terms are 0 during the student's warm-up."""
+        silent = self.distiller.weights if step < self.terms_from else ()
+        return {name: 0.0 if name in silent else weight for name, weight in self.weights.items()}
 
     def begin_epoch(self) -> EpochDiagnostics:
         """Training mode, and fresh diagnostics."""
