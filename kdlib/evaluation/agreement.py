@@ -40,11 +40,9 @@ def agreement(
         dataset: where the label files and their spacing are.
         threshold: probability above which a voxel of one-channel models is foreground.
 
-    Returns:
-        a table with columns case, class, metric and value.
+    Returns: a table with columns case, class, metric and value.
 
-    Raises:
-        InputError: a case that the bank or the data set does not hold.
+    Raises: InputError: a case that the bank or the data set does not hold.
     """
     rows = []
     for name in cases:  # one at a time: the probabilities of many classes fill the memory

@@ -28,8 +28,7 @@ def cka(x: Tensor, y: Tensor) -> float:
     Args:
         x, y: [positions, channels], the channels of either its own.
 
-    Raises:
-        InputError: not two matrices of as many positions.
+    Raises: InputError: not two matrices of as many positions.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise InputError(f"features {list(x.shape)} and {list(y.shape)}: give [positions, channels] at the same ones")
@@ -54,11 +53,9 @@ def scale_similarity(
         positions: number of points.
         seed: of slices and points.
 
-    Returns:
-        a table with columns scale_student, scale_teacher and value.
+    Returns: a table with columns scale_student, scale_teacher and value.
 
-    Raises:
-        InputError: fewer than two positions, or a scale whose layer the model does not have.
+    Raises: InputError: fewer than two positions, or a scale whose layer the model does not have.
     """
     if positions < 2:
         raise InputError(f"{positions} positions: nothing varies over fewer than two; about 2000 do well")
@@ -122,8 +119,7 @@ def sample_features(
     Returns:
         case and class of each pixel ([n] text, "background" for none), and under each model's name its [n, channels].
 
-    Raises:
-        InputError: no slice shows a class, or a model without that scale.
+    Raises: InputError: no slice shows a class, or a model without that scale.
     """
     generator = torch.Generator().manual_seed(seed)
     shown = (bank.labels > 0).flatten(1).any(1).nonzero()[:, 0].cpu()

@@ -9,10 +9,9 @@ from kdlib.losses import LOSSES
 def identity(run: Run) -> dict[str, object]:
     """The columns that say which run a row is of, but for its key.
 
-    Returns:
-        method (an opaque name of all but protocol, fold and seed), model, role ("teacher", "baseline", "distilled" or
-        "control"), teacher ("" without one), fraction, length, unlabelled, recipe, terms (joined by "+"), loss (of the
-        feature terms, else of the only one; its registered name), loss_label, family, control ("" or its name),
+    Returns: method (an opaque name of all but protocol, fold and seed), model, role ("teacher", "baseline", "distilled"
+        or "control"), teacher ("" without one), fraction, length, unlabelled, recipe, terms (joined by "+"), loss (of
+        the feature terms, else of the only one; its registered name), loss_label, family, control ("" or its name),
         protocol, fold and seed.
     """
     terms = run.recipe.terms

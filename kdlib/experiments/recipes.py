@@ -78,8 +78,7 @@ def distiller(loss: str, student: str) -> Recipe:
         loss: one of `comparison_losses()`.
         student: "S1" or "S2", for the thesis's temperature of its contrast.
 
-    Raises:
-        InputError: no such loss.
+    Raises: InputError: no such loss.
     """
     made = lookup("distillation loss", loss, {name: LOSSES[name] for name in comparison_losses()})
     if made.reads == "logits":

@@ -51,8 +51,7 @@ class Results:
     def load(cls, folder: Path, name: str) -> Results:
         """Reads what `save` wrote, without the runs themselves.
 
-        Raises:
-            InputError: the experiment was not saved there.
+        Raises: InputError: the experiment was not saved there.
         """
         try:
             tables = {part: _read(folder / "tables" / f"{name}_{part}.csv") for part in PARTS}
@@ -96,8 +95,7 @@ def teacher_agreement(
         runs: whose best weights are compared.
         teacher: with whose; the teacher of the same fold for each run.
 
-    Returns:
-        tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
+    Returns: tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
         (CKA) and calibration by case, class and bin.
     """
     results, place = Path(results).resolve(), pick_device(device)

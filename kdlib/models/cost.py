@@ -30,8 +30,7 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
         classes: foreground classes it segments.
         models: names in `kdlib.models.MODELS` whose networks are U-Nets.
 
-    Returns:
-        a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
+    Returns: a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
         inference_parameters (without the reconstruction decoder), gflops (10^9 operations, two per multiply-add),
         latency_ms (median of one thread, batch of 1, float32, channels last) and threads.
     """

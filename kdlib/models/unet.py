@@ -121,8 +121,7 @@ class UNet(nn.Module):
             x: images, BNH[WD], each side a multiple of 2 to the number of encoder stages.
             reconstruct: False leaves the reconstruction decoder out (39 % of T1's arithmetic).
 
-        Raises:
-            InputError: where the dimensions, the channels or the size of `x` do not fit.
+        Raises: InputError: where the dimensions, the channels or the size of `x` do not fit.
         """
         self._check(x)
         skips = []

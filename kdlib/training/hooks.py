@@ -18,9 +18,8 @@ class FeatureHooks:
         layers: scale name -> submodule path; kdlib's models carry theirs as `model.scales`.
         names: the scales to read.
 
-    Raises:
-        InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
-            layer that does not give one tensor.
+    Raises: InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
+        layer that does not give one tensor.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
@@ -64,8 +63,7 @@ class FeatureHooks:
 def split_scale(scale: str) -> tuple[str, int]:
     """A layer's name and the factor that it is pooled by: "encoder2/2" is ("encoder2", 2).
 
-    Raises:
-        InputError: the factor is no whole number above 1.
+    Raises: InputError: the factor is no whole number above 1.
     """
     name, _, factor = scale.partition("/")
     if factor and not (factor.isdigit() and int(factor) > 1):
