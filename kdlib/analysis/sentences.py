@@ -56,8 +56,3 @@ def convergence_sentence(convergence: pd.DataFrame, labels: Mapping[str, str]) -
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "
         f"training still gained more than 0.01 Dice for {', '.join(parts)}."
     )
-
-
-def gap_closed(baseline: float, distilled: float, teacher: float) -> float:
-    """Share of the gap between baseline and teacher that distillation closes; NaN where there is no gap."""
-    return (distilled - baseline) / (teacher - baseline) if teacher > baseline else float("nan")

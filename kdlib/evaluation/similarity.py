@@ -73,13 +73,9 @@ def scale_similarity(
 
 
 def features_at(
-    model: nn.Module,
-    bank: SliceBank,
-    index: Tensor,
-    points: Tensor,
-    batch: int = 32,
+    model: nn.Module, bank: SliceBank, index: Tensor, points: Tensor, batch: int = 32,
     scales: Sequence[str] | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Scale -> [points, channels] on the CPU, at `points` ([N,K,2], x and y in -1..1 over a slice) of the slices."""
     taps = FeatureHooks(model, model.scales, scales or model.scales)
     parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
@@ -98,13 +94,9 @@ def features_at(
 
 
 def sample_features(
-    models: Mapping[str, nn.Module],
-    bank: SliceBank,
-    scale: str = "decoder1",
-    positions: int = 600,
-    slices: int = 32,
+    models: Mapping[str, nn.Module], bank: SliceBank, scale: str = "decoder1", positions: int = 600, slices: int = 32,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
 
     The pixels are drawn as `SupervisedContrastiveLoss` draws its own, from `slices` random slices that show a class; a

@@ -18,20 +18,9 @@ def identity(run: Run) -> dict[str, object]:
     losses = dict.fromkeys(term.loss for term in terms if term.student_layers != ("logits",))
     loss = next(iter(losses or dict.fromkeys(term.loss for term in terms)), "")
     return {
-        "method": run.method,
-        "model": run.model,
-        "role": run.role,
-        "teacher": run.teacher or "",
-        "fraction": run.fraction,
-        "length": run.length,
-        "unlabelled": run.recipe.unlabelled,
-        "recipe": run.recipe.name,
-        "terms": "+".join(term.name for term in terms),
-        "loss": loss,
-        "loss_label": LOSSES[loss].label if loss else "",
-        "family": LOSSES[loss].family if loss else "",
-        "control": run.recipe.control,
-        "protocol": run.protocol.name,
-        "fold": run.fold,
-        "seed": run.seed,
-    }
+        "method": run.method, "model": run.model, "role": run.role, "teacher": run.teacher or "",
+        "fraction": run.fraction, "length": run.length, "unlabelled": run.recipe.unlabelled,
+        "recipe": run.recipe.name, "terms": "+".join(term.name for term in terms), "loss": loss,
+        "loss_label": LOSSES[loss].label if loss else "", "family": LOSSES[loss].family if loss else "",
+        "control": run.recipe.control, "protocol": run.protocol.name, "fold": run.fold, "seed": run.seed,
+    }  # fmt: skip

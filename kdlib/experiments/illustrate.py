@@ -87,23 +87,14 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         value = int(coarse.flatten()[anchor])
         place = [int(i) for i in np.unravel_index(int(anchor), coarse.shape)]
         for image, title in shown.items():
-            panels.append(
-                dict(
-                    anchor=bank.classes[value - 1] if value else "background",
-                    shown=title,
-                    case=bank.cases[bank.case_index[index[image]]],
-                    image=images[image].numpy(),
-                    labels=labels[image].numpy(),
-                    role=role[image].numpy(),
-                    row=place[1] if image == first else -1,
-                    column=place[2] if image == first else -1,
-                    positives=int((relation > 0).sum()),
-                    negatives=int((relation < 0).sum()),
-                    images=len(index),
-                    step=step,
-                    term=term.name,
-                )  # fmt: skip
-            )
+            row, column = place[1:] if image == first else (-1, -1)
+            panels.append(dict(
+                anchor=bank.classes[value - 1] if value else "background", shown=title,
+                case=bank.cases[bank.case_index[index[image]]], image=images[image].numpy(),
+                labels=labels[image].numpy(), role=role[image].numpy(), row=row, column=column,
+                positives=int((relation > 0).sum()), negatives=int((relation < 0).sum()), images=len(index),
+                step=step, term=term.name,
+            ))  # fmt: skip
     return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}
 
 

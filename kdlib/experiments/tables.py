@@ -76,12 +76,8 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         )  # fmt: skip
         examples.append(read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
-    return Results(
-        pd.concat(cases, ignore_index=True)[order],
-        pd.concat(history, ignore_index=True),
-        pd.DataFrame(rows),
-        pd.concat(examples, ignore_index=True),
-    )
+    cases, history, examples = (pd.concat(parts, ignore_index=True) for parts in (cases, history, examples))
+    return Results(cases[order], history, pd.DataFrame(rows), examples)
 
 
 def teacher_agreement(

@@ -41,17 +41,9 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
                 model = build_model(name, classes=number, width=wide).eval()
             whole = count_parameters(model)
             spared = count_parameters(model.reconstruction) if model.reconstructs else 0
-            rows.append(
-                dict(
-                    model=name,
-                    size=scope,
-                    parameters=whole,
-                    inference_parameters=whole - spared,
-                    gflops=gflops(model, side, reconstruct=False),
-                    latency_ms=latency(model, side),
-                    threads=1,
-                )  # fmt: skip
-            )
+            found = dict(parameters=whole, inference_parameters=whole - spared)
+            found |= dict(gflops=gflops(model, side, reconstruct=False), latency_ms=latency(model, side), threads=1)
+            rows.append(dict(model=name, size=scope) | found)
     return pd.DataFrame(rows)
 
 

@@ -32,18 +32,16 @@ class FeatureHooks:
             if name not in layers:
                 raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
             if layers[name] not in modules:
-                known = ", ".join(path for path in modules if path)
-                raise InputError(
-                    f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}"
-                )
+                known = ", ".join(filter(None, modules))
+                layer = f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r})"
+                raise InputError(f"{layer}; layers: {known}")
             self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name, layers[name])))
 
     def _reader(self, name: str, path: str):
         def read(module, inputs, output):
             if not isinstance(output, Tensor):
-                raise InputError(
-                    f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}: name a layer that gives a tensor"
-                )
+                given = f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}"
+                raise InputError(f"{given}: name a layer that gives a tensor")
             self.features[name] = output
 
         return read
@@ -90,11 +88,10 @@ def probe(
     hooks.close()
     kind = type(model).__name__
     for name in hooks.names:
+        layer = f"layer {layers[name]!r} (scale {name!r}) of {kind}"
         if name not in features:
-            raise InputError(f"layer {layers[name]!r} (scale {name!r}) of {kind} is never run: name another")
+            raise InputError(f"{layer} is never run: name another")
         if features[name].dim() != dims + 2:
-            raise InputError(
-                f"layer {layers[name]!r} (scale {name!r}) of {kind} gives {list(features[name].shape)}, not [batch, "
-                f"channels, {dims} spatial dimensions]: name a layer that gives maps"
-            )
+            given = f"{list(features[name].shape)}, not [batch, channels, {dims} spatial dimensions]"
+            raise InputError(f"{layer} gives {given}: name a layer that gives maps")
     return {name: features[name].shape[1:] for name in hooks.names}
