@@ -61,10 +61,8 @@ class Geometry:
         """Where the voxels of each row and column lie in the slice, in pixels; 0 is its first pixel's centre."""
         to_slices = self._to_slices()
         voxels = [self.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
-        return tuple(
-            (np.arange(count) + 0.5) * factor - 0.5 + start
-            for count, factor, start in zip(voxels, self.factor, self.start, strict=True)
-        )
+        axes = zip(voxels, self.factor, self.start, strict=True)
+        return tuple((np.arange(count) + 0.5) * factor - 0.5 + start for count, factor, start in axes)
 
     def in_view(self) -> tuple[np.ndarray, np.ndarray]:
         """Which rows and columns of the oriented volume the slices show."""
@@ -111,8 +109,7 @@ class SliceBank:
     def select(self, cases: Sequence[str]) -> SliceBank:
         """The bank of these cases alone, in this order; a copy, from which no other case can be reached.
 
-        Raises:
-            InputError: no case given, one given twice, or one that the bank does not hold.
+        Raises: InputError: no case given, one given twice, or one that the bank does not hold.
         """
         unknown = [name for name in cases if name not in self.geometry]
         if unknown:
@@ -124,15 +121,11 @@ class SliceBank:
         moved = torch.full_like(self.case_index, -1)  # old slice number -> new slice number
         moved[index] = torch.arange(len(index), device=index.device)
         return dataclasses.replace(
-            self,
-            images=self.images[index],
-            labels=self.labels[index],
-            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]),
-            neighbours=moved[self.neighbours[index]],
-            cases=tuple(cases),
+            self, images=self.images[index], labels=self.labels[index], neighbours=moved[self.neighbours[index]],
+            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]), cases=tuple(cases),
             geometry={name: self.geometry[name] for name in cases},
             patients=tuple(self.patients[self.cases.index(name)] for name in cases),
-        )
+        )  # fmt: skip
 
     def hide_labels(self, cases: Iterable[str]) -> SliceBank:
         """The bank with the labels of these cases replaced by `UNLABELLED`: what was never there cannot be read."""
@@ -183,8 +176,7 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
         preprocessing: size, spacing, channels and intensities; where it is `published`, slices as the
             published code makes them, which stretches what is not square.
 
-    Raises:
-        InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
+    Raises: InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
     """
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
@@ -199,17 +191,11 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
     people = sorted({case.group for case in dataset.cases})
     first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
     neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
+    arrays = np.concatenate(images), np.concatenate(labels), np.repeat(np.arange(len(depths)), depths), neighbours
     return SliceBank(
-        images=torch.from_numpy(np.concatenate(images)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        case_index=torch.from_numpy(np.repeat(np.arange(len(depths)), depths)),
-        neighbours=torch.from_numpy(neighbours),
-        cases=tuple(geometry),
-        classes=tuple(classes),
-        channels=preprocessing.channels,
-        geometry=geometry,
-        patients=tuple(people.index(case.group) for case in dataset.cases),
-    )
+        *map(torch.from_numpy, arrays), cases=tuple(geometry), classes=tuple(classes), channels=preprocessing.channels,
+        geometry=geometry, patients=tuple(people.index(case.group) for case in dataset.cases),
+    )  # fmt: skip
 
 
 def restore(scores: Tensor, geometry: Geometry) -> Tensor:
@@ -223,11 +209,9 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
         scores: [C,D,H,W] probabilities of the slices, from inferior to superior.
         geometry: of the case.
 
-    Returns:
-        [C,X,Y,Z], on the device and of the type of `scores`.
+    Returns: [C,X,Y,Z], on the device and of the type of `scores`.
 
-    Raises:
-        InputError: the scores are not of this case's number and size of slices.
+    Raises: InputError: the scores are not of this case's number and size of slices.
     """
     expected = (geometry.depth, geometry.size, geometry.size)
     if tuple(scores.shape[1:]) != expected:
@@ -270,11 +254,9 @@ def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessi
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
 
     placed = place_slices(case, affine, preprocessing)
-    image, label = placed.orient(image), placed.orient(values[label])
-    image, label = _resample(image, placed.factor), _resample_labels(label, placed.factor)
-    start = placed.start
-    image = np.rint(image * 255).clip(0, 255).astype(np.uint8)
-    return placed, _pad_or_crop(image, start, preprocessing.size), _pad_or_crop(label, start, preprocessing.size)
+    image = np.rint(_resample(placed.orient(image), placed.factor) * 255).clip(0, 255).astype(np.uint8)
+    label = _resample_labels(placed.orient(values[label]), placed.factor)
+    return placed, *(_pad_or_crop(slices, placed.start, placed.size) for slices in (image, label))
 
 
 def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -294,9 +276,8 @@ def _unit_range(image: np.ndarray, modality: str, preprocessing: Preprocessing, 
         body = image[image != 0]
         low, high = np.percentile(body, preprocessing.percentiles) if body.size else (0.0, 0.0)
         if low == high:
-            raise InputError(
-                f"{path}: MR volume is constant (percentiles {preprocessing.percentiles} are equal); leave it out"
-            )
+            constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
+            raise InputError(f"{path}: {constant}; leave it out")
     return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 
@@ -313,18 +294,15 @@ def _resample(image: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     # interpolate rounds the number of pixels down: one pixel more of the edge values makes it cover the whole volume
     rows, columns = (math.ceil(1 / f) for f in factor)
     slices = functional.pad(torch.from_numpy(np.ascontiguousarray(image))[None], (0, columns, 0, rows), "replicate")
-    slices = functional.interpolate(
-        slices, scale_factor=factor, mode="bilinear", antialias=True, recompute_scale_factor=False
-    )
+    how = dict(mode="bilinear", antialias=True, recompute_scale_factor=False)
+    slices = functional.interpolate(slices, scale_factor=factor, **how)
     return slices[0, :, : pixels[0], : pixels[1]].numpy()
 
 
 def _resample_labels(label: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     """The nearest voxel to each pixel's centre, on the grid of `_resample`."""
-    rows, columns = (
-        ((np.arange(_pixels(voxels, f)) + 0.5) / f).astype(int).clip(max=voxels - 1)
-        for voxels, f in zip(label.shape[1:], factor, strict=True)
-    )
+    axes = zip(label.shape[1:], factor, strict=True)
+    rows, columns = (((np.arange(_pixels(n, f)) + 0.5) / f).astype(int).clip(max=n - 1) for n, f in axes)
     return label[:, rows[:, None], columns]
 
 

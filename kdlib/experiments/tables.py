@@ -51,8 +51,7 @@ class Results:
     def load(cls, folder: Path, name: str) -> Results:
         """Reads what `save` wrote, without the runs themselves.
 
-        Raises:
-            InputError: the experiment was not saved there.
+        Raises: InputError: the experiment was not saved there.
         """
         try:
             tables = {part: _read(folder / "tables" / f"{name}_{part}.csv") for part in PARTS}
@@ -77,12 +76,8 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         )  # fmt: skip
         examples.append(read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
-    return Results(
-        pd.concat(cases, ignore_index=True)[order],
-        pd.concat(history, ignore_index=True),
-        pd.DataFrame(rows),
-        pd.concat(examples, ignore_index=True),
-    )
+    cases, history, examples = (pd.concat(parts, ignore_index=True) for parts in (cases, history, examples))
+    return Results(cases[order], history, pd.DataFrame(rows), examples)
 
 
 def teacher_agreement(
@@ -96,8 +91,7 @@ def teacher_agreement(
         runs: whose best weights are compared.
         teacher: with whose; the teacher of the same fold for each run.
 
-    Returns:
-        tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
+    Returns: tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
         (CKA) and calibration by case, class and bin.
     """
     results, place = Path(results).resolve(), pick_device(device)

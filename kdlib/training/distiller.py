@@ -59,13 +59,8 @@ class DistillationTerm(nn.Module):
     """
 
     def __init__(
-        self,
-        term: Term,
-        student: Mapping[str, Sequence[int]],
-        teacher: Mapping,
-        dims: int = 2,
-        redrawn: bool = False,
-    ):
+        self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, dims: int = 2, redrawn: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.term = term
         loss, arguments = _arguments(term)
@@ -102,9 +97,8 @@ class DistillationTerm(nn.Module):
         """What is compared with what, in words."""
         if self.adapters:
             return self.adapters[0].description
-        return f"student {', '.join(self.term.student_layers)}; teacher {', '.join(self.term.teacher_layers)}" + (
-            "; the loss's own projections" if self.loss.adapt == "own" else ""
-        )
+        own = "; the loss's own projections" if self.loss.adapt == "own" else ""
+        return f"student {', '.join(self.term.student_layers)}; teacher {', '.join(self.term.teacher_layers)}{own}"
 
 
 def shuffled_features(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
@@ -135,14 +129,9 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        student: Mapping[str, Sequence[int]],
-        teachers: Mapping[str, Mapping[str, Sequence[int]]],
-        seed: int,
-        dims: int = 2,
-        patients: Iterable[int] = (),
-    ):
+        self, recipe: Recipe, student: Mapping[str, Sequence[int]], teachers: Mapping[str, Mapping[str, Sequence[int]]],
+        seed: int, dims: int = 2, patients: Iterable[int] = (),
+    ):  # fmt: skip
         super().__init__()
         self.shuffled = recipe.teacher == "shuffled"
         self.terms, self.weights, self.teacher_of = nn.ModuleDict(), {}, {}
@@ -160,14 +149,9 @@ class Distiller(nn.Module):
                 module.allow_patients(known)
 
     def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teachers: Mapping[str, Mapping[str, Tensor]],
-        labels: Tensor,
-        seed: int,
-        patients: Tensor | None = None,
-        step: int = 0,
-    ) -> dict[str, Tensor]:
+        self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int,
+        patients: Tensor | None = None, step: int = 0,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Unweighted terms by name.
 
         Args:
