@@ -22,9 +22,8 @@ import pandas as pd
 from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
 from kdlib.data.grouping import EACH_CASE, Group, group_cases, suggest_pairs
-from kdlib.data.nifti import Defect, read, stem
+from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 
-FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
 DEFECT_COLUMNS = ["case", "file", "defect", "remedy"]
 WARNING_COLUMNS = ["case", "file", "warning", "remedy"]
 
@@ -241,24 +240,11 @@ class _Scan(NamedTuple):
 def _read(path: Path) -> _Volume:
     """Voxels as stored, since scaled ones take eight times more."""
     image = read(path)
-    if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
-        raise Defect("affine without a volume", "set the voxel size and orientation")
-    spacing = nib.affines.voxel_sizes(image.affine)
-    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
-        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
-    if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
-        raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
+    check_grid(image)
     raw = image.dataobj.get_unscaled()
     # pandas counts values in the machine's own byte order only
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     return _Volume(raw, image.dataobj.slope, image.dataobj.inter, image.affine)
-
-
-def _image_defects(image: _Volume) -> Iterator[tuple[str, str]]:
-    # NaN and infinity both show in the two extremes, without a mask as large as the volume
-    extremes = image.scaled([image.raw.min(), image.raw.max()])
-    if not (np.abs(extremes) <= np.finfo(np.float32).max).all():  # a NaN compares false; networks take float32
-        yield "NaN or infinite intensities", "replace them, or remove the case"
 
 
 def _label_values(label: _Volume) -> dict[float, int]:
@@ -302,11 +288,10 @@ def _inspect(
             try:
                 volumes.append(_read(paths[0]))
                 if part == "imagesTr":
-                    found = _image_defects(volumes[-1])
+                    check_intensities(*volumes[-1].scaled([volumes[-1].raw.min(), volumes[-1].raw.max()]))
                 else:
                     voxels = _label_values(volumes[-1])
-                    found = _label_defects(voxels, values)
-                rows += [(file, *defect) for defect in found]
+                    rows += [(file, *defect) for defect in _label_defects(voxels, values)]
             except Defect as defect:
                 rows.append((file, *defect.row))
     if len(volumes) < 2:

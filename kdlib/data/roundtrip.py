@@ -20,7 +20,7 @@ LEAST_KEPT = 0.95  # of each class of a case; less is a defect
 def target_in_view(case: Case, classes: dict[str, int], preprocessing: Preprocessing) -> dict[str, float]:
     """Class name -> share of its voxels that lies inside the slices, of the classes that the case has."""
     affine, label = read_case_file(case.label, np.int64)
-    geometry = place_slices(case, affine, preprocessing)
+    geometry = place_slices(case.shape, affine, preprocessing)
     label, (rows, columns) = geometry.orient(label), geometry.in_view()
     seen = label[:, rows][:, :, columns]
     counts = {name: (np.count_nonzero(label == value), value) for name, value in classes.items()}
@@ -57,7 +57,7 @@ def check_view(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
     """
     rows, names = [], set()
     for case in dataset.cases:
-        geometry = place_slices(case, read_case_file(case.label, np.int64)[0], preprocessing)
+        geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
         if all(mask.all() for mask in geometry.in_view()):
             continue
         for name, share in target_in_view(case, classes, preprocessing).items():
