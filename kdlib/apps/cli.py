@@ -1,4 +1,4 @@
-"""The command line, `kdlib <command>`: a study, one notebook, a dry run, a report, one training, masks of scans."""
+"""The command line, `kdlib <command>`: a study, one notebook, a dry run, a report, one training, masks, exports."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdlib.apps.exporting import add_export, run_export
 from kdlib.apps.jobs import recorded
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
 from kdlib.apps.predicting import add_predict, run_predict
@@ -57,6 +58,7 @@ def parser() -> Parser:
     train.add_argument("--processes", type=int, default=1, help="processes of each training, each on a GPU of its own")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_predict(commands)
+    add_export(commands)
     report = commands.add_parser("report", help="write report.html and a page per chapter")
     report.add_argument("folder", type=Path, help="the study's folder, e.g. results/phantom-spleen-quick")
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
@@ -131,7 +133,8 @@ def main(command: Sequence[str]) -> int:
         for_snakemake = getattr(options, "record", None) is not None
         if options.command == "study":
             return run_study(options, command)
-        commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run, "predict": run_predict}
+        commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}
+        commands |= {"predict": run_predict, "export": run_export}
         return commands[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended

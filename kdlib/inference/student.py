@@ -51,8 +51,10 @@ class Student:
         threshold: probability above which a voxel is foreground, of one class.
         format: which library runs it; a key of `WEIGHTS`.
         facts: where it comes from (JSON values): data_set, run, method, teacher, fold, seed, training_cases, dice
-            (test case -> class -> Dice), commit; where the data set was at hand also training_patients, licence,
-            attribution and negative (least and largest share of negative voxels in a training scan).
+            (test case -> class -> Dice), patients (test case -> patient), commit; split (its hash, number of folds,
+            the names of the training cases, and how the data set was read); where the data set was at hand also
+            training_patients, licence, attribution and negative (least and largest share of negative voxels in a
+            training scan); of int8 also dice_int8 (test case -> class -> Dice).
         files: name -> sha256 of the files that run it; filled in by `write_student`.
     """
 
@@ -189,6 +191,9 @@ def student_of_run(folder: Path, name: str = "", data: str | Path | None = None)
         "data_set": run.data, "run": record["key"], "method": run.method, "teacher": run.teacher or "",
         "fold": run.fold, "seed": run.seed, "training_cases": len(record["data"]["train"]),
         "dice": {case: dict(zip(rows["class"], rows["value"], strict=True)) for case, rows in dice.groupby("case")},
+        "patients": dict(zip(dice["case"], dice["patient"], strict=True)),
+        "split": {"digest": record["data"]["digest"], "folds": run.profile.folds, "on_defect": run.on_defect,
+                  "group": run.group, "train": record["data"]["train"]},
         "commit": record["git"]["commit"] or "",
     }  # fmt: skip
     modality = record["data"].get("modality")

@@ -23,7 +23,7 @@ ALLOWED = {  # room -> the rooms that it may import from
     "training": {"data", "models", "losses"},
     "evaluation": {"data", "models", "losses", "training"},
     "experiments": {"data", "models", "losses", "training", "evaluation"},
-    "inference": {"data", "models", "losses", "training", "evaluation"},
+    "inference": {"data", "models", "losses", "training", "evaluation", "analysis"},
     "analysis": set(),
     "apps": {"data", "models", "losses", "training", "evaluation", "experiments", "inference", "analysis"},
 }
