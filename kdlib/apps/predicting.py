@@ -106,12 +106,14 @@ def _segment(student, backend, path: Path, files: dict[str, Path], options: argp
             what = "it is the scan" if file.resolve() == path.resolve() else "give --overwrite to replace it"
             raise InputError(f"{file} exists: {what}; or choose another output")
     scan = read_scan(path)
+    if "seg" in files and not scan.series:
+        raise InputError(f"{path}: DICOM SEG refers to a DICOM series, and this is NIfTI; give -o mask.nii.gz alone")
     scores = segment(student, backend, scan, options.batch)
     mask = mask_of(scores, student, scan, options.postprocess)
-    if "seg" in files:  # the one that may be refused
+    if "seg" in files:
         from kdlib.inference.dicom import save_seg
 
-        save_seg(files["seg"], scan, np.asarray(mask.dataobj), student)
+        save_seg(files["seg"], scan.series, np.asarray(mask.dataobj), student)
     if "mask" in files:
         save(files["mask"], mask)
     if "probabilities" in files:

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-import kdlib
 from kdlib.config import InputError
 from kdlib.files import write
-from kdlib.inference.scans import Scan
+from kdlib.inference.backends import library
 from kdlib.inference.student import Student
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def _highdicom():
-    try:
-        import highdicom
-        import pydicom
-    except ImportError:
-        raise InputError("DICOM needs pydicom and highdicom: pip install -e .[deploy]") from None
-    return highdicom, pydicom
-
-
 def _volume(series):
     """highdicom's volume of a series: rescaled, its slices sorted by their position along their normal."""
-    return _highdicom()[0].get_volume_from_series(series, dtype=np.float32)
+    return library("highdicom").get_volume_from_series(series, dtype=np.float32)
 
 
-def read_series(folder: Path) -> Scan:
-    """The volume of the DICOM series in a folder, rescaled; its axes are columns, rows and slices.
+def read_series(folder: Path) -> tuple[np.ndarray, nib.Nifti1Image, list]:
+    """The volume of the DICOM series in a folder.
+
+    Returns:
+        voxels XYZ float32, rescaled, along columns, rows and slices; an empty image of their grid; the datasets.
 
     Raises:
         InputError: no series or several; slices that are not alike, or not evenly spaced along their normal.
     """
-    _, pydicom = _highdicom()
+    pydicom = library("pydicom")
+    library("highdicom")  # say at once that it is missing
     found = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.is_file() and pydicom.misc.is_dicom(path):
@@ -69,20 +64,19 @@ def read_series(folder: Path) -> Scan:
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
-    return Scan(folder, voxels, image, str(series[0].get("Modality", "")), tuple(series))
+    return voxels, image, series
 
 
-def save_seg(path: Path, scan: Scan, mask: np.ndarray, student: Student) -> None:
-    """Writes class indices XYZ as a DICOM SEG of the scan's series, one binary segment per class.
+def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -> None:
+    """Writes class indices XYZ as a DICOM SEG of a series, one binary segment per class.
 
-    Raises: InputError for a scan that is no DICOM series, or a file that cannot be written.
+    Raises: InputError for a file that cannot be written.
     """
-    highdicom, pydicom = _highdicom()
-    if not scan.series:
-        raise InputError(f"{scan.path}: DICOM SEG refers to a DICOM series, and this is NIfTI; give -o mask.nii.gz")
+    highdicom, pydicom = library("highdicom"), library("pydicom")
     codes = pydicom.sr.codedict.codes
+    version = next(iter(student.files.values()), student.facts.get("run", "none"))[:16]  # its weights
     how = highdicom.AlgorithmIdentificationSequence(
-        student.name, codes.DCM.ArtificialIntelligence, kdlib.__version__, source="kdlib"
+        student.name, codes.DCM.ArtificialIntelligence, version, source="kdlib"
     )
     segments = [
         highdicom.seg.SegmentDescription(
@@ -96,17 +90,17 @@ def save_seg(path: Path, scan: Scan, mask: np.ndarray, student: Student) -> None
         for value, name in enumerate(student.classes, 1)
     ]
     file = highdicom.seg.Segmentation(
-        source_images=list(scan.series),
-        pixel_array=_volume(scan.series).with_array(mask.transpose(2, 1, 0)),
+        source_images=list(series),
+        pixel_array=_volume(series).with_array(mask.transpose(2, 1, 0)),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=segments,
         series_instance_uid=highdicom.UID(),
-        series_number=int(scan.series[0].get("SeriesNumber") or 0) + 1000,
+        series_number=int(series[0].get("SeriesNumber") or 0) + 1000,
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
         manufacturer="kdlib",
         manufacturer_model_name=student.name,
-        software_versions=kdlib.__version__,
+        software_versions=version,
         device_serial_number="none",
         series_description=f"segmentation by {student.name}"[:64],
     )

@@ -63,7 +63,8 @@ def read_scan(path: Path) -> Scan:
     if os.path.isdir(path):
         from kdlib.inference.dicom import read_series  # an optional dependency
 
-        scan = read_series(path)
+        voxels, image, series = read_series(path)
+        scan = Scan(path, voxels, image, str(series[0].get("Modality", "")), tuple(series))
     elif not os.path.isfile(path):
         raise InputError(f"{path} does not exist: give a NIfTI file, a folder of them, or that of a DICOM series")
     elif not stem(path.name):

@@ -24,7 +24,9 @@ from kdlib.models import build_model
 from kdlib.training.checkpoint import save_tensors
 
 
-def student_folder(folder: Path, modality="MR", classes=("front", "back"), view=None, **facts) -> torch.nn.Module:
+def student_folder(
+    folder: Path, modality="MR", classes=("front", "back"), view=None, threshold=0.5, **facts
+) -> torch.nn.Module:
     """An untrained student, of whose classes none wins everywhere: its masks are speckled, so that a voxel out of place
     shows."""
     torch.manual_seed(1)
@@ -35,7 +37,7 @@ def student_folder(folder: Path, modality="MR", classes=("front", "back"), view=
         head.weight *= 20
         head.bias.copy_(20 * (head.bias - logits.mean((0, 2, 3))))
     view = view or Preprocessing(32, 1.3, "neighbours")
-    student = Student("test-s1", "S1", 1, classes, modality, view, facts=facts)
+    student = Student("test-s1", "S1", 1, classes, modality, view, threshold, facts=facts)
     write_student(student, folder, lambda made: save_tensors(model.state_dict(), made / "model.safetensors"))
     return model
 
