@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdlib.apps.exporting import add_export, run_export
+from kdlib.apps.importing import add_import, run_import
 from kdlib.apps.jobs import recorded
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
 from kdlib.apps.predicting import add_predict, run_predict
@@ -57,6 +58,7 @@ def parser() -> Parser:
     train.add_argument("--results", default="results", help="folder that trained runs are kept in")
     train.add_argument("--processes", type=int, default=1, help="processes of each training, each on a GPU of its own")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_import(commands)
     add_predict(commands)
     add_export(commands)
     report = commands.add_parser("report", help="write report.html and a page per chapter")
@@ -134,7 +136,7 @@ def main(command: Sequence[str]) -> int:
         if options.command == "study":
             return run_study(options, command)
         commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}
-        commands |= {"predict": run_predict, "export": run_export}
+        commands |= {"predict": run_predict, "export": run_export, "import": run_import}
         return commands[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended

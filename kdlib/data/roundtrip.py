@@ -12,7 +12,7 @@ import torch
 
 from kdlib.config import Preprocessing
 from kdlib.data.decathlon import DEFECT_COLUMNS, Case, Dataset, raise_defects
-from kdlib.data.slices import Geometry, build, place_slices, read_case_file, restore
+from kdlib.data.slices import build, place_slices, read_case_file, restore
 
 LEAST_KEPT = 0.95  # of each class of a case; less is a defect
 
@@ -63,7 +63,9 @@ def check_view(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
         for name, share in target_in_view(case, classes, preprocessing).items():
             if share < LEAST_KEPT:
                 defect = f"only {100 * share:.0f} % of {name} lies inside the slices ({_extent(preprocessing)})"
-                rows.append((case.name, f"labelsTr/{case.label.name}", defect, _remedy(geometry)))
+                changes = json.dumps({"size": whole_size(case, preprocessing)})
+                remedy = f"check the label, or show the whole volume: CHANGES='{changes}', or a larger spacing"
+                rows.append((case.name, f"labelsTr/{case.label.name}", defect, remedy))
                 names.add(case.name)
     if not rows:
         return dataset
@@ -82,8 +84,7 @@ def _extent(preprocessing: Preprocessing) -> str:
     return f"{preprocessing.size} x {preprocessing.size} pixels of {spacing}"
 
 
-def _remedy(geometry: Geometry) -> str:
-    # every pixel of the resampled volume, in a multiple of 16
-    needed = max(geometry.size - 2 * start for start in geometry.start)
-    changes = json.dumps({"size": 16 * math.ceil(needed / 16)})
-    return f"check the label, or show the whole volume: CHANGES='{changes}', or a larger spacing"
+def whole_size(case: Case, preprocessing: Preprocessing) -> int:
+    """Side of slices, a multiple of 16, that show every pixel of the case's resampled volume."""
+    geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
+    return 16 * math.ceil(max(geometry.size - 2 * start for start in geometry.start) / 16)
