@@ -323,11 +323,23 @@ def from_json(record: str | Mapping) -> Run:
     """
     try:
         record = json.loads(record) if isinstance(record, str) else record
-        return _CONVERTER.structure(record, Run)
     except json.JSONDecodeError as error:
         raise InputError(f"a run cannot be read as JSON: {error}") from None
+    return structure(record, Run)
+
+
+def structure(record: object, kind: type):
+    """A description (a frozen dataclass) of what JSON holds, strictly.
+
+    Raises:
+        InputError: a field that does not exist, is missing, or has a value of another type or out of range.
+    """
+    if not isinstance(record, Mapping):
+        raise InputError(f"{record!r:.50} is no {kind.__name__.lower()}: give its fields")
+    try:
+        return _CONVERTER.structure(record, kind)
     except cattrs.BaseValidationError as group:
-        raise InputError("; ".join(cattrs.transform_error(group, "run", _fault))) from None
+        raise InputError("; ".join(cattrs.transform_error(group, kind.__name__.lower(), _fault))) from None
 
 
 def _fault(error: BaseException, kind: type | None) -> str:

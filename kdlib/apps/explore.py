@@ -27,9 +27,11 @@ from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import predict_cases
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
-from kdlib.experiments.store import load_weights, read_manifest, run_key
+from kdlib.experiments.store import run_key
 from kdlib.files import read_csv
 from kdlib.models import MODELS
+from kdlib.record import read_manifest
+from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
 from kdlib.training.state import new_model

@@ -17,7 +17,8 @@ from kdlib.apps.explore import Finished, case_slices, distillation_run, teacher_
 from kdlib.config import InputError, derive_seed, lookup
 from kdlib.data import SliceBank
 from kdlib.data.sampling import batch_indices
-from kdlib.experiments.store import load_weights, verified
+from kdlib.record import verified
+from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import autocast
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.loop import teacher_forward

@@ -22,9 +22,8 @@ import pandas as pd
 from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
 from kdlib.data.grouping import EACH_CASE, Group, group_cases, suggest_pairs
-from kdlib.data.nifti import Defect, read, stem
+from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 
-FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
 DEFECT_COLUMNS = ["case", "file", "defect", "remedy"]
 WARNING_COLUMNS = ["case", "file", "warning", "remedy"]
 
@@ -250,23 +249,11 @@ class _Scan(NamedTuple):
 def _read(path: Path) -> _Volume:
     """Voxels as stored, since scaled ones take eight times more."""
     image = read(path)
-    if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
-        raise Defect("affine without a volume", "set the voxel size and orientation")
-    spacing = nib.affines.voxel_sizes(image.affine)
-    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
-        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
-    if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
-        raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
+    check_grid(image)
     raw = image.dataobj.get_unscaled()
     # pandas counts values in the machine's own byte order only
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     return _Volume(raw, image.dataobj.slope, image.dataobj.inter, image.affine)
-
-
-def _image_defects(image: _Volume) -> Iterator[tuple[str, str]]:
-    # a NaN compares false; networks take float32
-    if not (np.abs(image.extremes()) <= np.finfo(np.float32).max).all():
-        yield "NaN or infinite intensities", "replace them, or remove the case"
 
 
 def _label_defects(voxels: dict[float, int], values: set[int]) -> Iterator[tuple[str, str]]:
@@ -303,10 +290,11 @@ def _inspect(
         else:
             try:
                 volumes.append(_read(paths[0]))
-                if part == "labelsTr":
+                if part == "imagesTr":
+                    check_intensities(*volumes[-1].extremes())
+                else:
                     voxels = volumes[-1].counts()
-                found = _label_defects(voxels, values) if part == "labelsTr" else _image_defects(volumes[-1])
-                rows += [(file, *defect) for defect in found]
+                    rows += [(file, *defect) for defect in _label_defects(voxels, values)]
             except Defect as defect:
                 rows.append((file, *defect.row))
     if len(volumes) < 2:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nibabel import orientations
+from nibabel.affines import voxel_sizes
 from torch import Tensor
 from torch.nn import functional
 
@@ -154,12 +155,21 @@ class SliceBank:
         Args:
             index: [B] int64 slice numbers, on the bank's device.
         """
-        if self.channels == "neighbours":
-            below, above = self.neighbours[index].unbind(1)
-            images = self.images[torch.stack([below, index, above], 1)]
-        else:
-            images = self.images[index][:, None].expand(-1, 3, -1, -1)
-        return images.float() / 255, self.labels[index].long()
+        images = stack_channels(self.images, index, self.neighbours, self.channels)
+        return images, self.labels[index].long()
+
+
+def stack_channels(images: Tensor, index: Tensor, neighbours: Tensor, channels: str) -> Tensor:
+    """What a network takes of slices [N,H,W] uint8: those of `index` as [B,3,H,W] float32 in 0..1.
+
+    Args:
+        neighbours: [N,2] int64, the slice below and above each; itself at the ends.
+        channels: "repeat" (the slice three times) or "neighbours" (the slice below, itself and above).
+    """
+    if channels == "neighbours":
+        below, above = neighbours[index].unbind(1)
+        return images[torch.stack([below, index, above], 1)].float() / 255
+    return images[index][:, None].expand(-1, 3, -1, -1).float() / 255
 
 
 def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> SliceBank:
@@ -232,12 +242,12 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     return scores.flip(flipped).permute(0, *[1 + int(axis) for axis in to_slices[:, 0]]).contiguous()
 
 
-def place_slices(case: Case, affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
-    """How the volume of a case, with its file's affine, becomes slices."""
+def place_slices(shape: Sequence[int], affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
+    """How a volume of this shape and affine, in its file's own axes, becomes slices."""
     axes = tuple(map(tuple, affine.tolist()))
-    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), preprocessing.size, canonical=not preprocessing.published)
+    placed = Geometry(tuple(shape), axes, (1.0, 1.0), (0, 0), preprocessing.size, not preprocessing.published)
     order = np.argsort(placed._to_slices()[:, 0])
-    voxels, spacing = np.array(case.shape)[order][1:], np.array(case.spacing)[order][1:]
+    voxels, spacing = np.array(shape)[order][1:], voxel_sizes(affine)[order][1:]
     factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
     if preprocessing.published:
         factor = tuple((preprocessing.size / voxels).tolist())
@@ -245,18 +255,28 @@ def place_slices(case: Case, affine: np.ndarray, preprocessing: Preprocessing) -
     return dataclasses.replace(placed, factor=factor, start=start)
 
 
+def image_slices(
+    image: np.ndarray, affine: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path
+) -> tuple[Geometry, np.ndarray]:
+    """How a volume XYZ of scaled intensities becomes slices, and these: [D,H,W] uint8; see `build`.
+
+    Raises: InputError for an MR volume that is constant, named by its path.
+    """
+    placed = place_slices(image.shape, affine, preprocessing)
+    image = placed.orient(_unit_range(image, modality, preprocessing, path))
+    image = np.rint(_resample(image, placed.factor) * 255).clip(0, 255).astype(np.uint8)
+    return placed, _pad_or_crop(image, placed.start, preprocessing.size)
+
+
 def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
     """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
     affine, image = read_case_file(case.image, np.float32)
-    image = _unit_range(image, modality, preprocessing, case.image)
+    placed, image = image_slices(image, affine, modality, preprocessing, case.image)
     _, label = read_case_file(case.label, np.int64)
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
-
-    placed = place_slices(case, affine, preprocessing)
-    image = np.rint(_resample(placed.orient(image), placed.factor) * 255).clip(0, 255).astype(np.uint8)
     label = _resample_labels(placed.orient(values[label]), placed.factor)
-    return placed, *(_pad_or_crop(slices, placed.start, placed.size) for slices in (image, label))
+    return placed, image, _pad_or_crop(label, placed.start, preprocessing.size)
 
 
 def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:

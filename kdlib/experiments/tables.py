@@ -16,8 +16,9 @@ from kdlib.evaluation.calibration import calibration
 from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import manifest, run_folder, run_key, trained, verified
+from kdlib.experiments.store import manifest, run_folder, run_key, trained
 from kdlib.files import read_arrays, read_csv, write_arrays, write_csv
+from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
