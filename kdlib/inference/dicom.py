@@ -43,9 +43,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, nib.Nifti1Image, list]:
             if "PixelData" in dataset:
                 found[dataset.get("SeriesInstanceUID", "")].append(dataset)
     if len(found) != 1:
-        several = ", ".join(
-            f"{len(some)} files of {some[0].get('SeriesDescription', uid)!r}" for uid, some in found.items()
-        )
+        several = ", ".join(f"{len(some)} of {some[0].get('SeriesDescription', uid)!r}" for uid, some in found.items())
         what = f"{len(found)} DICOM series ({several}); give each a folder of its own" if found else (
             "neither NIfTI files nor a DICOM series; give a folder that does"
         )  # fmt: skip
@@ -108,4 +106,4 @@ def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -86,15 +86,17 @@ def largest_components(mask: np.ndarray) -> np.ndarray:
 def oddities(student: Student, scan: Scan, geometry: Geometry) -> list[str]:
     """What makes a scan unlike those that the student was trained on, in words."""
     found = []
-    least, most = student.facts.get("negative", NEGATIVE[student.modality])
+    known = student.facts.get("negative")
+    least, most = known or NEGATIVE[student.modality]
     negative = float(np.mean(scan.voxels < 0))
     other = {"CT": "MR", "MR": "CT"}[student.modality]
     if scan.modality not in ("", student.modality):
         found.append(f"its modality is {scan.modality}, and {student.name} was trained on {student.modality}")
     elif negative < least / 4 or negative > most + 0.05:
+        usual = f"{least:.0%} to {most:.0%} {'in the training scans' if known else 'as a rule'}"
         found.append(
-            f"{negative:.0%} of its intensities are negative ({least:.0%} to {most:.0%} in the scans that "
-            f"{student.name} was trained on): is it {other}, or another scale, and not {student.modality}?"
+            f"{negative:.0%} of its intensities are negative ({usual}): is it {other}, or another scale, and not the "
+            f"{student.modality} that {student.name} was trained on?"
         )
     seen = [float(side.mean()) for side in geometry.in_view()]
     if min(seen) < 0.5:  # a margin of air is no loss

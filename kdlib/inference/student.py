@@ -127,7 +127,7 @@ def load_student(folder: Path, data: str | Path | None = None) -> Student:
     try:
         student = structure(record, Student)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {str(error).removesuffix(' @ student')}") from None
     for name in WEIGHTS[student.format]:
         file = folder / name
         if not file.is_file():

@@ -126,7 +126,7 @@ def one_file() -> None:
 
 BAD = {
     "uneven": (uneven, "the DICOM series is no regular volume"),
-    "two": (two_series, "holds 2 DICOM series (1 files of 'abdomen', 7 files of 'abdomen'); give each a folder"),
+    "two": (two_series, "holds 2 DICOM series (1 of 'abdomen', 7 of 'abdomen'); give each a folder"),
     "truncated": (truncated, "no regular volume"),
     "one slice": (one_file, "holds a DICOM series of one file; give the whole series"),
     "nothing": (lambda: Path("bad").mkdir(), "holds neither NIfTI files nor a DICOM series"),
