@@ -377,4 +377,5 @@ def test_no_scan_no_weights_and_no_picture_of_real_pixels_is_committed():
         name for name in names
         if re.search(r"(slices|qualitative|pairs)\.(png|pdf|svg)$", name) and not name.startswith("results/phantom-")
     ]  # fmt: skip
-    assert scans == [] and pictures == []
+    released = {f"results/students/hippocampus-{name}/model.safetensors" for name in ("s1", "s2", "e1")}  # CC-BY-SA
+    assert set(scans) <= released and pictures == []
