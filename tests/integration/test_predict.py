@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -15,9 +14,11 @@ from nibabel import orientations
 
 import kdlib
 from kdlib.apps.cli import main
-from kdlib.config import Preprocessing
+from kdlib.apps.notebooks import NOTEBOOKS, execute
+from kdlib.config import Preprocessing, Run
 from kdlib.data import build_bank, index, make_phantom
 from kdlib.evaluation.masks import on_file_grid, predict_cases
+from kdlib.experiments.source import run_source
 from kdlib.inference.predict import largest_components
 from kdlib.inference.student import Student, write_student
 from kdlib.models import build_model
@@ -133,16 +134,17 @@ def test_an_orientation_turns_the_mask_alone(there, axes):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64, ">i4"])
 def test_storage_changes_nothing(there, dtype):
     """Any type, any scale of the header: the same intensities give the same mask."""
-    image = scan_of(high=250)
+    image = scan_of(low=1, high=250)
     nib.save(image, "a.nii.gz")
-    stored = nib.Nifti1Image(np.asarray(image.dataobj).astype(dtype), image.affine, dtype=dtype)
-    if np.dtype(dtype).kind == "i":
-        stored.header.set_slope_inter(0.5, -20)  # MR: a scale of a volume cancels, the offset of air is seen
-        nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 0.5 - 20, image.affine), "a.nii.gz")
+    scaled = np.dtype(dtype).kind == "i"
+    voxels = (np.asarray(image.dataobj) + 20) / 0.5 if scaled else np.asarray(image.dataobj)
+    stored = nib.Nifti1Image(voxels.astype(dtype), image.affine, dtype=dtype)
+    if scaled:
+        stored.header.set_slope_inter(0.5, -20)
     nib.save(stored, "b.nii")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main(["predict", "mr", "a.nii.gz", "b.nii", "-o", "out"]) == 0
+    np.testing.assert_array_equal(nib.load("b.nii").get_fdata(), image.get_fdata())
+    assert nib.load("b.nii").dataobj.slope == (0.5 if scaled else 1)
+    assert main(["predict", "mr", "a.nii.gz", "b.nii", "-o", "out"]) == 0
     np.testing.assert_array_equal(mask_at("out/a.nii.gz"), mask_at("out/b.nii.gz"))
 
 
@@ -254,8 +256,8 @@ def test_bad_scans_cost_their_own_masks_alone(there, capsys):
 @pytest.mark.parametrize(
     "modality, low, high, message",
     [
-        ("MR", -900, 400, "are negative (0% to 0% in the scans that test-s1 was trained on): is it CT,"),
-        ("CT", 0, 900, "0% of its intensities are negative (10% to 100% in the scans that test-s1"),
+        ("MR", -900, 400, "are negative (0% to 0% as a rule): is it CT,"),
+        ("CT", 0, 900, "0% of its intensities are negative (10% to 100% as a rule): is it MR, or"),
         ("CT", -900, 400, ""),
         ("MR", 0, 900, ""),
     ],
@@ -326,3 +328,18 @@ def test_outputs_and_options_are_checked_first(there, capsys, words, message):
     assert main(["predict", "mr", *words]) == 2
     assert message in capsys.readouterr().err
     assert not Path("m").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- the notebook
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_the_mask_that_the_function_gives(small_study, tmp_path):
+    key = next((small_study / "runs").glob("*/best.safetensors")).parent.name
+    values = {"results": str(small_study), "student": key, "output": str(tmp_path / "mask.nii.gz"), "device": "cpu"}
+    execute(NOTEBOOKS / "deploy.ipynb", tmp_path / "deploy.ipynb", values)
+    phantom = Run("phantom", "spleen", "S1", fraction=0.5)
+    found = run_source(phantom, small_study)
+    scan = found.dataset.case(found.folds[0].test[0]).image
+    expected = kdlib.predict(key, scan, small_study, device="cpu")
+    np.testing.assert_array_equal(mask_at(str(tmp_path / "mask.nii.gz")), np.asarray(expected.dataobj))
