@@ -105,10 +105,11 @@ class Picker(Panel):
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
         super().__init__()
         self.results, self.data, self.device = Path(results).resolve(), data, device
-        self.study_list, self.run_list, self.case_list = map(_dropdown, ("study", "run", "case"))
+        names = []
         with self.errors_said():
-            self.study_list.options = explore.studies(self.results)
-        self.empty = not self.study_list.options
+            names = explore.studies(self.results)
+        self.study_list, self.run_list, self.case_list = _dropdown("study", names), _dropdown("run"), _dropdown("case")
+        self.empty = not names
         self.children = [*([] if self.empty else (self.study_list, self.run_list, self.case_list)), self.message]
         if self.empty:
             return
@@ -197,7 +198,7 @@ def _volume(name: str, mask: np.ndarray, affine: np.ndarray, colours, labels) ->
     return volume
 
 
-class Viewer(Panel):
+class Viewer(widgets.VBox):
     """The case as a volume (NiiVue: scroll, click, drag) or, where the browser has no WebGL, slice by slice.
 
     Args:
@@ -220,7 +221,7 @@ class Viewer(Panel):
         self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
         self.volume.on_location_change(self._clicked)
         self.number = _slider("slice", width="90%")
-        self.legend, self.body = widgets.HTML(), widgets.VBox()
+        self.slices, self.legend, self.body = _image(), widgets.HTML(), widgets.VBox()
         self.children = [] if pick.empty else [self.webgl, self.mode, self.body]
         self.webgl.observe(lambda change: setattr(self.mode, "value", "volume" if change["new"] else "slices"), "there")
         self.mode.observe(lambda _: self._lay_out(), "value")
@@ -242,11 +243,11 @@ class Viewer(Panel):
             self.body.children = [self.masks, self.volume, self.legend]
         else:
             self._draw()
-            self.body.children = [self.number, self.image]
+            self.body.children = [self.number, self.slices]
 
     def _draw(self, change: object = None) -> None:
         if self.mode.value == "slices":
-            _show(self.image, picture(drawing.draw_slice(self.seen, self.number.value)))
+            _show(self.slices, picture(drawing.draw_slice(self.seen, self.number.value)))
         self.place = (self.number.value, *self.place[1:])
 
     def _load(self) -> None:
@@ -359,7 +360,7 @@ class ComparisonPanel(Panel):
         table, mine = self.pick.table, self.pick.run.run
         table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
         same = table[
-            (table["role"] == "baseline") & (table[["model", "fraction"]] == [mine.model, mine.fraction]).all(1)
+            (table["role"] == "baseline") & (table[["model", "fraction"]] == [mine.model, mine.fraction]).all(axis=1)
         ]
         with _silent(self.other, self.show):
             self.other.options = list(zip(table["label"], table["run"], strict=True))

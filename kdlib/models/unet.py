@@ -131,12 +131,8 @@ class UNet(nn.Module):
             raise InputError(f"input of shape {list(shape)}: this model takes {expected}")
         if any(side < multiple or side % multiple for side in shape[2:]):
             size = " x ".join(map(str, shape[2:]))
-            raise InputError(
-                f"input of size {size}: the model halves it {self.depth} times, so each side must be "
-                f"a multiple of {multiple}"
-            )
+            why = f"the model halves it {self.depth} times, so each side must be a multiple of {multiple}"
+            raise InputError(f"input of size {size}: {why}")
         if self.training and shape[0] == 1 and all(side == multiple for side in shape[2:]):
-            raise InputError(
-                f"one image of side {multiple}: batch norm in training needs more than one value at the bottleneck; "
-                "use a larger batch or larger images"
-            )
+            why = "batch norm in training needs more than one value at the bottleneck"
+            raise InputError(f"one image of side {multiple}: {why}; use a larger batch or larger images")

@@ -22,10 +22,8 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     options = [name for name in own if loss.adapt != "own" or name not in _SHAPES]
     unknown = [name for name in term.arguments if name not in options]
     if unknown:
-        raise InputError(
-            f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}; "
-            f"it has {', '.join(options) or 'none'}"
-        )
+        asked = f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}"
+        raise InputError(f"{asked}; it has {', '.join(options) or 'none'}")
     if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
