@@ -127,5 +127,6 @@ def write_error(path: Path, error: Exception) -> InputError:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what a killed writer left half done in a run's folder; its lock must be held."""
-    for partial in folder.glob(".????????????.*"):
-        partial.unlink()
+    for pattern in (".????????????.*", ".tmp??????"):  # of `write`, and of safetensors
+        for partial in folder.glob(pattern):
+            partial.unlink()
