@@ -8,8 +8,12 @@ come from random slices). Variants: `published` (the teacher's forward pass with
 `eager`, `compiled` and `bf16` (PyTorch without the reconstruction decoder), `onnx`, `openvino`, `openvino-int8`.
 
 One row per model, variant and task (slice, or volume from file to file). Times are in ms: `p50`, `p95`, of a volume
-also `model_p50` (the network alone); `peak_mb` is the process's largest memory, `file_mb` the weights. To draw Dice
-over latency, join the table of cases on `model`; Dice in int8 stands in the `student.json` that `kdlib export` writes.
+also `model_p50` (the network alone); `peak_mb` is the process's largest memory, `file_mb` the weights. A task is
+repeated for `--seconds` in a round, at least once; a volume that would take longer than `--longest` has no row.
+
+    python benchmarks/inference.py --draw inference.csv --cases results/hippocampus/tables/01_baseline_cases.csv
+
+draws Dice over latency from such a table and a study's table of cases, beside the first. Dice is that of float32.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,11 +29,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
+from kdlib.analysis.figures import style
+from kdlib.analysis.tables import summarise
 from kdlib.config import TEACHERS, Preprocessing
 from kdlib.inference.backends import load_backend, load_network
 from kdlib.inference.export import openvino_model, quantise, save_onnx
@@ -39,6 +46,7 @@ from kdlib.inference.scans import read_scan, save
 from kdlib.inference.student import Student, load_student, write_student
 from kdlib.models import build_model, count_parameters
 from kdlib.training.checkpoint import save_tensors
+from kdlib.training.device import computes_bf16
 
 TORCH = ("published", "eager", "compiled", "bf16")
 EXPORTED = ("onnx", "openvino", "openvino-int8")
@@ -85,11 +93,11 @@ def backend_of(folder: Path, variant: str):
     return student, run
 
 
-def work(folder: Path, variant: str, size: int, scan: Path, repeats: int, batch: int) -> dict:
-    """Seconds of `repeats` slices and of `repeats` volumes, in this process."""
+def work(folder: Path, variant: str, scan: Path, options: argparse.Namespace) -> dict:
+    """Seconds of each slice and of each volume, in this process."""
     torch.set_num_threads(os.cpu_count() or 1)
     student, backend = backend_of(folder, variant)
-    image, inside, found = torch.rand(1, 3, size, size), [], {"slice": [], "volume": [], "model": []}
+    image, inside, found = torch.rand(1, 3, options.size, options.size), [], {"slice": [], "volume": [], "model": []}
 
     def timed(images: torch.Tensor) -> torch.Tensor:
         begin = time.perf_counter()
@@ -99,18 +107,29 @@ def work(folder: Path, variant: str, size: int, scan: Path, repeats: int, batch:
 
     def volume() -> None:
         read = read_scan(scan)
-        save(scan.with_name(f"mask-{os.getpid()}.nii.gz"), mask_of(segment(student, timed, read, batch), student, read))
+        save(
+            scan.with_name(f"mask-{os.getpid()}.nii.gz"),
+            mask_of(segment(student, timed, read, options.batch), student, read),
+        )
 
-    for task, function in (("slice", lambda: timed(image)), ("volume", volume)):
-        function()  # warm-up: memory, compilation
-        for _ in range(repeats * (5 if task == "slice" else 1)):
+    def repeat(task: str, function, most: int) -> None:
+        end = time.perf_counter() + options.seconds
+        while not found[task] or (len(found[task]) < most and time.perf_counter() < end):
             inside.clear()
             begin = time.perf_counter()
             function()
             found[task].append(time.perf_counter() - begin)
             if task == "volume":
                 found["model"].append(sum(inside))
-    return found | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+    timed(image)  # warm-up: memory, compilation
+    repeat("slice", lambda: timed(image), options.repeats * 5)
+    if min(found["slice"]) * options.slices <= options.longest:
+        timed(image.expand(options.batch, -1, -1, -1))
+        repeat("volume", volume, options.repeats)
+    # not of getrusage: its largest memory begins with that of the process that started this one
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return found | {"peak_mb": int(status["VmHWM"].split()[0]) / 1024}
 
 
 def volume_file(path: Path, size: int, slices: int) -> None:
@@ -120,6 +139,37 @@ def volume_file(path: Path, size: int, slices: int) -> None:
     body = np.where(rows**2 + columns**2 < (0.4 * size) ** 2, 40, -1000)[..., None]
     voxels = (body + generator.normal(0, 20, (size, size, slices))).astype(np.int16)
     nib.save(nib.Nifti1Image(voxels, np.diag([SPACING, SPACING, 3, 1])), path)
+
+
+def draw(times: pd.DataFrame, cases: pd.DataFrame) -> Figure:
+    """Dice of networks trained on all labels over the median latency of a slice, a mark for each way to run them.
+
+    Args:
+        times: the rows of this benchmark.
+        cases: a study's table of cases, with `role`, `fraction` and `model`.
+    """
+    means = summarise(cases[cases["role"].isin(["teacher", "baseline"]) & (cases["fraction"] == 1)]).set_index("model")
+    marks = dict(zip(("published", *TORCH[1:], *EXPORTED), "Xosd^vP", strict=True))
+    slices = times[times["task"] == "slice"].set_index("variant")
+    with plt.rc_context(style.STYLE):
+        figure, ax = plt.subplots(figsize=(style.DOUBLE, 80 * style.MM))
+        for number, (name, rows) in enumerate(means.iterrows()):
+            colour, found = f"C{number}", slices[slices["model"] == name]
+            ax.axhspan(rows["low"], rows["high"], color=colour, alpha=0.07, linewidth=0)
+            ax.plot(found["p50"], [rows["mean"]] * len(found), color=colour, linewidth=0.8)
+            for variant, row in found.iterrows():
+                ax.plot(row["p50"], rows["mean"], marks[variant], color=colour, markersize=6)
+            at = (found["p50"].min(), rows["mean"])
+            ax.annotate(name, at, (-8, 0), textcoords="offset points", ha="right", va="center", color=colour)
+        style.log_axis(ax.xaxis, slices["p50"].min() / 2, slices["p50"].max() * 1.3)
+        ax.set(xlabel=f"ms per slice of {times['size'].iloc[0]} x {times['size'].iloc[0]}", ylabel="Dice")
+        looks = {name: dict(color=style.DARK, marker=mark) for name, mark in marks.items() if name in slices.index}
+        style.legend_below(figure, style.legend_lines(looks, **style.NO_LINE), columns=7)
+    note = (
+        f"Median latency on {times['threads'].iloc[0]} threads, batch of 1. Lines and bands: {style.mean_text(means)}"
+    )
+    figure.set_label(f"{note}, in float32 and at the study's own size.")
+    return figure
 
 
 def main() -> None:
@@ -133,11 +183,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="slices of a volume that pass the network at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=4, help="volumes per round, and a fifth of the slices")
+    parser.add_argument("--seconds", type=float, default=10, help="of a task in a round, at least one repeat")
+    parser.add_argument("--longest", type=float, default=60, help="seconds of a volume; none is measured beyond")
+    parser.add_argument("--draw", type=Path, help="a table of this benchmark, to draw instead of measuring")
+    parser.add_argument("--cases", type=Path, help="the study's table of cases for --draw")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # folder, variant, scan
     options = parser.parse_args()
+    if options.draw:
+        saved = draw(pd.read_csv(options.draw), pd.read_csv(options.cases))
+        style.save_figure(saved, options.draw.parent, "inference", "Dice over latency.")
+        return
     if options.worker:
         folder, variant, scan = options.worker
-        work_of = work(Path(folder), variant, options.size, Path(scan), options.repeats, options.batch)
+        work_of = work(Path(folder), variant, Path(scan), options)
         print(json.dumps(work_of))
         return
     if options.quick:
@@ -149,18 +207,19 @@ def main() -> None:
         for name in options.models:
             print(f"{name}: exporting", flush=True)
             prepare(folder, name, options.width if name in TEACHERS else 1.0, options.size)
-            variants += [
-                (name, variant) for variant in (*TORCH, *EXPORTED) if variant != "published" or name in TEACHERS
-            ]
+            wanted = {"published": name in TEACHERS, "bf16": computes_bf16(torch.device("cpu"))}
+            variants += [(name, variant) for variant in (*TORCH, *EXPORTED) if wanted.get(variant, True)]
         found: dict[tuple[str, str], list[dict]] = {}
         for number in range(options.rounds):
             for name, variant in variants:
                 print(f"round {number + 1} of {options.rounds}: {name} {variant}", flush=True)
                 at = folder / f"{name}-{variant if variant in EXPORTED else 'torch'}"
                 words = ["--worker", at, variant, folder / "scan.nii.gz", "--size", options.size]
+                words += ["--slices", options.slices]
                 words += ["--repeats", options.repeats, "--batch", options.batch]
+                words += ["--seconds", options.seconds, "--longest", options.longest]
                 done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True)
-                if done.returncode == 0:  # a variant that this machine cannot run (bf16, a compiler) has no row
+                if done.returncode == 0:  # a variant that this machine cannot run has no row
                     found.setdefault((name, variant), []).append(json.loads(done.stdout.splitlines()[-1]))
         table = pd.DataFrame([row for key, rounds in found.items() for row in rows(folder, *key, rounds, options)])
     table.to_csv(options.output, index=False)
@@ -172,7 +231,7 @@ def rows(folder: Path, name: str, variant: str, rounds: list[dict], options: arg
     at = folder / f"{name}-{variant if variant in EXPORTED else 'torch'}"
     student, made = load_student(at), []
     network = build_model(student.model, width=student.width)
-    for task in ("slice", "volume"):
+    for task in ("slice", "volume") if any(each["volume"] for each in rounds) else ("slice",):
         times = 1000 * np.concatenate([each[task] for each in rounds])
         p50, p95 = np.percentile(times, [50, 95])
         inside = 1000 * np.median(np.concatenate([each["model"] for each in rounds])) if task == "volume" else p50
