@@ -23,7 +23,7 @@ from torch import nn
 
 from kdlib.apps.cli import main
 from kdlib.config import PROFILES, PROTOCOLS, InputError, Preprocessing, Profile, Recipe, Run, Term, from_json, to_json
-from kdlib.data import SliceBank, make_phantom
+from kdlib.data import SliceBank
 from kdlib.experiments import parallel
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.runner import study
@@ -193,8 +193,8 @@ def last_process(parent: int) -> psutil.Process:
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_say_so_in_one_line_and_go_on_to_the_end_of_one(tmp_path):
-    run, results = taught(str(make_phantom(tmp_path / "data", patients=9))), tmp_path / "pair"
+def test_two_processes_of_which_one_is_killed_say_so_in_one_line_and_go_on_to_the_end_of_one(tmp_path, phantom_of):
+    run, results = taught(str(phantom_of(9))), tmp_path / "pair"
     folder, file = run_folder(run, results), tmp_path / "run.json"
     file.write_text(json.dumps(to_json(run)))
 
