@@ -93,7 +93,7 @@ endif
 	@sed -E -e '$(UNHASHED)d' requirements.lock > .venv/hashed && \
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/hashed
 	@sed -E -e '/^ /d' -e 's/ *\\$$//' requirements.lock > .venv/versions && \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c .venv/versions -e ".[dev]"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c .venv/versions -e ".[dev,deploy]"
 	@pwd -P > $(STAMP)
 
 study: $(STAMP)
@@ -123,8 +123,8 @@ strip: $(STAMP)
 lock:
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && python3.11 -m venv "$$new" && \
 	"$$new/bin/python" -m pip install --quiet uv && cp requirements.lock "$$new/all" && \
-	"$$new/bin/uv" pip compile --quiet --universal --python-version=3.11 --extra=dev --generate-hashes --no-annotate \
-	    --no-header --output-file="$$new/all" pyproject.toml && \
+	"$$new/bin/uv" pip compile --quiet --universal --python-version=3.11 --extra=dev --extra=deploy --generate-hashes \
+	    --no-annotate --no-header --output-file="$$new/all" pyproject.toml && \
 	head -n 1 requirements.lock > "$$new/lock" && \
 	sed -E -e '/^(nvidia|cuda|triton)/,/[^\\]$$/d' -e '$(UNHASHED),/[^\\]$$/{/^ /d;s/ *\\$$//;}' "$$new/all" >> "$$new/lock" && \
 	cp "$$new/lock" requirements.lock

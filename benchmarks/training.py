@@ -1,4 +1,5 @@
-"""What the loop saves: native bfloat16 against float32, and a cohort against lone trainings; medians, in one process.
+"""What the loop saves: native bfloat16 against float32, and a cohort against lone trainings; and what a teacher costs
+(`Profile.step_cost`). Medians, in one process.
 
     python benchmarks/training.py [--size 128] [--batch 16] [--width 0.25] [--repeats 7]
 
@@ -17,11 +18,9 @@ from kdlib.config import PROFILES, Preprocessing, Profile, Run
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.training import loop
 from kdlib.training.batch import Batch
-from kdlib.training.device import autocast, computes_bf16, pick_device
+from kdlib.training.device import computes_bf16, pick_device, precision
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.state import new_model, new_state
-
-FLOAT32 = torch.autocast("cpu", enabled=False)
 
 
 def seconds(function) -> float:
@@ -61,11 +60,10 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, slices of {options.size}, batch {options.batch}"
     )
 
-    def step(state, seen=None, cast=autocast):
+    def step(state, seen=None, name="auto"):
         def run() -> None:
-            chosen, loop.autocast = loop.autocast, cast
-            loop.training_step(state, Batch(images, labels, labelled, patients, 0, seen or {}))
-            loop.autocast = chosen
+            with precision(name):
+                loop.training_step(state, Batch(images, labels, labelled, patients, 0, seen or {}))
 
         return run
 
@@ -76,7 +74,7 @@ def main() -> None:
     if computes_bf16(device) and device.type == "cpu":
         for model in ("T1", "T2", "S1", "S2"):
             state = state_of(model)
-            found = in_turns({"fp32": step(state, cast=lambda _: FLOAT32), "bf16": step(state)}, options.repeats)
+            found = in_turns({name: step(state, name=name) for name in ("fp32", "bf16")}, options.repeats)
             ratio = found["fp32"] / found["bf16"]
             print(f"{model}: fp32 {found['fp32']:.3f} s, bf16 {found['bf16']:.3f} s, ratio {ratio:.2f}")
 
@@ -98,6 +96,12 @@ def main() -> None:
         for state in states:
             step(state, teach())()
 
+    for model in ("S1", "S2", "E1"):
+        lone, taught = state_of(model), state_of(model, teacher, recipe=thesis_recipe(model))
+        pair = {"lone": step(lone), "taught": lambda taught=taught: step(taught, teach())()}
+        found = in_turns(pair, options.repeats)
+        print(f"{model}: a step without teacher {found['lone']:.3f} s, distilled with its teacher's pass "
+              f"{found['taught']:.3f} s, ratio {found['taught'] / found['lone']:.2f}")  # fmt: skip
     found = in_turns({"alone": alone, "cohort": cohort}, options.repeats)
     print(f"8 distilled S1: alone {found['alone']:.3f} s, cohort {found['cohort']:.3f} s per step, "
           f"ratio {found['alone'] / found['cohort']:.2f}")  # fmt: skip

@@ -13,6 +13,7 @@ HOMES = {
     ),
     "data": ("case_table", "download", "largest_slices", "split_table", "warning_table"),
     "analysis.calibration": ("expected_calibration_error",),
+    "inference.predict": ("predict",),
     "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.designs": ("EXPERIMENTS", "Setting"),
     "experiments.runner": ("study",),

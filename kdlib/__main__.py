@@ -1,4 +1,4 @@
-"""`python -m kdlib`: see `kdlib.apps.cli`."""
+"""`kdlib`, also `python -m kdlib`: see `kdlib.apps.cli`."""
 
 import signal
 import sys
@@ -11,7 +11,12 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line of this process."""
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each line when it is printed
     signal.signal(signal.SIGTERM, _stop)  # a cluster's stop ends this as Ctrl-C does
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

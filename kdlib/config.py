@@ -51,10 +51,8 @@ class Preprocessing:
     def __post_init__(self):
         check_fields(self)
         if self.size % 16:
-            raise InputError(
-                f"slice size {self.size}: the U-Nets halve it four times, so it must be a multiple of 16; "
-                f"try {max(16, round(self.size / 16) * 16)}"
-            )
+            why = "the U-Nets halve it four times, so it must be a multiple of 16"
+            raise InputError(f"slice size {self.size}: {why}; try {max(16, round(self.size / 16) * 16)}")
         if not self.window[0] < self.window[1]:
             raise InputError(f"window {self.window}: the low end must be under the high end (HU)")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
@@ -101,10 +99,7 @@ SWITCHES = {  # in the order in which they are corrected -> the corrected state 
     "logit_threshold": "cut at probability 0.5",
     "pooled_dice": "Dice by volume",
 }
-PROTOCOLS = {
-    "corrected": Protocol("corrected"),
-    "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True)),
-}
+PROTOCOLS = {"corrected": Protocol("corrected"), "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True))}
 LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
 PUBLISHED_OPTIMISATION = {
     "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
@@ -136,7 +131,8 @@ class Profile:
         teacher, student: optimisation of all teachers, and of all students whatever they learn from; chosen on
             validation patients (docs/recipe.md).
         step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
-            student's step without teacher (measured).
+            student's step without teacher. S1 takes 3.4 times as long under the thesis's recipe, E1 3.2 and S2 1.8
+            (benchmarks/training.py --size 64, one core, float32).
     """
 
     name: str
@@ -150,21 +146,16 @@ class Profile:
     reduced_from_thesis: str = "nothing"
     teacher: Optimisation = Optimisation(lr=2e-3, target_share=0.5)
     student: Optimisation = Optimisation(lr=8e-3, target_share=0.5)
-    step_cost: Annotated[float, Range(1)] = 3.0
+    step_cost: Annotated[float, Range(1)] = 3.5
 
     def __post_init__(self):
         check_fields(self)
 
 
 def _reduced(
-    name: str,
-    preprocessing: Preprocessing,
-    teacher_steps: int,
-    student_steps: int,
-    folds: int,
-    said: str,
+    name: str, preprocessing: Preprocessing, teacher_steps: int, student_steps: int, folds: int, said: str,
     batch: int = 16,
-) -> Profile:
+) -> Profile:  # fmt: skip
     """A profile for CPUs: teachers a quarter as wide, and steps after which validation Dice hardly rises any more."""
     epochs = 10  # validations of each training
     said = f"{said}, teachers a quarter as wide, {teacher_steps} steps for them and {student_steps} for students"
@@ -234,9 +225,8 @@ class Run:
         if self.recipe.unlabelled and self.fraction == 1:
             raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
         if not 0 <= self.fold < self.profile.folds:
-            raise InputError(
-                f"fold {self.fold} does not exist: profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
-            )
+            known = f"profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
+            raise InputError(f"fold {self.fold} does not exist: {known}")
 
     @property
     def name(self) -> str:
@@ -273,17 +263,13 @@ class Run:
             recipe = dataclasses.replace(recipe, segmentation="dice")
         elif protocol.own_optimisers:
             recipe = dataclasses.replace(recipe, segmentation_weight=1.0)
-        published = {}
-        if protocol.one_channel_softmax:
-            published["kl"] = "softmax_kl"
-        if protocol.unlabelled_contrast:
-            published["supcon"] = "infonce"
+        published = {"kl": "softmax_kl"} if protocol.one_channel_softmax else {}
+        published |= {"supcon": "infonce"} if protocol.unlabelled_contrast else {}
         terms = []
         for term in recipe.terms:
-            loss = published.get(term.loss, term.loss)
-            if loss != term.loss:  # a contrast without labels has no use for the options of one with labels
-                options = [(name, value) for name, value in term.options if name == "same_patient"]
-                term = dataclasses.replace(term, loss=loss, options=tuple(options))
+            if loss := published.get(term.loss):  # a contrast without labels has no use for options of one with them
+                options = tuple((name, value) for name, value in term.options if name == "same_patient")
+                term = dataclasses.replace(term, loss=loss, options=options)
             terms.append(term)
         features = any(term.student_layers != SCALES["PMD"] for term in terms)
         redrawn = recipe.redrawn_projectors or (protocol.redrawn_projectors and features)
@@ -313,17 +299,12 @@ class Run:
         found = {}
         for model in self.teacher.split("+") if self.teacher not in (None, "self") else ():
             peer = model in STUDENTS
+            # in self-distillation the teacher must not be the student's own baseline
+            seed = derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed
             found[model] = dataclasses.replace(
-                self,
-                model=model,
-                fraction=self.fraction if peer else 1.0,
-                teacher=None,
-                recipe=BASELINE if peer else TEACHER_RECIPE,
-                length=1.0,
-                # in self-distillation the teacher must not be the student's own baseline
-                seed=derive_seed(self.teacher_seed, "peer") if peer else self.teacher_seed,
-                teacher_seed=0,
-            )
+                self, model=model, fraction=self.fraction if peer else 1.0, teacher=None, length=1.0,
+                recipe=BASELINE if peer else TEACHER_RECIPE, seed=seed, teacher_seed=0,
+            )  # fmt: skip
         return found
 
 
@@ -338,16 +319,27 @@ def from_json(record: str | Mapping) -> Run:
     Args:
         record: JSON text, or what it holds.
 
-    Raises:
-        InputError: a field that does not exist, is missing, or has a value of another type or out of range.
+    Raises: InputError: a field that does not exist, is missing, or has a value of another type or out of range.
     """
     try:
         record = json.loads(record) if isinstance(record, str) else record
-        return _CONVERTER.structure(record, Run)
     except json.JSONDecodeError as error:
         raise InputError(f"a run cannot be read as JSON: {error}") from None
+    return structure(record, Run)
+
+
+def structure(record: object, kind: type):
+    """A description (a frozen dataclass) of what JSON holds, strictly.
+
+    Raises:
+        InputError: a field that does not exist, is missing, or has a value of another type or out of range.
+    """
+    if not isinstance(record, Mapping):
+        raise InputError(f"{record!r:.50} is no {kind.__name__.lower()}: give its fields")
+    try:
+        return _CONVERTER.structure(record, kind)
     except cattrs.BaseValidationError as group:
-        raise InputError("; ".join(cattrs.transform_error(group, "run", _fault))) from None
+        raise InputError("; ".join(cattrs.transform_error(group, kind.__name__.lower(), _fault))) from None
 
 
 def _fault(error: BaseException, kind: type | None) -> str:
@@ -369,11 +361,9 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: not _holds_dataclass(kind), lambda value, _: value)
     for plain in (int, float, str, bool):  # of `Annotated` ones, too
         converter.register_structure_hook(plain, lambda value, _: value)
-    for kind, known in (
-        (Profile, PROFILES),
-        (Protocol, PROTOCOLS),
-        *((k, {}) for k in (Run, Recipe, Term, Preprocessing, Optimisation)),
-    ):
+    named = {Profile: PROFILES, Protocol: PROTOCOLS}
+    for kind in (Profile, Protocol, Run, Recipe, Term, Preprocessing, Optimisation):
+        known = named.get(kind)
         read = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
 
         def structure(value: object, kind: type, read=read, known=known) -> object:
@@ -395,27 +385,23 @@ _CONVERTER = _converter()
 def override_profile(name: str, changes: dict[str, object] | None = None) -> Profile:
     """The profile called `name` with fields of it or its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
 
-    Raises:
-        InputError: no such profile, or a field that neither has.
+    Raises: InputError: no such profile, or a field that neither has.
     """
     profile = lookup("profile", name, PROFILES)
     if not isinstance(changes or {}, Mapping):
         raise InputError(f"changes {changes!r} of profile {name!r}: give fields and values, e.g. {{'folds': 3}}")
     changes = dict(changes or {})
-    fields = {field.name for field in dataclasses.fields(Preprocessing)}
-    known = [
-        field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "preprocessing")
-    ] + sorted(fields)
+    own, fields = ({field.name: field for field in dataclasses.fields(kind)} for kind in (Profile, Preprocessing))
+    known = {name: own[name] for name in own if name not in ("name", "preprocessing")} | dict(sorted(fields.items()))
     for field in changes:
-        lookup("field of a profile", field, dict.fromkeys(known))
+        lookup("field of a profile", field, known)
     # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key
     changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
     if changes:
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
         changes = {"reduced_from_thesis": f"{profile.reduced_from_thesis}; here {said}"} | changes
-    view = dataclasses.replace(
-        profile.preprocessing, **{field: changes.pop(field) for field in fields & changes.keys()}
-    )
+    of_view = {field: changes.pop(field) for field in fields.keys() & changes.keys()}
+    view = dataclasses.replace(profile.preprocessing, **of_view)
     return dataclasses.replace(profile, preprocessing=view, **changes)
 
 

@@ -30,9 +30,8 @@ def check_study(name: str) -> None:
     if name in RESERVED:
         raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(
-            f"study name {name[:100]!r}: use up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
+        allowed = "up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+        raise InputError(f"study name {name[:100]!r}: use {allowed}")
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -42,8 +41,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         path: where the file belongs; missing folders are made.
         writer: is given the path of the neighbour and writes it.
 
-    Raises:
-        InputError: the file system refuses (full disk, read-only folder); what was finished before stays.
+    Raises: InputError: the file system refuses (full disk, read-only folder); what was finished before stays.
     """
     partial = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")  # two hosts may share process ids
     try:
@@ -94,8 +92,7 @@ def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: Path) -> pd.DataFrame:
     """The arrays of `write_arrays` as columns, one row per first index; pickles are refused.
 
-    Raises:
-        InputError: a damaged file, or one of other things.
+    Raises: InputError: a damaged file, or one of other things.
     """
     import pandas as pd
 
@@ -130,5 +127,6 @@ def write_error(path: Path, error: Exception) -> InputError:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what a killed writer left half done in a run's folder; its lock must be held."""
-    for partial in folder.glob(".????????????.*"):
-        partial.unlink()
+    for pattern in (".????????????.*", ".tmp??????"):  # of `write`, and of safetensors
+        for partial in folder.glob(pattern):
+            partial.unlink()

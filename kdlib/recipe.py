@@ -43,25 +43,21 @@ class Term:
         try:
             options = {str(name): tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
         except (TypeError, ValueError):
-            raise InputError(
-                f"term {self.name!r}, options {self.options!r}: give a dict of the loss's arguments"
-            ) from None
+            asked = f"term {self.name!r}, options {self.options!r}"
+            raise InputError(f"{asked}: give a dict of the loss's arguments") from None
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         for field in ("student_layers", "teacher_layers"):
             if isinstance(given := getattr(self, field), str):
                 object.__setattr__(self, field, (given,))
         check_fields(self)
         if not self.student_layers and self.name not in SCALES:
-            raise InputError(
-                f"distillation term {self.name!r}: say where it reads (student_layers=...), or name it {either(SCALES)}"
-            )
+            where = f"say where it reads (student_layers=...), or name it {either(SCALES)}"
+            raise InputError(f"distillation term {self.name!r}: {where}")
         object.__setattr__(self, "student_layers", self.student_layers or SCALES[self.name])
         object.__setattr__(self, "teacher_layers", self.teacher_layers or self.student_layers)
         if len(self.student_layers) != len(self.teacher_layers):
-            raise InputError(
-                f"term {self.name}: {len(self.student_layers)} scales of the student, "
-                f"{len(self.teacher_layers)} of the teacher"
-            )
+            scales = f"{len(self.student_layers)} scales of the student, {len(self.teacher_layers)} of the teacher"
+            raise InputError(f"term {self.name}: {scales}")
 
     @property
     def arguments(self) -> dict[str, object]:

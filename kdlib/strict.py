@@ -50,12 +50,8 @@ class Range:
     below: float | None = None
 
     def holds(self, value: float) -> bool:
-        return (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        reached = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return reached and (self.above is None or value > self.above) and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
         if (self.high, self.above, self.below) == (None, None, None):
@@ -76,8 +72,7 @@ def check_fields(made: object) -> None:
 
     Annotations may be int, float, str, bool, Literal, tuple, a dataclass, `X | None`, and `Annotated` with a `Range`.
 
-    Raises:
-        InputError: names the field, its value and what is allowed.
+    Raises: InputError: names the field, its value and what is allowed.
     """
     kinds = _kinds(type(made))
     for field in dataclasses.fields(made):
@@ -86,9 +81,8 @@ def check_fields(made: object) -> None:
             object.__setattr__(made, field.name, _read(value, kinds[field.name]))
         except (TypeError, ValueError):
             name = vars(made).get("name")
-            owner = type(made).__name__.lower() + (
-                f" {name!r}" if isinstance(name, str) and field.name != "name" else ""
-            )
+            called = f" {name!r}" if isinstance(name, str) and field.name != "name" else ""
+            owner = f"{type(made).__name__.lower()}{called}"
             raise InputError(f"{owner}, {field.name} {value!r}: give {_words(kinds[field.name])}") from None
 
 
@@ -132,8 +126,6 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return either(args)
     if origin is tuple:
-        return (
-            f"a list, each {_words(args[0])}" if args[-1] is Ellipsis else f"{len(args)} values, each {_words(args[0])}"
-        )
+        return f"{'a list' if args[-1] is Ellipsis else f'{len(args)} values'}, each {_words(args[0])}"
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     return plain.get(kind) or f"a {kind.__name__}"

@@ -16,20 +16,15 @@ def expected_calibration_error(table: pd.DataFrame) -> pd.DataFrame:
         table: from `kdlib.evaluation.calibration.calibration`; further columns (a method, a fold) are kept, each of
             their values for itself.
 
-    Returns:
-        the table's columns but for those of bins, and metric ("ece") and value.
+    Returns: the table's columns but for those of bins, and metric ("ece") and value.
 
-    Raises:
-        InputError: a column of `calibration` is missing.
+    Raises: InputError: a column of `calibration` is missing.
     """
     measured = ["bin", "confidence", "accuracy", "count"]
-    absent = [column for column in ["case", "class", *measured] if column not in table]
-    if absent:
+    if absent := [column for column in ["case", "class", *measured] if column not in table]:
         raise InputError(f"calibration table without {', '.join(absent)}: give what `calibration` returns")
     keys = [column for column in table if column not in measured]
     gap = (table["count"] * (table["accuracy"] - table["confidence"]).abs()).fillna(0)  # an empty bin has no gap
-    sums = (
-        table[keys].assign(gap=gap, count=table["count"]).groupby(keys, sort=False, dropna=False, as_index=False).sum()
-    )
-    value = (sums["gap"] / sums["count"]).where(sums["count"] > 0)
-    return sums[keys].assign(metric="ece", value=value)
+    gaps = table[keys].assign(gap=gap, count=table["count"])
+    sums = gaps.groupby(keys, sort=False, dropna=False, as_index=False).sum()
+    return sums[keys].assign(metric="ece", value=(sums["gap"] / sums["count"]).where(sums["count"] > 0))

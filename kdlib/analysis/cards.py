@@ -54,11 +54,9 @@ def write_cards(folder: Path | str, manifests: Mapping[str, dict]) -> list[Path]
         folder: of a study, with `tables/*_{cases,history}.csv`; the frozen splits lie in `splits` beside it.
         manifests: key -> manifest of every finished run of these tables, and of their teachers.
 
-    Returns:
-        the files, the protocol first.
+    Returns: the files, the protocol first.
 
-    Raises:
-        InputError: the study has no table of cases, or runs of it have no manifest.
+    Raises: InputError: the study has no table of cases, or runs of it have no manifest.
     """
     folder = Path(folder)
     cases = _tables(folder, "cases").drop_duplicates(["run", "case", "class", "metric"], ignore_index=True)
@@ -164,14 +162,14 @@ def recipe_text(run: Run) -> str:
 def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases: pd.DataFrame) -> dict[str, object]:
     """All that the protocol says."""
     records, every = list(manifests.values()), list(runs["run"])
-    parts = _parts(folder, manifests, runs)
+    parts, n = _parts(folder, manifests, runs), cases.loc[cases["metric"] == "dice", "patient"].nunique()
     finished = sorted(record["finished"] for record in records)
     budgets = ["label", "recipe", "protocol", "parameters", "optimiser", "learning rate", "batch", "epochs", "updates"]
     groups = runs.groupby(budgets, sort=False, as_index=False)
     dropped = [record["data"].get("dropped") for record in records]
     return {
         "study": folder.name, "runs": _count(len(records), "run"), "first": finished[0], "last": finished[-1],
-        "limits": _limits(manifests, runs, parts, cases),
+        "limits": _limits(records, runs, parts, n),
         "data": _listed(run.data for run in every), "target": _listed(run.target for run in every),
         "dropped": None if None in dropped else _listed(case for some in dropped for case in some) or "none",
         "stops_at_defects": all(run.on_defect == "raise" for run in every), "flow": _flow(parts),
@@ -192,7 +190,7 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
         },
         "rules": list(dict.fromkeys(map(_rule, every))),
         "metrics": _metrics(cases), "alpha": ALPHA, "families": _families(folder),
-        "intervals": interval_text(summarise(cases, ["run"])["interval"]), "patients": _tested(cases),
+        "intervals": interval_text(summarise(cases, ["run"])["interval"]), "patients": n,
         "machines": _grouped(map(_machine, records)), "code": _grouped(map(_code, records)),
     }  # fmt: skip
 
@@ -230,9 +228,8 @@ def _sizes(parts: pd.DataFrame) -> dict[str, object]:
 
 
 def _flow(parts: pd.DataFrame) -> pd.DataFrame:
-    rows = [{"fold": "all", "part": "all that these runs saw"} | _sizes(parts)]
-    groups = parts.groupby(["fold", "part"], sort=False)
-    return pd.DataFrame(rows + [{"fold": fold, "part": part} | _sizes(group) for (fold, part), group in groups])
+    groups = [(("all", "all that these runs saw"), parts), *parts.groupby(["fold", "part"], sort=False)]
+    return pd.DataFrame([{"fold": fold, "part": part} | _sizes(group) for (fold, part), group in groups])
 
 
 def _leaks(parts: pd.DataFrame) -> list[str]:
@@ -247,13 +244,13 @@ def _leaks(parts: pd.DataFrame) -> list[str]:
 def _view(run: Run) -> dict[str, object]:
     view = run.preprocessing
     spacing = "the volume's own" if view.spacing is None else f"{view.spacing:g} mm"
-    return {
-        "slices": f"{view.size} x {view.size}",
-        "in-plane spacing": "ignored" if view.published else spacing,
-        "channels": view.channels,
-        "CT window (HU)": "none" if view.published else "{:g} to {:g}".format(*view.window),
-        "MR percentiles": "none" if view.published else "{:g} to {:g}".format(*view.percentiles),
-    }
+    seen = {
+        "slices": f"{view.size} x {view.size}", "in-plane spacing": spacing, "channels": view.channels,
+        "CT window (HU)": "{:g} to {:g}".format(*view.window),
+        "MR percentiles": "{:g} to {:g}".format(*view.percentiles),
+    }  # fmt: skip
+    none = {"in-plane spacing": "ignored", "CT window (HU)": "none", "MR percentiles": "none"}
+    return seen | none if view.published else seen
 
 
 def _rule(run: Run) -> str:
@@ -266,11 +263,11 @@ def _rule(run: Run) -> str:
 
 def _metrics(cases: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for name, group in cases.groupby("metric", sort=False):
-        metric = METRICS[name]
-        better = {True: "more", False: "less", None: "neither"}[metric.higher]
-        row = {"metric": metric.label, "unit": metric.unit or "1", "better": better, "values": len(group)}
-        rows.append(row | {"undefined": int(group["value"].isna().sum()), "why": WHY[name]})
+    for name, values in cases.groupby("metric", sort=False)["value"]:
+        label, unit, higher = METRICS[name]
+        better = {True: "more", False: "less", None: "neither"}[higher]
+        row = {"metric": label, "unit": unit or "1", "better": better, "values": len(values)}
+        rows.append(row | {"undefined": int(values.isna().sum()), "why": WHY[name]})
     return pd.DataFrame(rows)
 
 
@@ -282,31 +279,21 @@ def _families(folder: Path) -> pd.DataFrame:
         if {"verdict", "n", "smallest_p"} <= set(table):
             family = table.dropna(subset=["verdict"])
             least, verdicts = family["smallest_p"].min(), family["verdict"].value_counts(sort=False)
-            rows.append(
-                {
-                    "family": path.stem,
-                    "comparisons": len(family),
-                    "patients": _listed(family["n"].astype(int)),
-                    "smallest possible adjusted p": f"{least:.2g}",
-                    "can decide": "yes" if least < ALPHA else "no, whatever the data: too few patients",
-                    "verdicts": ", ".join(f"{count} {word}" for word, count in verdicts.items()),
-                }
-            )
+            rows.append({
+                "family": path.stem, "comparisons": len(family), "patients": _listed(family["n"].astype(int)),
+                "smallest possible adjusted p": f"{least:.2g}",
+                "can decide": "yes" if least < ALPHA else "no, whatever the data: too few patients",
+                "verdicts": ", ".join(f"{count} {word}" for word, count in verdicts.items()),
+            })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _tested(cases: pd.DataFrame) -> int:
-    return cases.loc[cases["metric"] == "dice", "patient"].nunique()
 
 
 def _machine(record: dict) -> dict[str, object]:
     return {
-        "device": record["device"],
-        "CPU": record.get("hardware", {}).get("cpu", UNKNOWN),
-        "threads": record.get("threads", UNKNOWN),
-        "precision": record["precision"],
+        "device": record["device"], "CPU": record.get("hardware", {}).get("cpu", UNKNOWN),
+        "threads": record.get("threads", UNKNOWN), "precision": record["precision"],
         "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
-    }
+    }  # fmt: skip
 
 
 def _code(record: dict) -> dict[str, object]:
@@ -318,16 +305,15 @@ def _code(record: dict) -> dict[str, object]:
     }
 
 
-def _limits(manifests: Mapping[str, dict], runs: pd.DataFrame, parts: pd.DataFrame, cases: pd.DataFrame) -> list[str]:
-    """What a reader must know before believing a number, each line drawn from the manifests."""
-    records, every, n = list(manifests.values()), list(runs["run"]), _tested(cases)
+def _limits(records: list[dict], runs: pd.DataFrame, parts: pd.DataFrame, n: int) -> list[str]:
+    """What a reader must know before believing a number of `n` test patients, each line drawn from the manifests."""
+    every = list(runs["run"])
     sizes = dict.fromkeys(run.profile.reduced_from_thesis for run in every)
     found = [f"size: {words}" for words in sizes if words != "nothing"]
     folds = max(run.profile.folds for run in every)
     if (tested := sorted(parts["fold"].unique())) != list(range(folds)):
-        found.append(
-            f"only fold {_listed(tested)} of {folds} was tested: {_count(n, 'patient')}, not the whole data set"
-        )
+        tested = f"only fold {_listed(tested)} of {folds} was tested"
+        found.append(f"{tested}: {_count(n, 'patient')}, not the whole data set")
     if n < 24:
         found.append(f"{n} test patients: intervals are wide, and only large differences can be shown at all")
     if leaks := _leaks(parts):
@@ -394,13 +380,11 @@ def card_facts(key: str, manifests: Mapping[str, dict], runs: pd.DataFrame, case
         "code": _code(record), "classes": _listed(own["class"]),
         "patients": _count(own["patient"].nunique(), "patient"),
         "interval": interval_text(summarise(own, ["run"])["interval"]), "performance": _performance(own),
-        "beside": pd.DataFrame(
-            [
-                {"model": role, "method": runs.loc[other, "label"], "run": other} | _cells(cases[cases["run"] == other])
-                for role, other in compared
-                if (cases["run"] == other).any()
-            ]
-        ),
+        "beside": pd.DataFrame([
+            {"model": role, "method": runs.loc[other, "label"], "run": other} | _cells(cases[cases["run"] == other])
+            for role, other in compared
+            if (cases["run"] == other).any()
+        ]).rename(columns={"mean": METRICS["dice"].label}),
         "worst": _worst(own), "faults": [FAULTS[switch] for switch in SWITCHES if getattr(run.protocol, switch)],
     }  # fmt: skip
 
@@ -410,23 +394,17 @@ def _cells(rows: pd.DataFrame, metric: str = "dice") -> dict[str, object]:
     found = summarise(rows, ["run"], metric).iloc[0]
     ends = "" if pd.isna(found["low"]) else f"{found['low']:.3f} to {found['high']:.3f}"
     mean = f"{found['mean']:.3f}" if found["n"] else "undefined"
-    return {METRICS["dice"].label if metric == "dice" else "mean": mean, "95 % interval": ends, "n": found["n"]}
+    return {"mean": mean, "95 % interval": ends, "n": found["n"]}
 
 
 def _performance(own: pd.DataFrame) -> pd.DataFrame:
     """Every metric with its interval, for all classes together and, where there are several, for each."""
     kinds = [("all", own)] if own["class"].nunique() == 1 else [("all", own), *own.groupby("class", sort=False)]
-    rows = []
-    for label, table in kinds:
-        for name in dict.fromkeys(table["metric"]):
-            cells = _cells(table, name)
-            mean = cells.pop("mean", None) or cells.pop("Dice")
-            rows.append({"class": label, "metric": _headed(name), "mean": mean} | cells)
-    return pd.DataFrame(rows)
-
-
-def _headed(name: str) -> str:
-    return f"{METRICS[name].label} ({METRICS[name].unit})".removesuffix(" ()")
+    return pd.DataFrame([
+        {"class": label, "metric": METRICS[name].heading} | _cells(table, name)
+        for label, table in kinds
+        for name in table["metric"].unique()
+    ])  # fmt: skip
 
 
 def _worst(own: pd.DataFrame, count: int = 3) -> pd.DataFrame:
@@ -435,4 +413,4 @@ def _worst(own: pd.DataFrame, count: int = 3) -> pd.DataFrame:
     shown = [name for name in ("dice", "recall", "precision", "hd95", "truth_volume") if name in wide]
     for name in shown:
         wide[name] = wide[name].map(lambda value: "undefined" if pd.isna(value) else f"{value:.3f}")
-    return wide[["patient", "case", *shown]].rename(columns={name: _headed(name) for name in shown})
+    return wide[["patient", "case", *shown]].rename(columns={name: METRICS[name].heading for name in shown})

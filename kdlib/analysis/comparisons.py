@@ -41,46 +41,40 @@ def paired(
         a, b: values of the column `by`.
         tests: size of the family that this test is one of, for `minimum_detectable` alone.
 
-    Returns:
-        a, b, n (patients where both are defined), volumes, difference, low, high and interval (`interval`, of patients
-        and trainings), p, effect (`rank_biserial`), superiority (probability that a beats b: the share of patients in
-        whom it does, equal ones half), minimum_detectable (`minimum_detectable_difference`), verdict.
+    Returns: a, b, n (patients where both are defined), volumes, difference, low, high and interval (`interval`, of
+        patients and trainings), p, effect (`rank_biserial`), superiority (probability that a beats b: the share of
+        patients in whom it does, equal ones half), minimum_detectable (`minimum_detectable_difference`), verdict.
 
-    Raises:
-        InputError: a group that is not there, cases that only one of both has, a metric without a better direction;
-            see also `per_patient`.
+    Raises: InputError: a group that is not there, cases that only one of both has, a metric without a better direction;
+        see also `per_patient`.
     """
-    difference, noise, scans = _difference(table, a, b, metric, by)
-    low, high, kind = interval(difference, noise=noise)
+    difference, found = _difference(table, a, b, metric, by)
     gain = difference if METRICS[metric].higher else -difference
     p = signed_rank(difference)
-    return dict(
-        a=a, b=b, n=len(difference), volumes=scans, difference=np.mean(difference) if len(difference) else np.nan,
-        low=low, high=high, interval=kind, p=p, effect=rank_biserial(difference),
+    return found | dict(
+        p=p, effect=rank_biserial(difference),
         superiority=np.mean((gain > 0) + 0.5 * (gain == 0)) if len(gain) else np.nan,
-        minimum_detectable=minimum_detectable_difference(difference, tests), verdict=verdict(p, low, high, metric),
+        minimum_detectable=minimum_detectable_difference(difference, tests),
+        verdict=verdict(p, found["low"], found["high"], metric),
     )  # fmt: skip
 
 
-def _difference(
-    table: pd.DataFrame, a: str, b: str, metric: str, by: str
-) -> tuple[np.ndarray, pd.DataFrame | None, int]:
-    """a - b of every patient where both are defined, its `seed_noise`, and the number of their volumes."""
+def _difference(table: pd.DataFrame, a: str, b: str, metric: str, by: str) -> tuple[np.ndarray, dict[str, object]]:
+    """a - b of every patient where both are defined; and a, b, n, volumes, difference (their mean) and its interval."""
     wide = by_patient(table, [a, b], metric, by)
     rows = rows_of(table, metric, [by])
     parts = [rows[rows[by] == name] for name in (a, b)]
     noise = seed_noise(*parts, metric=metric)
     difference = (wide[a] - wide[b]).round(12).to_numpy()  # rounded, so that means over seeds can tie
     seen = parts[0][parts[0].get("patient", parts[0]["case"]).isin(wide.index)]
-    return difference, None if noise is None else noise.reindex(wide.index), volumes(seen)
+    low, high, kind = interval(difference, noise=None if noise is None else noise.reindex(wide.index))
+    mean = difference.mean() if len(difference) else np.nan
+    about = dict(a=a, b=b, n=len(difference), volumes=volumes(seen), difference=mean)
+    return difference, about | dict(low=low, high=high, interval=kind)
 
 
 def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str, by: str) -> pd.DataFrame:
-    """One row per patient with a value in each of the groups `names` (None: all), one column per group.
-
-    Raises:
-        InputError: see `paired`.
-    """
+    """One row per patient with a value in each of the groups `names` (None: all), a column per group; see `paired`."""
     _directed(metric)
     rows = rows_of(table, metric, [by])
     names = list(rows[by].unique()) if names is None else names
@@ -89,8 +83,7 @@ def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str, by
             raise InputError(f"no {by} {name!r} in the table: it has {', '.join(map(str, rows[by].unique()))}")
     rows = rows[rows[by].isin(names)]
     for name in names:
-        missing = sorted(set(rows["case"]) - set(rows.loc[rows[by] == name, "case"]))
-        if missing:
+        if missing := sorted(set(rows["case"]) - set(rows.loc[rows[by] == name, "case"])):
             listed = ", ".join(map(str, missing))
             raise InputError(f"{by} {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
     return per_patient(rows, metric, [by]).pivot(index="patient", columns=by, values="value").dropna()
@@ -198,37 +191,29 @@ def non_inferiority(
         pairs: (a, b), values of the column `by`.
         margin: largest loss that would not matter, in the metric's unit; positive.
 
-    Returns:
-        a, b, label_a, label_b, n, volumes, margin, difference, low, high, interval, p (against the margin), p_holm,
-        smallest_p, verdict.
+    Returns: a, b, label_a, label_b, n, volumes, margin, difference, low, high, interval, p (against the margin),
+        p_holm, smallest_p, verdict.
 
-    Raises:
-        InputError: no pairs, a margin that is not positive; see also `paired`.
+    Raises: InputError: no pairs, a margin that is not positive; see also `paired`.
     """
     if not pairs or not margin > 0:
         raise InputError(f"{len(pairs)} pairs, margin {margin}: give at least one (a, b), and a margin above 0")
     _directed(metric)
     edge, rows = -margin if METRICS[metric].higher else margin, []
     for a, b in pairs:
-        difference, noise, scans = _difference(table, a, b, metric, by)
-        low, high, kind = interval(difference, noise=noise)
-        mean, p = np.mean(difference) if len(difference) else np.nan, signed_rank((difference - edge).round(12))
-        row = dict(a=a, b=b, n=len(difference), volumes=scans, margin=margin, difference=mean)
-        rows.append(row | dict(low=low, high=high, interval=kind, p=p))
+        difference, row = _difference(table, a, b, metric, by)
+        rows.append(row | dict(p=signed_rank((difference - edge).round(12))))
     found = _adjusted(pd.DataFrame(rows), labels_of(table, by))
+    found.insert(found.columns.get_loc("difference"), "margin", margin)
     words = {"better": "non-inferior", "worse": "inferior"}
     verdicts = [verdict(row.p_holm, row.low - edge, row.high - edge, metric) for row in found.itertuples()]
     return found.assign(verdict=[words.get(word, word) for word in verdicts])
 
 
 def ranks(
-    table: pd.DataFrame,
-    by: str = "method",
-    metric: str = "dice",
-    resamples: int = 2000,
-    seed: int = 0,
+    table: pd.DataFrame, by: str = "method", metric: str = "dice", resamples: int = 2000, seed: int = 0,
     reference: str | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """The rank of every group's mean over the same patients, and how far it hangs on which patients those were.
 
     Patients are drawn anew, with replacement and for all groups at once, and the groups ranked by their means in each
@@ -243,14 +228,12 @@ def ranks(
         seed: of the samples.
         reference: group that the others are compared with.
 
-    Returns:
-        best first, columns: `by`; label; n (patients with a defined value in every group); mean; rank of the mean, 1
-        the best; rank_low and rank_high, its 95 % percentile interval; first, the share of resamples in which the group
-        has rank 1; with a reference beats, the share in which its mean is better than the reference's (equal counts
-        half; NaN for the reference); and of methods their identity columns.
+    Returns: best first, columns: `by`; label; n (patients with a defined value in every group); mean; rank of the mean,
+        1 the best; rank_low and rank_high, its 95 % percentile interval; first, the share of resamples in which the
+        group has rank 1; with a reference beats, the share in which its mean is better than the reference's (equal
+        counts half; NaN for the reference); and of methods their identity columns.
 
-    Raises:
-        InputError: as `paired`, for the cases that any group has; no patient is defined in every group.
+    Raises: InputError: as `paired`, for the cases that any group has; no patient is defined in every group.
     """
     wide = by_patient(table, None, metric, by)
     names, n = [name for name in table[by].unique() if name in wide], len(wide)
@@ -266,11 +249,11 @@ def ranks(
     winners = means == means.min(axis=1, keepdims=True)
     low, high = np.quantile(found, [0.025, 0.975], axis=0, method="inverted_cdf")  # ranks that did occur
     labels = labels_of(table, by)
-    result = pd.DataFrame({by: names, "label": [labels[name] for name in names], "n": n})
-    result["mean"] = wide[names].mean().to_numpy()
-    result["rank"] = stats.rankdata(values.mean(axis=0).round(12))
-    result["rank_low"], result["rank_high"] = low, high
-    result["first"] = (winners / winners.sum(axis=1, keepdims=True)).mean(axis=0)
+    result = pd.DataFrame({
+        by: names, "label": [labels[name] for name in names], "n": n, "mean": wide[names].mean().to_numpy(),
+        "rank": stats.rankdata(values.mean(axis=0).round(12)), "rank_low": low, "rank_high": high,
+        "first": (winners / winners.sum(axis=1, keepdims=True)).mean(axis=0),
+    })  # fmt: skip
     if reference is not None:
         level = means[:, [names.index(reference)]]
         result["beats"] = ((means < level) + 0.5 * (means == level)).mean(axis=0)

@@ -22,30 +22,22 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
         history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`.
         by: columns that make a method.
 
-    Returns:
-        a table with columns `by`, runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice) and converged (the gain
-        is at most 0.01).
+    Returns: a table with columns `by`, runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice) and converged (the
+        gain is at most 0.01).
 
-    Raises:
-        InputError: the history holds no validation Dice.
+    Raises: InputError: the history holds no validation Dice.
     """
     dice = history[history["name"] == "val_dice"]
     if dice.empty:
         raise InputError("a history without val_dice: give the history table of a study")
-    rows = []
-    for _, run in dice.groupby("run", sort=False):
-        best = run.sort_values("epoch").set_index("epoch")["value"].cummax()
-        end = best.index.max()
-
-        def until(share: float, best: pd.Series = best, end: int = end) -> float:
-            known = best[best.index <= share * end]
-            return known.iloc[-1] if len(known) else 0.0
-
-        shares = {f"dice_{percent}": until(percent / 100) for percent in (25, 50, 100)}
-        gain = shares["dice_100"] - until(0.8)
-        rows.append({name: run[name].iloc[0] for name in by} | shares | {"last_fifth": gain})
-    table = pd.DataFrame(rows)
-    values = ["dice_25", "dice_50", "dice_100", "last_fifth"]
-    found = table.groupby(list(by), sort=False)[values].mean()
-    found.insert(0, "runs", table.groupby(list(by), sort=False).size())
+    end = dice.groupby("run")["epoch"].transform("max")
+    table = dice.drop_duplicates("run").set_index("run")[list(by)]
+    for percent in (25, 50, 80, 100):
+        until = dice[dice["epoch"] <= percent / 100 * end]
+        table[f"dice_{percent}"] = until.groupby("run")["value"].max()
+    table = table.fillna(dict.fromkeys(("dice_25", "dice_50", "dice_80"), 0.0))  # no validation until then
+    table["last_fifth"] = table["dice_100"] - table.pop("dice_80")
+    groups = table.groupby(list(by), sort=False)
+    found = groups[["dice_25", "dice_50", "dice_100", "last_fifth"]].mean()
+    found.insert(0, "runs", groups.size())
     return found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()

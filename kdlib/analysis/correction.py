@@ -23,8 +23,7 @@ def overlap_weights(table: pd.DataFrame, by: str = "method", pooled: bool = Fals
     Args:
         table: tidy, of one class, with dice, truth_volume and volume_error of every case.
 
-    Returns:
-        columns of `by`, patient, dice and weight; seeds are averaged.
+    Returns: columns of `by`, patient, dice and weight; seeds are averaged.
     """
     if not pooled:
         return per_patient(table, "dice", [by]).rename(columns={"value": "dice"}).assign(weight=1.0)
@@ -58,8 +57,7 @@ def paired_changes(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> pd.D
         values: Dice and weight, [groups, 2, patients].
         pairs: groups (a, b) to compare.
 
-    Returns:
-        one row per pair: n, dice of a, difference a - b, low, high, interval, p_adjusted (`paired_permutation`),
+    Returns: one row per pair: n, dice of a, difference a - b, low, high, interval, p_adjusted (`paired_permutation`),
         smallest_p and verdict.
     """
     n, rows = values.shape[-1], []
@@ -95,18 +93,16 @@ def paired_permutation(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> 
     are swapped too, made alike first, so that a stage with weights can be compared with one without.
     """
     n = values.shape[-1]
-    every = n <= 13
-    swaps = np.array(list(itertools.product([False, True], repeat=n))) if every else np.zeros((10_000, n), bool)
-    if not every:
-        swaps[1:] = np.random.default_rng(0).random((9999, n)) < 0.5  # the first are the values as they are
+    if n <= 13:
+        swaps = np.array(list(itertools.product([False, True], repeat=n)))
+    else:  # the first are the values as they are
+        swaps = np.vstack([np.zeros((1, n), bool), np.random.default_rng(0).random((9999, n)) < 0.5])
     dice, weight = values.transpose(1, 0, 2)
     weight = weight / np.maximum(weight.mean(axis=-1, keepdims=True), 1e-12)
     sizes = []
     for a, b in pairs:
-        one, other = (
-            _weighted(np.where(swaps, dice[j], dice[i]), np.where(swaps, weight[j], weight[i]))[0]
-            for i, j in ((a, b), (b, a))
-        )
+        swapped = [[np.where(swaps, of[j], of[i]) for of in (dice, weight)] for i, j in ((a, b), (b, a))]
+        one, other = (_weighted(*of)[0] for of in swapped)
         difference = np.abs(one - other).round(12)
         sizes.append(difference / max(np.sqrt(np.mean(difference**2)), 1e-12))
     largest = np.max(sizes, axis=0)
@@ -128,25 +124,20 @@ def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[st
         stages: in order, the first the published protocol.
         pooled: the stages whose Dice is that of pooled voxels.
 
-    Returns:
-        one row per stage and a last one, "corrected", for the whole way: step, dice, difference to the stage before (of
-        the last row to the first stage), its 95 % interval (low, high and its name), p_adjusted (`paired_permutation`,
-        of all rows together), smallest_p, verdict (as `paired` has it), n and volumes.
+    Returns: one row per stage and a last one, "corrected", for the whole way: step, dice, difference to the stage
+        before (of the last row to the first stage), its 95 % interval (low, high and its name), p_adjusted
+        (`paired_permutation`, of all rows together), smallest_p, verdict (as `paired` has it), n and volumes.
 
-    Raises:
-        InputError: a stage is missing, or has other patients than the one before.
+    Raises: InputError: a stage is missing, or has other patients than the one before.
     """
     values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
     last = len(stages) - 1
     found = paired_changes(values, [(0, 0), *((stage, stage - 1) for stage in range(1, last + 1)), (last, 0)])
-    changes = ["difference", "low", "high", "p_adjusted"]
-    found.loc[0, changes] = np.nan  # the first stage is no change
-    found.loc[0, ["verdict", "interval"]] = np.nan, ""
+    # the first stage is no change
+    found.loc[0, ["difference", "low", "high", "interval", "p_adjusted", "verdict"]] = *[np.nan] * 3, "", *[np.nan] * 2
     found.insert(0, "step", [*stages, "corrected"])
-    found["volumes"] = volumes(table[table["metric"] == "dice"])
-    return found[
-        ["step", "dice", "difference", "low", "high", "interval", "p_adjusted", "smallest_p", "verdict", "n", "volumes"]
-    ]
+    n = found.pop("n")
+    return found.assign(n=n, volumes=volumes(table[table["metric"] == "dice"]))
 
 
 def gains(
@@ -159,12 +150,10 @@ def gains(
         method, references: values of the column `method`.
         stages, pooled: as for `step_changes`.
 
-    Returns:
-        one row per (stage, reference): stage, reference, its label (label_b), dice of the method, difference to the
-        reference, its 95 % interval, p_adjusted, smallest_p and verdict (as for `step_changes`) and n.
+    Returns: one row per (stage, reference): stage, reference, its label (label_b), dice of the method, difference to
+        the reference, its 95 % interval, p_adjusted, smallest_p and verdict (as for `step_changes`) and n.
 
-    Raises:
-        InputError: as `step_changes`.
+    Raises: InputError: as `step_changes`.
     """
     groups, pairs, names = [], [], []
     labels = labels_of(table[table["protocol"] == stages[0]], "method")

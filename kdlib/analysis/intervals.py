@@ -57,8 +57,7 @@ def interval(
         noise: from `seed_noise`, in the order of `values`; None where every patient was seen by one training.
         resamples: bootstrap samples.
 
-    Returns:
-        limits and kind: NaN for fewer than two values, (value, value) for equal ones; then the kind is "".
+    Returns: limits and kind: NaN for fewer than two values, (value, value) for equal ones; then the kind is "".
     """
     values = np.asarray(values, float)
     if len(values) < 2:
@@ -125,10 +124,8 @@ def studentised(
 def bca(values: np.ndarray, drawn: np.ndarray, level: float = 0.95) -> Interval:
     """Scipy's BCa limits, on resamples of ours."""
     ours = SimpleNamespace(bootstrap_distribution=drawn.mean(axis=1))
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=0, bootstrap_result=ours, method="BCa", confidence_level=level
-    )
-    return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high), BCA)
+    how = dict(n_resamples=0, bootstrap_result=ours, method="BCa", confidence_level=level)
+    return Interval(*map(float, stats.bootstrap((values,), np.mean, **how).confidence_interval), BCA)
 
 
 def seed_noise(*tables: pd.DataFrame, metric: str = "dice") -> pd.DataFrame | None:
@@ -140,9 +137,8 @@ def seed_noise(*tables: pd.DataFrame, metric: str = "dice") -> pd.DataFrame | No
             each one's trainings stand for themselves.
         metric: one of `kdlib.analysis.metrics.METRICS`.
 
-    Returns:
-        one row per patient, one column per training; the last level of the columns is the seed, the others name the
-        group in which trainings are drawn. None where there is one training per fold.
+    Returns: one row per patient, one column per training; the last level of the columns is the seed, the others name
+        the group in which trainings are drawn. None where there is one training per fold.
     """
     tables = [table if "fold" in table else table.assign(fold=0) for table in tables]
     if not all("seed" in table for table in tables):

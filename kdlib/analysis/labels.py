@@ -33,8 +33,7 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
     where all rows are of one student and label fraction, the student without a teacher is "no distillation" and
     distilled ones are named by what differs between them (terms or loss).
 
-    Raises:
-        InputError: the table has no column `method`.
+    Raises: InputError: the table has no column `method`.
     """
     if "method" not in table:
         raise InputError(f"the table has no column method: it has {', '.join(map(str, table)) or 'none'}")
@@ -80,19 +79,16 @@ def _short_labels(found: pd.DataFrame) -> list[str]:
     labels = []
     for row in found.itertuples():
         share = "" if row.fraction == 1 else f" ({percent(row.fraction)})"
+        label = f"{row.model}{share}" if row.role else str(row.Index)
         if row.role == "control":
             label = CONTROLS.get(row.control, row.control)
         elif row.role == "distilled" and one_student and max(by_terms, by_loss) > 1:
-            if ablation:
-                label = row.terms
-            else:
-                label = f"thesis terms, {row.loss_label}" if is_thesis_recipe(row.terms) else row.loss_label
+            by_loss_label = f"thesis terms, {row.loss_label}" if is_thesis_recipe(row.terms) else row.loss_label
+            label = row.terms if ablation else by_loss_label
         elif row.role == "distilled":
             label = f"KD({row.teacher}, {row.model})"
         elif row.role == "baseline" and one_student:
             label = NO_DISTILLATION
-        else:
-            label = f"{row.model}{share}" if row.role else str(row.Index)
         labels.append(label)
     return labels
 
@@ -107,11 +103,7 @@ def _distinct(found: pd.DataFrame, labels: Iterable[str]) -> list[str]:
             if group[column].nunique() > 1:
                 texts = group[column].map(lambda value, name=column: _value(name, value))
                 labels[group.index] = [f"{label}, {text}" if text else label for text in texts]
-    again = labels.groupby(labels).cumcount()
-    return [
-        f"{label} ({method})" if number else label
-        for (method, label), number in zip(labels.items(), again, strict=True)
-    ]
+    return labels.mask(labels.duplicated(), labels + " (" + labels.index.astype(str) + ")").tolist()
 
 
 def _value(column: str, value: object) -> str:

@@ -14,6 +14,11 @@ class Metric(NamedTuple):
     higher: bool | None
 
     @property
+    def heading(self) -> str:
+        """Label and unit, e.g. "HD95 (mm)"."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
     def bounds(self) -> tuple[float, float]:
         """Least and greatest value; no bounds where neither direction is better."""
         return (-math.inf, math.inf) if self.higher is None else (0.0, math.inf if self.unit else 1.0)

@@ -36,11 +36,9 @@ def per_patient(table: pd.DataFrame, metric: str = "dice", by: Sequence[str] = (
         metric: one of `kdlib.analysis.metrics.METRICS`.
         by: columns that make the groups (no patients or cases); with "class" among them classes are not averaged.
 
-    Returns:
-        columns of `by`, `patient` and `value`, in the order of the table.
+    Returns: columns of `by`, `patient` and `value`, in the order of the table.
 
-    Raises:
-        InputError: see `rows_of`; or a group mixes methods or protocols.
+    Raises: InputError: see `rows_of`; or a group mixes methods or protocols.
     """
     rows = rows_of(table, metric, by := list(by))
     for column in ("method", "protocol", "model", "teacher", "fraction", "recipe"):

@@ -8,11 +8,9 @@ import pandas as pd
 
 NOT_CONVERGED = "not converged"
 VERDICTS = {
-    "better": "does better than",
-    "worse": "does worse than",
-    "inconclusive": "differs inconclusively from",
+    "better": "does better than", "worse": "does worse than", "inconclusive": "differs inconclusively from",
     NOT_CONVERGED: "cannot be compared yet with",
-}
+}  # fmt: skip
 
 
 def withhold(verdicts: pd.DataFrame, convergence: pd.DataFrame, by: str = "method") -> pd.DataFrame:
@@ -42,9 +40,8 @@ def comparison_sentences(
         effect = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{f' {unit}' if unit else ''}"
         trained = f"{row.n} patients, {seeds} seed{'s' if seeds > 1 else ''}"
         p = "" if pd.isna(row.p_holm) else f", p {row.p_holm:.3f}" if row.p_holm >= 0.001 else ", p < 0.001"
-        verb = VERDICTS[row.verdict]
         a, b = (labels.get(name, name) for name in (row.a, row.b))
-        sentences.append(f"{a} {verb} {b}: {metric} {effect} ({trained}{p}).")
+        sentences.append(f"{a} {VERDICTS[row.verdict]} {b}: {metric} {effect} ({trained}{p}).")
     return sentences
 
 
@@ -52,18 +49,10 @@ def convergence_sentence(convergence: pd.DataFrame, labels: Mapping[str, str]) -
     """Which trainings have converged, in one sentence."""
     rising = convergence[~convergence["converged"]]
     if rising.empty:
-        most = convergence["last_fifth"].max()
-        return (
-            f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most:.3f} "
-            "Dice."
-        )
+        most = f"{convergence['last_fifth'].max():.3f} Dice"
+        return f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most}."
     parts = [f"{labels.get(row.method, row.method)} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
     return (
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "
         f"training still gained more than 0.01 Dice for {', '.join(parts)}."
     )
-
-
-def gap_closed(baseline: float, distilled: float, teacher: float) -> float:
-    """Share of the gap between baseline and teacher that distillation closes; NaN where there is no gap."""
-    return (distilled - baseline) / (teacher - baseline) if teacher > baseline else float("nan")

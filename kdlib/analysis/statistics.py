@@ -1,5 +1,6 @@
 """The statistics of the study under one name: tidy tables of per-case metrics in, tables for readers out."""
 
+# ruff: noqa: F401
 from kdlib.analysis.comparisons import (
     ALPHA,
     COMPARISON_COLUMNS,
@@ -32,44 +33,3 @@ from kdlib.analysis.tables import (
     thesis_row,
     to_latex,
 )
-
-__all__ = [
-    "ALPHA",
-    "COMPARISON_COLUMNS",
-    "THESIS_COLUMNS",
-    "THESIS_TABLE",
-    "Interval",
-    "all_means",
-    "caption_note",
-    "compare",
-    "convergence",
-    "gains",
-    "gradient_diagnostics",
-    "holm",
-    "interval",
-    "interval_text",
-    "merge_equal_losses",
-    "method_labels",
-    "methods",
-    "minimum_detectable_difference",
-    "non_inferiority",
-    "overlap_weights",
-    "paired",
-    "paired_changes",
-    "paired_permutation",
-    "per_patient",
-    "pivot_thesis",
-    "printed",
-    "rank_biserial",
-    "ranks",
-    "rows_of",
-    "save_table",
-    "seed_noise",
-    "small_sample_note",
-    "smallest_p",
-    "step_changes",
-    "summarise",
-    "thesis_row",
-    "to_latex",
-    "withhold",
-]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from kdlib.analysis.comparisons import ALPHA, labels_of, with_identity
+from kdlib.analysis.comparisons import ALPHA, with_identity
 from kdlib.analysis.intervals import interval, interval_text, seed_noise
-from kdlib.analysis.labels import IDENTITY, methods
+from kdlib.analysis.labels import IDENTITY, method_labels, methods
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
 from kdlib.files import write, write_text
@@ -47,12 +48,10 @@ THESIS_COLUMNS = [*_LABELS, "params (M)", "n", *(f"thesis {label}" for label in 
 def summarise(table: pd.DataFrame, by: Sequence[str] = ("method",), metric: str = "dice") -> pd.DataFrame:
     """Mean over patients of each group, with its 95 % interval (`interval`, cut where the metric ends).
 
-    Returns:
-        columns of `by`; label (of methods); n (patients with a defined value), volumes, mean, sd (n - 1 in the
+    Returns: columns of `by`; label (of methods); n (patients with a defined value), volumes, mean, sd (n - 1 in the
         denominator), low, high and interval (its name); and of methods their identity columns.
 
-    Raises:
-        InputError: see `per_patient`.
+    Raises: InputError: see `per_patient`.
     """
     rows, by = [], list(by)
     for key, group in rows_of(table, metric, by).groupby(by, sort=False, dropna=False):
@@ -63,20 +62,17 @@ def summarise(table: pd.DataFrame, by: Sequence[str] = ("method",), metric: str 
         found = dict(n=len(values), volumes=volumes(group), mean=values.mean(), sd=values.std(), low=low, high=high)
         rows.append(dict(zip(by, key, strict=True)) | found | dict(interval=kind))
     result = pd.DataFrame(rows)
-    if by == ["method"]:
-        result.insert(1, "label", result["method"].map(labels_of(table, "method")))
-        return with_identity(result, table, "method")
-    return result
+    if by != ["method"]:
+        return result
+    result.insert(1, "label", result["method"].map(method_labels(table)))
+    return with_identity(result, table, "method")
 
 
 def all_means(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method, by label, and one column per metric (with its unit): the mean over patients of defined
     values, and n."""
-    columns = {}
-    for name, metric in METRICS.items():
-        if (table["metric"] == name).any():
-            found = summarise(table, metric=name).set_index("label")
-            columns[f"{metric.label} ({metric.unit})" if metric.unit else metric.label] = found["mean"]
+    known = {name: metric.heading for name, metric in METRICS.items() if (table["metric"] == name).any()}
+    columns = {heading: summarise(table, metric=name).set_index("label")["mean"] for name, heading in known.items()}
     return pd.DataFrame(columns).assign(n=summarise(table).set_index("label")["n"]).rename_axis(None)
 
 
@@ -96,15 +92,13 @@ def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame
         table: tidy.
         params: method -> number of parameters.
 
-    Returns:
-        one row per method, by label: the columns of `THESIS_COLUMNS` (means with their 95 % interval as text, n
+    Returns: one row per method, by label: the columns of `THESIS_COLUMNS` (means with their 95 % interval as text, n
         patients of the Dice), `method`, volumes and interval of the Dice, and for each metric its numbers as
         `<metric>_mean`, `_low`, `_high`.
 
-    Raises:
-        InputError: see `per_patient`.
+    Raises: InputError: see `per_patient`.
     """
-    dice, known = summarise(table).set_index("method"), methods(table)
+    dice = summarise(table).set_index("method")
     printed, numbers = pd.DataFrame(index=dice.index), {}
     for metric in OVERLAP:
         found = summarise(table, metric=metric).set_index("method").reindex(dice.index)
@@ -113,8 +107,8 @@ def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame
         numbers |= {f"{metric}_{part}": found[part] for part in ("mean", "low", "high")}
     printed["params (M)"] = [params.get(method, np.nan) / 1e6 for method in dice.index]
     printed["n"] = dice["n"]
-    for metric, label in zip(OVERLAP, _LABELS, strict=True):
-        printed[f"thesis {label}"] = [thesis_row(known.loc[method])[metric] for method in dice.index]
+    thesis = methods(table).loc[dice.index].apply(thesis_row, axis="columns")
+    printed[[f"thesis {label}" for label in _LABELS]] = thesis[list(OVERLAP)]
     printed = printed.assign(method=dice.index, volumes=dice["volumes"], interval=dice["interval"], **numbers)
     return printed.set_axis(dice["label"]).rename_axis(None)
 
@@ -130,25 +124,22 @@ def _with_interval(row: tuple, usual: int) -> str:
 def gradient_diagnostics(history: pd.DataFrame) -> pd.DataFrame:
     """What each distillation term did in the last epoch, one row per (method, term), mean over runs.
 
-    Returns:
-        method, label, term, value (unweighted), share (of the gradient on the student), cosine (of its gradients of two
-        successive steps; NaN where a gradient is 0), infonce_over_chance (InfoNCE over ln N; NaN for others),
+    Returns: method, label, term, value (unweighted), share (of the gradient on the student), cosine (of its gradients
+        of two successive steps; NaN where a gradient is 0), infonce_over_chance (InfoNCE over ln N; NaN for others),
         projector_change (of its learned projectors in the epoch, relative to their norm; NaN without any), and active:
         "yes", or what is wrong with it.
     """
     last = history[history["epoch"] == history.groupby("run")["epoch"].transform("max")]
     wide = last.pivot_table(index="method", columns="name", values="value", sort=False)
     terms = [name.removeprefix("share/") for name in wide if name.startswith("share/")]
-    labels, rows = labels_of(history, "method"), []
+    labels, rows = method_labels(history), []
     kinds = ("share", "cosine", "infonce_over_chance", "projector_change")
-    for method in wide.index:
-        for term in terms:
-            found = {kind: wide.loc[method].get(f"{kind}/{term}", np.nan) for kind in kinds}
-            if term != "segmentation" and not np.isnan(found["share"]):
-                value = wide.loc[method, term]
-                active = "always 0" if value == 0 else "no gradient" if found["share"] == 0 else "yes"
-                row = dict(method=method, label=labels[method], term=term, value=value)
-                rows.append(row | found | dict(active=active))
+    for (method, values), term in itertools.product(wide.iterrows(), terms):
+        found = {kind: values.get(f"{kind}/{term}", np.nan) for kind in kinds}
+        if term != "segmentation" and not np.isnan(found["share"]):
+            active = "always 0" if values[term] == 0 else "no gradient" if found["share"] == 0 else "yes"
+            row = dict(method=method, label=labels[method], term=term, value=values[term])
+            rows.append(row | found | dict(active=active))
     return pd.DataFrame(rows)
 
 
@@ -171,10 +162,8 @@ def small_sample_note(table: pd.DataFrame) -> str:
     if "smallest_p" not in table or not len(table) or table["smallest_p"].min() < ALPHA:
         return ""
     n, least = int(table["n"].max()), table["smallest_p"].min()
-    return (
-        f"With {n} patient{'s' * (n != 1)} no adjusted p can fall below {least:.2g}: every verdict is inconclusive, "
-        "whatever the data."
-    )
+    known = f"With {n} patient{'s' * (n != 1)} no adjusted p can fall below {least:.2g}"
+    return f"{known}: every verdict is inconclusive, whatever the data."
 
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
@@ -227,13 +216,9 @@ def _p_cell(value: float) -> str:
 
 
 def save_table(
-    table: pd.DataFrame,
-    folder: Path | str,
-    name: str,
-    caption: str,
-    columns: Sequence[str] | None = None,
+    table: pd.DataFrame, folder: Path | str, name: str, caption: str, columns: Sequence[str] | None = None,
     bold: Sequence[str] = (),
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Writes `<name>.csv` with all columns and `<name>.tex` with those in `columns`; returns both paths.
 
     Args:

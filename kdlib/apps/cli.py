@@ -1,4 +1,4 @@
-"""The command line, `python -m kdlib <command>`: a study, one notebook, a dry run, a report, one training."""
+"""The command line, `kdlib <command>`: a study, one notebook, a dry run, a report, one training, masks, exports."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdlib.apps.exporting import add_export, run_export
+from kdlib.apps.importing import add_import, run_import
 from kdlib.apps.jobs import recorded
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
+from kdlib.apps.predicting import add_predict, run_predict
 from kdlib.apps.study import plan, run_study
 from kdlib.config import InputError, TrainingError, from_json
 
@@ -24,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    line = Parser(prog="python -m kdlib", description="Knowledge distillation for medical image segmentation.")
+    line = Parser(prog="kdlib", description="Knowledge distillation for medical image segmentation.")
     commands = line.add_subparsers(dest="command", required=True)
     study = argparse.ArgumentParser(add_help=False)
     study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
@@ -55,6 +58,9 @@ def parser() -> Parser:
     train.add_argument("--results", default="results", help="folder that trained runs are kept in")
     train.add_argument("--processes", type=int, default=1, help="processes of each training, each on a GPU of its own")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_import(commands)
+    add_predict(commands)
+    add_export(commands)
     report = commands.add_parser("report", help="write report.html and a page per chapter")
     report.add_argument("folder", type=Path, help="the study's folder, e.g. results/phantom-spleen-quick")
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
@@ -129,7 +135,9 @@ def main(command: Sequence[str]) -> int:
         for_snakemake = getattr(options, "record", None) is not None
         if options.command == "study":
             return run_study(options, command)
-        return {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}[options.command](options)
+        commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}
+        commands |= {"predict": run_predict, "export": run_export, "import": run_import}
+        return commands[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended
         if not for_snakemake or isinstance(error, NotebookError):

@@ -27,9 +27,11 @@ from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import predict_cases
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
-from kdlib.experiments.store import load_weights, read_manifest, run_key
+from kdlib.experiments.store import run_key
 from kdlib.files import read_csv
 from kdlib.models import MODELS
+from kdlib.record import read_manifest
+from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
 from kdlib.training.state import new_model
@@ -45,8 +47,7 @@ COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#9
 def studies(results: Path | str) -> list[str]:
     """Names of the studies in a results folder whose runs are kept there, the newest first.
 
-    Raises:
-        InputError: there is none, and how to make one.
+    Raises: InputError: there is none, and how to make one.
     """
     results = Path(results).resolve()
     newest: dict[str, float] = {}
@@ -55,18 +56,15 @@ def studies(results: Path | str) -> list[str]:
         if any((results / "runs" / key / "manifest.json").is_file() for key in keys):
             newest[path.parents[1].name] = max(path.stat().st_mtime, newest.get(path.parents[1].name, 0.0))
     if not newest:
-        raise InputError(
-            f"{results} holds no study whose runs are kept (their folders are not committed): run one first, e.g. "
-            "make study, and open this notebook again"
-        )
+        remedy = "run one first, e.g. make study, and open this notebook again"
+        raise InputError(f"{results} holds no study whose runs are kept (their folders are not committed): {remedy}")
     return sorted(newest, key=newest.get, reverse=True)
 
 
 def finished_runs(results: Path | str, study: str) -> pd.DataFrame:
     """One row per run of a study whose weights are kept: run (its key), label and the columns of `*_runs.csv`.
 
-    Raises:
-        InputError: no such study, or none of its runs is kept.
+    Raises: InputError: no such study, or none of its runs is kept.
     """
     results = Path(results)
     lookup("study", study, dict.fromkeys(studies(results)))
@@ -128,8 +126,7 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
         key: name of its folder in `results/runs`.
         data: folder of the data set that it was trained on (a manifest holds no path); phantoms need none.
 
-    Raises:
-        InputError: no such run, one of another version of kdlib, or data that are not the run's.
+    Raises: InputError: no such run, one of another version of kdlib, or data that are not the run's.
     """
     results = Path(results).resolve()
     path = results / "runs" / key / "manifest.json"
@@ -157,8 +154,7 @@ def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str =
     Args:
         table: of the study's runs, from `finished_runs`.
 
-    Returns:
-        nothing for a teacher, or where the study has none of that fold.
+    Returns: nothing for a teacher, or where the study has none of that fold.
     """
     keys = [run_key(run, student.results) for run in student.run.teacher_runs().values()]
     if not keys and student.run.model not in TEACHERS:
@@ -166,12 +162,16 @@ def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str =
     return tuple(load_run(student.results, key, data, device) for key in keys)
 
 
+def _untrained(finished: Finished) -> nn.Module:
+    return new_model(finished.run, len(finished.classes)).to(finished.device).eval().requires_grad_(False)
+
+
 @functools.lru_cache(maxsize=8)
 def network(finished: Finished) -> nn.Module:
     """The network of a run with its best weights, frozen, in eval mode."""
-    model = new_model(finished.run, len(finished.classes))
+    model = _untrained(finished)
     load_weights(model, finished.folder / "best.safetensors")
-    return model.to(finished.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=4)
@@ -241,15 +241,13 @@ class CaseView:
 def difference(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Where two masks differ: 0 alike, 1 missed, 2 too much, 3 the wrong class (uint8)."""
     missed, added = (reference > 0) & (prediction == 0), (reference == 0) & (prediction > 0)
-    kind = np.select([prediction == reference, missed, added], [0, 1, 2], 3)
-    return kind.astype(np.uint8)
+    return np.select([prediction == reference, missed, added], [0, 1, 2], 3).astype(np.uint8)
 
 
 def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> CaseView:
     """A case with its truth, what the teachers say of it and what the run says.
 
-    Raises:
-        InputError: the data have no such case.
+    Raises: InputError: the data have no such case.
     """
     lookup("case", case, dict.fromkeys(finished.fold.groups))
     files = finished.source.dataset.case(case)
@@ -257,8 +255,8 @@ def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> CaseV
     image, label = (nib.load(path) for path in (files.image, files.label))
     stored = np.asarray(label.dataobj).round().astype(int)
     truth = np.zeros(stored.shape, np.uint8)
-    for value, name in enumerate(finished.classes, start=1):
-        truth[stored == finished.source.classes[name]] = value
+    for number, value in enumerate(finished.source.classes.values(), start=1):
+        truth[stored == value] = number
     masks = {"truth": truth}
     masks |= {f"teacher {teacher.run.model}": predict_case(teacher, case) for teacher in teachers}
     role = "teacher" if finished.run.model in TEACHERS else "student"
@@ -275,8 +273,13 @@ def place(geometry: Geometry, voxel: tuple[int, int, int]) -> tuple[int, int, in
     mark = np.zeros(geometry.shape, bool)
     mark[voxel] = True
     number, *where = (int(i) for i in np.argwhere(geometry.orient(mark))[0])
-    pixels = [(i + 0.5) * f - 0.5 + s for i, f, s in zip(where, geometry.factor, geometry.start, strict=True)]
-    return (number, *(min(max(round(p), 0), geometry.size - 1) for p in pixels))
+    return number, *_pixel(geometry, where)
+
+
+def _pixel(geometry: Geometry, where: Sequence[float]) -> list[int]:
+    """Row and column of the slice nearest to a row and column of the oriented volume; clipped to the slice."""
+    grid = zip(where, geometry.factor, geometry.start, strict=True)
+    return [min(max(round((i + 0.5) * f - 0.5 + s), 0), geometry.size - 1) for i, f, s in grid]
 
 
 def on_target(seen: CaseView) -> tuple[int, int, int]:
@@ -287,10 +290,7 @@ def on_target(seen: CaseView) -> tuple[int, int, int]:
     if not area.any():
         return len(area) // 2, seen.geometry.size // 2, seen.geometry.size // 2
     number = int(area.argmax())
-    middle = np.argwhere(truth[number]).mean(0)
-    grid = zip(middle, seen.geometry.factor, seen.geometry.start, strict=True)
-    pixels = [(i + 0.5) * f - 0.5 + s for i, f, s in grid]
-    return (number, *(min(max(round(p), 0), seen.geometry.size - 1) for p in pixels))
+    return number, *_pixel(seen.geometry, np.argwhere(truth[number]).mean(0).tolist())
 
 
 # ------------------------------------------------------------------------------------------------- two runs compared
@@ -299,17 +299,15 @@ def on_target(seen: CaseView) -> tuple[int, int, int]:
 def compare(a: Finished, b: Finished, metric: str = "dice") -> pd.DataFrame:
     """Two runs by test case: case, patient, class, a, b and difference (a minus b), from the least favourable to `a`.
 
-    Raises:
-        InputError: no such metric, or the runs were tested on no case in common.
+    Raises: InputError: no such metric, or the runs were tested on no case in common.
     """
     keys, tables = ["case", "patient", "class"], [metrics_of(run) for run in (a, b)]
     lookup("metric", metric, dict.fromkeys(tables[0].columns.drop(keys)))
     a_table, b_table = (table[[*keys, metric]] for table in tables)
     both = a_table.rename(columns={metric: "a"}).merge(b_table.rename(columns={metric: "b"}), on=keys)
     if both.empty:
-        raise InputError(
-            f"{a.run.method} ({a.key}) and {b.run.method} ({b.key}) were tested on no case in common: choose one fold"
-        )
+        runs = f"{a.run.method} ({a.key}) and {b.run.method} ({b.key})"
+        raise InputError(f"{runs} were tested on no case in common: choose one fold")
     upwards = METRICS[metric].higher is not False
     return both.assign(difference=both["a"] - both["b"]).sort_values("difference", ascending=upwards, ignore_index=True)
 
@@ -323,8 +321,7 @@ def distillation_run(student: Finished, teachers: tuple[Finished, ...], only: Se
     Args:
         only: terms of that recipe; none for all.
 
-    Raises:
-        InputError: it is a teacher, or has none.
+    Raises: InputError: it is a teacher, or has none.
     """
     run = student.run
     if run.model in TEACHERS or not teachers:
@@ -338,11 +335,8 @@ def distillation_run(student: Finished, teachers: tuple[Finished, ...], only: Se
 
 def teacher_networks(run: Run, teachers: tuple[Finished, ...]) -> dict[str, nn.Module]:
     """Teachers by model; untrained ones for the control that learns from random weights."""
-    if run.recipe.teacher == "random":
-        return {
-            t.run.model: new_model(t.run, len(t.classes)).to(t.device).eval().requires_grad_(False) for t in teachers
-        }
-    return {teacher.run.model: network(teacher) for teacher in teachers}
+    made = _untrained if run.recipe.teacher == "random" else network
+    return {teacher.run.model: made(teacher) for teacher in teachers}
 
 
 def change_recipe(
@@ -350,8 +344,7 @@ def change_recipe(
 ) -> Recipe:
     """A recipe with other weights and temperatures of some of its terms.
 
-    Raises:
-        InputError: no such term, or a value that cannot be.
+    Raises: InputError: no such term, or a value that cannot be.
     """
     terms = {term.name: term for term in recipe.terms}
     for field, given in (("weight", weights), ("temperature", temperatures)):
@@ -361,14 +354,10 @@ def change_recipe(
 
 
 def train_small(
-    student: Finished,
-    teachers: tuple[Finished, ...] = (),
-    weights: Mapping[str, float] | None = None,
-    temperatures: Mapping[str, float] | None = None,
-    epochs: int = 5,
-    steps: int = 20,
+    student: Finished, teachers: tuple[Finished, ...] = (), weights: Mapping[str, float] | None = None,
+    temperatures: Mapping[str, float] | None = None, epochs: int = 5, steps: int = 20,
     on_epoch: Callable[[pd.DataFrame], None] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Trains a student for a few steps with other weights or temperatures, in memory: nothing is saved or tested.
 
     It starts from the run's initial weights, on the run's training cases in the run's order, and is validated on its
@@ -381,8 +370,7 @@ def train_small(
         epochs, steps: length; steps are of one epoch.
         on_epoch: is called after each epoch with the history so far.
 
-    Returns:
-        history: tidy, columns epoch, name, value, as of a run.
+    Returns: history: tidy, columns epoch, name, value, as of a run.
 
     Raises:
         InputError: a teacher is to be trained, no such term, or a length below 1.

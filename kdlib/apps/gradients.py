@@ -17,7 +17,8 @@ from kdlib.apps.explore import Finished, case_slices, distillation_run, teacher_
 from kdlib.config import InputError, derive_seed, lookup
 from kdlib.data import SliceBank
 from kdlib.data.sampling import batch_indices
-from kdlib.experiments.store import load_weights, verified
+from kdlib.record import verified
+from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import autocast
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.loop import teacher_forward
@@ -63,11 +64,8 @@ def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunSta
         state.distiller.load_state_dict(safetensors.torch.load_file(verified(kept)))
     state.model.eval().requires_grad_(False)
     state.distiller.eval()  # memories take nothing in
-    hooks = {
-        name: FeatureHooks(model, model.scales, scales_of([run.effective_recipe], "teacher"))
-        for name, model in networks.items()
-    }
-    return state, bank, hooks
+    scales = scales_of([run.effective_recipe], "teacher")
+    return state, bank, {name: FeatureHooks(model, model.scales, scales) for name, model in networks.items()}
 
 
 def _terms(
@@ -107,12 +105,9 @@ def _gradients(loss: Tensor, features: list[Tensor]) -> list[Tensor]:
 
 
 def term_gradients(
-    student: Finished,
-    teachers: tuple[Finished, ...],
-    case: str,
-    number: int,
+    student: Finished, teachers: tuple[Finished, ...], case: str, number: int,
     region: tuple[int, int, int, int] | None = None,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Size and direction of each distillation term's gradient on the trained student's features in a region of a slice.
 
     The slice stands in a batch of training slices, as in training, because contrasts and relations compare images.
@@ -127,8 +122,7 @@ def term_gradients(
         region: first row, row after the last, first column, column after the last, in the network's slice; None for
             all of it.
 
-    Raises:
-        InputError: a run without a teacher, or a slice or region that is not there.
+    Raises: InputError: a run without a teacher, or a slice or region that is not there.
     """
     run, size = distillation_run(student, teachers, only=("PMD",)), student.run.preprocessing.size
     lookup("case", case, dict.fromkeys(student.fold.groups))

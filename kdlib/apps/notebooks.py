@@ -42,8 +42,7 @@ class Stopped(KeyboardInterrupt):
 def read_notebook(path: Path) -> nbformat.NotebookNode:
     """A notebook file, checked against the notebook format.
 
-    Raises:
-        InputError: no such file (lists the notebooks beside it), or not a notebook.
+    Raises: InputError: no such file (lists the notebooks beside it), or not a notebook.
     """
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         files = path.parent.glob("*.ipynb") if os.path.isdir(path.parent) else ()
@@ -65,8 +64,7 @@ def read_parameters(path: Path) -> dict[str, str]:
     A type is int, float, str, bool, dict or list[...] of one of them, also with `| None`, which papermill's own
     inspection cannot read.
 
-    Raises:
-        InputError: not exactly one such cell, not valid Python, or a parameter without a type.
+    Raises: InputError: not exactly one such cell, not valid Python, or a parameter without a type.
     """
     cells = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
@@ -84,8 +82,7 @@ def read_parameters(path: Path) -> dict[str, str]:
 def convert(value: object, annotation: str) -> object:
     """A value as its annotation says: text is parsed, anything else must already be of that type.
 
-    Raises:
-        ValueError: it is not of that type.
+    Raises: ValueError: it is not of that type.
     """
     if annotation.endswith(" | None"):
         return None if value in (None, "None") else convert(value, annotation.removesuffix(" | None"))
@@ -108,8 +105,7 @@ def convert(value: object, annotation: str) -> object:
 def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
     """The given values, converted to the types that the notebook declares.
 
-    Raises:
-        InputError: a name that the notebook does not have, or a value of another type.
+    Raises: InputError: a name that the notebook does not have, or a value of another type.
     """
     declared, values = read_parameters(path), {}
     for name, value in given.items():
@@ -255,8 +251,7 @@ def render(folder: Path) -> list[Path]:
     Args:
         folder: of the study; its `notebooks/` hold the executed copies.
 
-    Returns:
-        the pages, the report first where there is one.
+    Returns: the pages, the report first where there is one.
     """
     from nbconvert import HTMLExporter  # half a second that only this needs
 
@@ -269,9 +264,8 @@ def render(folder: Path) -> list[Path]:
         exclude_output_prompt=True, exclude_anchor_links=True,
     )  # fmt: skip
     for path, notebook in chapters.items():
-        links = [
-            (os.path.relpath(pages[other], pages[path].parent), title, other == path) for other, title in titles.items()
-        ]
+        paths_to = {other: os.path.relpath(page, pages[path].parent) for other, page in pages.items()}
+        links = [(paths_to[other], title, other == path) for other, title in titles.items()]
         facts = {"title": titles[path], "study": folder.resolve().name, "links": links}
         text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}} | facts)
         write_text(pages[path], text)

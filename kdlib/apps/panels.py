@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anywidget
@@ -14,10 +15,10 @@ import nibabel as nib
 import numpy as np
 import traitlets
 from ipyniivue import NiiVue, ShowRender, SliceType, Volume
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from kdlib.analysis.figures.pictures import ERRORS
+from kdlib.analysis.figures.style import ERRORS
 from kdlib.analysis.metrics import METRICS
 from kdlib.apps import drawing, explore, gradients
 from kdlib.config import InputError, TrainingError
@@ -44,12 +45,20 @@ def _legend(colours: dict[str, str]) -> str:
     return "".join(box.format(colour, html.escape(name)) for name, colour in colours.items())
 
 
-def _said(error: Exception) -> str:
-    return f"<b>{html.escape(str(error))}</b>"
-
-
 def _dropdown(name: str, options=()) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=name, layout=widgets.Layout(width="36em"))
+
+
+def _slider(name: str, kind: type = widgets.IntSlider, **layout) -> widgets.Widget:
+    return kind(description=name, continuous_update=False, layout=widgets.Layout(**layout))
+
+
+@contextmanager
+def _silent(widget: widgets.Widget, observer: Callable) -> Iterator[None]:
+    """The widget's value changes without its observer being told."""
+    widget.unobserve(observer, "value")
+    yield
+    widget.observe(observer, "value")
 
 
 def _number(value: float, name: str, step: float) -> widgets.FloatText:
@@ -57,7 +66,24 @@ def _number(value: float, name: str, step: float) -> widgets.FloatText:
     return widgets.FloatText(value, description=name, step=step, style=style, layout=widgets.Layout(width="14em"))
 
 
-class Picker(widgets.VBox):
+class Panel(widgets.VBox):
+    """Widgets with a picture and a line of text, which says the errors of a `with self.errors_said()`."""
+
+    def __init__(self):
+        self.message, self.image = widgets.HTML(), _image()
+        super().__init__()
+
+    @contextmanager
+    def errors_said(self) -> Iterator[None]:
+        """Errors that a user can mend are said in one line."""
+        self.message.value = ""
+        try:
+            yield
+        except (InputError, TrainingError) as error:
+            self.message.value = f"<b>{html.escape(str(error))}</b>"
+
+
+class Picker(Panel):
     """Three lists: study, run, case. What is chosen stands in `run`, `teachers` and `case`; panels watch `chosen`.
 
     Where nothing has been trained yet, `empty` is True and a message says how to make a study; panels then stay blank.
@@ -70,26 +96,23 @@ class Picker(widgets.VBox):
         case: the first of the test part where empty.
         device: auto, cpu or cuda.
 
-    Raises:
-        InputError: a name that is not there.
+    Raises: InputError: a name that is not there.
     """
 
     chosen = traitlets.Int(0)  # counts the choices
     _filling = False  # while a list is filled by us, not changed by the user
 
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
+        super().__init__()
         self.results, self.data, self.device = Path(results).resolve(), data, device
-        self.message, self.empty = widgets.HTML(), False
-        try:
+        names = []
+        with self.errors_said():
             names = explore.studies(self.results)
-        except InputError as error:
-            self.empty = True
-            self.message.value = _said(error)
-            super().__init__([self.message])
+        self.study_list, self.run_list, self.case_list = _dropdown("study", names), _dropdown("run"), _dropdown("case")
+        self.empty = not names
+        self.children = [*([] if self.empty else (self.study_list, self.run_list, self.case_list)), self.message]
+        if self.empty:
             return
-        self.study_list = _dropdown("study", names)
-        self.run_list, self.case_list = _dropdown("run"), _dropdown("case")
-        super().__init__([self.study_list, self.run_list, self.case_list, self.message])
         if study:
             self.study_list.value = explore.lookup("study", study, {name: name for name in self.study_list.options})
         self._list_runs(run)
@@ -102,13 +125,10 @@ class Picker(widgets.VBox):
         """Fills the lists below the one that was changed, then tells the panels; an error is said in one line."""
         if self._filling:
             return
-        self.message.value = ""
-        try:
+        with self.errors_said():
             for step in steps:
                 step()
             self.chosen += 1
-        except InputError as error:
-            self.message.value = _said(error)
 
     def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
         self._filling = True
@@ -172,12 +192,9 @@ def _nifti(voxels: np.ndarray, affine: np.ndarray) -> bytes:
 def _volume(name: str, mask: np.ndarray, affine: np.ndarray, colours, labels) -> Volume:
     """A mask to lay over the image, in plain colours by class; hidden at first."""
     volume = Volume(data=_nifti(mask, affine), name=f"{name}.nii.gz", opacity=0.0, colorbar_visible=False)
-    red, green, blue = zip((0, 0, 0), *((np.array(to_rgb(c)) * 255).astype(int).tolist() for c in colours), strict=True)
-    alpha = [0, *[255] * len(colours)]
-    names = ["", *labels]
-    volume.set_colormap_label(
-        dict(R=list(red), G=list(green), B=list(blue), A=alpha, I=list(range(len(names))), labels=names)
-    )
+    shades = [(0, 0, 0, 0), *((np.array(to_rgba(colour)) * 255).astype(int).tolist() for colour in colours)]
+    channels = dict(zip("RGBA", map(list, zip(*shades, strict=True)), strict=True))
+    volume.set_colormap_label(channels | dict(I=list(range(len(shades))), labels=["", *labels]))
     return volume
 
 
@@ -193,8 +210,8 @@ class Viewer(widgets.VBox):
     place = traitlets.Tuple()
 
     def __init__(self, pick: Picker, height: int = 480):
-        self.pick = pick
-        self.webgl = WebGL()
+        super().__init__()
+        self.pick, self.webgl = pick, WebGL()
         self.mode = widgets.ToggleButtons(options=["slices", "volume"], value="slices")
         self.masks = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         # three planes alone: a rendering in 3D takes a browser without a GPU many times as long
@@ -203,11 +220,9 @@ class Viewer(widgets.VBox):
         self.volume.set_slice_type(SliceType.MULTIPLANAR)
         self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
         self.volume.on_location_change(self._clicked)
-        self.number = widgets.IntSlider(
-            description="slice", continuous_update=False, layout=widgets.Layout(width="90%")
-        )
+        self.number = _slider("slice", width="90%")
         self.slices, self.legend, self.body = _image(), widgets.HTML(), widgets.VBox()
-        super().__init__([] if pick.empty else [self.webgl, self.mode, self.body])
+        self.children = [] if pick.empty else [self.webgl, self.mode, self.body]
         self.webgl.observe(lambda change: setattr(self.mode, "value", "volume" if change["new"] else "slices"), "there")
         self.mode.observe(lambda _: self._lay_out(), "value")
         self.number.observe(self._draw, "value")
@@ -216,9 +231,8 @@ class Viewer(widgets.VBox):
     def show(self) -> None:
         self.seen = explore.look(self.pick.run, self.pick.teachers, self.pick.case)
         self.place, depth = explore.on_target(self.seen), self.seen.geometry.depth
-        self.number.unobserve(self._draw, "value")
-        self.number.max, self.number.value = depth - 1, self.place[0]
-        self.number.observe(self._draw, "value")
+        with _silent(self.number, self._draw):
+            self.number.max, self.number.value = depth - 1, self.place[0]
         self.loaded = False
         self._lay_out()
 
@@ -252,10 +266,8 @@ class Viewer(widgets.VBox):
         shown = [box.value for box in self.masks.children]  # the same ones as before, whatever the run is called
         if len(shown) != len(layers):
             shown = [name == f"{list(seen.masks)[-1]} against truth" for name in layers]
-        boxes = [
-            widgets.Checkbox(False, description=name, indent=False, layout=widgets.Layout(width="auto"))
-            for name in layers
-        ]
+        look = dict(indent=False, layout=widgets.Layout(width="auto"))
+        boxes = [widgets.Checkbox(False, description=name, **look) for name in layers]
         for box, layer, checked in zip(boxes, layers.values(), shown, strict=True):
             box.observe(lambda change, layer=layer: setattr(layer, "opacity", 0.6 if change["new"] else 0.0), "value")
             box.value = checked
@@ -278,7 +290,7 @@ HEADERS = {  # of the table of gradients, for readers
 }  # fmt: skip
 
 
-class GradientPanel(widgets.VBox):
+class GradientPanel(Panel):
     """The terms' gradients in a region, which follows the viewer's last click.
 
     Args:
@@ -286,17 +298,15 @@ class GradientPanel(widgets.VBox):
     """
 
     def __init__(self, pick: Picker, viewer: Viewer):
-        self.pick, self.viewer = pick, viewer
-        self.number = widgets.IntSlider(description="slice", continuous_update=False)
-        self.rows, self.columns = (
-            widgets.IntRangeSlider(description=name, continuous_update=False) for name in ("rows", "columns")
-        )
+        super().__init__()
+        self.pick, self.viewer, self.table = pick, viewer, widgets.HTML()
+        self.number = _slider("slice")
+        self.rows, self.columns = (_slider(name, widgets.IntRangeSlider) for name in ("rows", "columns"))
         self.button = widgets.Button(description="show gradients", button_style="primary")
-        self.message, self.table, self.image = widgets.HTML(), widgets.HTML(), _image()
-        parts = [self.number, self.rows, self.columns, self.button, self.message, self.image, self.table]
-        super().__init__([] if pick.empty else parts)
         if pick.empty:
             return
+        settings = [self.number, self.rows, self.columns, self.button]
+        self.children = [*settings, self.message, self.image, self.table]
         self.button.on_click(lambda _: self.show())
         viewer.observe(lambda _: self._follow(), "place")
         self._follow()
@@ -319,34 +329,29 @@ class GradientPanel(widgets.VBox):
     def show(self) -> None:
         if self.pick.empty:
             return
-        self.message.value = "one forward and backward pass ..."
         region = (*self.rows.value, *self.columns.value)
-        try:
+        with self.errors_said():
+            self.message.value = "one forward and backward pass ..."
             run, teachers, case = self.pick.run, self.pick.teachers, self.pick.case
             found = gradients.term_gradients(run, teachers, case, self.number.value, region)
-        except InputError as error:
-            self.message.value = _said(error)
-            return
-        _show(self.image, picture(drawing.draw_gradients(found)))
-        table = found.table.rename(columns=HEADERS).to_html(
-            index=False, float_format="{:.3g}".format, border=0, classes="terms"
-        )
-        self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
-        self.message.value = ""
+            _show(self.image, picture(drawing.draw_gradients(found)))
+            how = dict(index=False, float_format="{:.3g}".format, border=0, classes="terms")
+            table = found.table.rename(columns=HEADERS).to_html(**how)
+            self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
+            self.message.value = ""
 
 
 # --------------------------------------------------------------------------------------------------------- comparison
 
 
-class ComparisonPanel(widgets.VBox):
+class ComparisonPanel(Panel):
     """The chosen run against another of its study, by test case."""
 
-    def __init__(self, pick: Picker, other: str = ""):
-        self.pick = pick
-        self.other = _dropdown("against")
+    def __init__(self, pick: Picker):
+        super().__init__()
+        self.pick, self.other = pick, _dropdown("against")
         self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
-        self.message, self.image = widgets.HTML(), _image()
-        super().__init__([] if pick.empty else [self.other, self.metric, self.message, self.image])
+        self.children = [] if pick.empty else [self.other, self.metric, self.message, self.image]
         for chooser in (self.other, self.metric):
             chooser.observe(self.show, "value")
         pick.watch(self._list)
@@ -355,48 +360,40 @@ class ComparisonPanel(widgets.VBox):
         table, mine = self.pick.table, self.pick.run.run
         table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
         same = table[
-            (table["role"] == "baseline") & (table["model"] == mine.model) & (table["fraction"] == mine.fraction)
+            (table["role"] == "baseline") & (table[["model", "fraction"]] == [mine.model, mine.fraction]).all(axis=1)
         ]
-        options = list(zip(table["label"], table["run"], strict=True))
-        self.other.unobserve(self.show, "value")
-        self.other.options = options
-        if not same.empty:  # the same student without a teacher
-            self.other.value = same["run"].iloc[0]
-        self.other.observe(self.show, "value")
+        with _silent(self.other, self.show):
+            self.other.options = list(zip(table["label"], table["run"], strict=True))
+            if not same.empty:  # the same student without a teacher
+                self.other.value = same["run"].iloc[0]
         self.show()
 
     def show(self, change: object = None) -> None:
-        self.message.value = ""
         if self.other.value is None:
             self.message.value = "no other run of this fold"
             return
-        try:
+        with self.errors_said():
             other = explore.load_run(self.pick.results, self.other.value, self.pick.data, self.pick.device)
             table = explore.compare(self.pick.run, other, self.metric.value)
-        except InputError as error:
-            self.message.value = _said(error)
-            return
-        labels = self.pick.table.set_index("run")["label"]
-        drawn = drawing.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
-        _show(self.image, picture(drawn))
+            labels = self.pick.table.set_index("run")["label"]
+            drawn = drawing.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
+            _show(self.image, picture(drawn))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class TrainingPanel(widgets.VBox):
+class TrainingPanel(Panel):
     """A small training in place: weights and temperatures by term, live curves, the one before beside it."""
 
     def __init__(self, pick: Picker):
-        self.pick = pick
-        self.terms = widgets.VBox()
+        super().__init__()
+        self.pick, self.terms, self.printed = pick, widgets.VBox(), widgets.Output()
         self.epochs = widgets.BoundedIntText(5, min=1, max=1000, description="epochs")
         self.steps = widgets.BoundedIntText(20, min=1, max=10000, description="steps each")
         self.button = widgets.Button(description="train", button_style="primary")
-        self.message, self.image = widgets.HTML(), _image()
-        self.printed = widgets.Output()
         length = widgets.HBox([self.epochs, self.steps, self.button])
-        super().__init__([] if pick.empty else [self.terms, length, self.message, self.printed, self.image])
+        self.children = [] if pick.empty else [self.terms, length, self.message, self.printed, self.image]
         self.button.on_click(lambda _: self.train())
         pick.watch(self._list)
 
@@ -404,17 +401,13 @@ class TrainingPanel(widgets.VBox):
         """One row per term: weight and temperature."""
         self.histories: dict = {}
         _show(self.image, b"")
-        self.message.value = ""
-        try:
+        terms = ()
+        with self.errors_said():
             terms = explore.distillation_run(self.pick.run, self.pick.teachers).recipe.terms
-        except InputError as error:
-            self.message.value = _said(error)
-            terms = ()
         self.button.disabled = not terms
         self.weights = {t.name: _number(t.weight, "weight", 0.05) for t in terms}
-        self.temperatures = {
-            t.name: _number(t.temperature, "temperature", 0.1) for t in terms if t.temperature is not None
-        }
+        warm = [t for t in terms if t.temperature is not None]
+        self.temperatures = {t.name: _number(t.temperature, "temperature", 0.1) for t in warm}
         rows = []
         for term in terms:
             parts = [widgets.Label(f"{term.name} ({term.loss})", layout=widgets.Layout(width="12em"))]
@@ -426,24 +419,21 @@ class TrainingPanel(widgets.VBox):
         """Trains with the weights and temperatures as they stand."""
         if self.pick.empty:
             return
-        weights, temperatures = (
-            {name: box.value for name, box in boxes.items()} for boxes in (self.weights, self.temperatures)
-        )
+        asked = [{name: box.value for name, box in boxes.items()} for boxes in (self.weights, self.temperatures)]
+        asked += self.epochs.value, self.steps.value
         before = dict(list(self.histories.items())[-1:])
         title = f"training {len(self.histories) + 1}"
-        self.button.disabled, self.message.value = True, "training ..."
 
         def draw(history) -> None:
             self.histories[title] = history
             _show(self.image, picture(drawing.draw_history({title: history, **before})))
 
+        self.button.disabled = True
         try:
-            with self.printed:
-                explore.train_small(
-                    self.pick.run, self.pick.teachers, weights, temperatures, self.epochs.value, self.steps.value, draw
-                )
-            self.message.value = "not a result: nothing was saved, and no test case was seen"
-        except (InputError, TrainingError) as error:
-            self.message.value = _said(error)
+            with self.errors_said():
+                self.message.value = "training ..."
+                with self.printed:
+                    explore.train_small(self.pick.run, self.pick.teachers, *asked, draw)
+                self.message.value = "not a result: nothing was saved, and no test case was seen"
         finally:
             self.button.disabled = False

@@ -1,5 +1,6 @@
 """From a folder of scans to slices on the device: index, splits, slice bank, augmentation, phantom."""
 
+# ruff: noqa: F401
 from kdlib.data.augment import augment
 from kdlib.data.decathlon import Case, Dataset, DataWarning, DefectError, index
 from kdlib.data.fetch import download
@@ -9,27 +10,3 @@ from kdlib.data.slices import SliceBank, restore
 from kdlib.data.slices import build as build_bank
 from kdlib.data.splits import Fold, split_file, splits
 from kdlib.data.summary import case_table, largest_slices, split_table, warning_table
-
-__all__ = [
-    "Case",
-    "DataWarning",
-    "Dataset",
-    "DefectError",
-    "Fold",
-    "SliceBank",
-    "augment",
-    "best_dice",
-    "build_bank",
-    "case_table",
-    "check_view",
-    "download",
-    "index",
-    "largest_slices",
-    "make_phantom",
-    "restore",
-    "split_file",
-    "split_table",
-    "splits",
-    "target_in_view",
-    "warning_table",
-]

@@ -28,8 +28,7 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
         labels: [B,H,W] of an integer type.
         generator: on the CPU, whatever the images' device: every random number is drawn from it.
 
-    Returns:
-        (images, labels) of the same shapes and types; what the affine brings in from outside is 0 in both.
+    Returns: (images, labels) of the same shapes and types; what the affine brings in from outside is 0 in both.
     """
 
     def uniform(low: float, high: float) -> Tensor:

@@ -22,9 +22,8 @@ import pandas as pd
 from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
 from kdlib.data.grouping import EACH_CASE, Group, group_cases, suggest_pairs
-from kdlib.data.nifti import Defect, read, stem
+from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 
-FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
 DEFECT_COLUMNS = ["case", "file", "defect", "remedy"]
 WARNING_COLUMNS = ["case", "file", "warning", "remedy"]
 
@@ -101,10 +100,10 @@ class Dataset:
 
     def case(self, name: str) -> Case:
         """The case called `name`. Raises: InputError where there is none."""
-        for case in self.cases:
-            if case.name == name:
-                return case
-        raise InputError(f"{self.root}: no case {name!r}{_suggestion(name, (case.name for case in self.cases))}")
+        known = {case.name: case for case in self.cases}
+        if name not in known:
+            raise InputError(f"{self.root}: no case {name!r}{_suggestion(name, known)}")
+        return known[name]
 
     def classes(self, target: str) -> dict[str, int]:
         """Names -> values of the labels in `target`: one name, several joined by ",", or "all".
@@ -115,12 +114,9 @@ class Dataset:
             return dict(self.labels)
         # a label's own name may hold a comma ("portal vein, splenic vein")
         names = [target] if target in self.labels else [name.strip() for name in target.split(",")]
-        for name in names:
-            if name not in self.labels:
-                raise InputError(
-                    f"{self.root / 'dataset.json'}: no label {name!r}{_suggestion(name, self.labels)}; "
-                    f"choose from {', '.join(self.labels)}"
-                )
+        for name in (name for name in names if name not in self.labels):
+            known = f"{_suggestion(name, self.labels)}; choose from {', '.join(self.labels)}"
+            raise InputError(f"{self.root / 'dataset.json'}: no label {name!r}{known}")
         return {name: self.labels[name] for name in names}
 
 
@@ -169,10 +165,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
     if defects and (on_defect == "raise" or not scans):
         raise_defects(root, table, len(names), len(scans))
     patients, grouping = group_cases(list(scans), group, root, about.name)
-    cases = tuple(
-        Case(name, scan.image, scan.label, patients[name], scan.shape, scan.spacing, scan.voxels)
-        for name, scan in scans.items()
-    )
+    cases = tuple(scan.case(name, patients[name]) for name, scan in scans.items())
     odd = _warnings(scans, about, {*files["imagesTr"]}, grouping if group == "auto" else "")
     for _, rows in odd.groupby(["warning", "remedy"], sort=False):
         first = rows.iloc[0]
@@ -184,13 +177,9 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
 
 def raise_defects(root: Path, table: pd.DataFrame, total: int, left: int) -> None:
     """Raises the `DefectError` of a table of defects; of `total` cases, `left` have none."""
-    advice = (
-        "fix them, or leave these cases out: make study ON_DEFECT=drop (in Python: on_defect='drop')"
-        if left
-        else "no case is left"
-    )
-    count = table["case"].nunique()
-    raise DefectError(f"{root}: {len(table)} defects in {count} of {total} cases; {advice}", table)
+    found = f"{root}: {len(table)} defects in {table['case'].nunique()} of {total} cases"
+    advice = "fix them, or leave these cases out: make study ON_DEFECT=drop (in Python: on_defect='drop')"
+    raise DefectError(f"{found}; {advice if left else 'no case is left'}", table)
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
@@ -224,6 +213,22 @@ class _Volume(NamedTuple):
     def scaled(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(values, dtype=np.float64) * self.slope + self.inter
 
+    def extremes(self) -> np.ndarray:
+        """Lowest and highest value, in which NaN and infinity show without a mask as large as the volume."""
+        return np.sort(self.scaled([self.raw.min(), self.raw.max()]))
+
+    def counts(self) -> dict[float, int]:
+        """Scaled value -> number of voxels."""
+        found = pd.Series(self.raw.ravel(order="K")).value_counts(sort=False, dropna=False)
+        return dict(zip(self.scaled(found.index.to_numpy()).tolist(), found.tolist(), strict=True))
+
+    def pixel_hash(self) -> str:
+        """The same for the same intensities, however they are stored."""
+        digest = hashlib.sha256(repr(self.raw.shape).encode())
+        for part in range(self.raw.shape[2]):
+            digest.update(self.scaled(self.raw[..., part]).astype(np.float32).tobytes())
+        return digest.hexdigest()
+
 
 class _Scan(NamedTuple):
     """What one case holds."""
@@ -237,34 +242,18 @@ class _Scan(NamedTuple):
     inter: float
     pixels: str  # hash of the scaled intensities
 
+    def case(self, name: str, group: str) -> Case:
+        return Case(name, self.image, self.label, group, self.shape, self.spacing, self.voxels)
+
 
 def _read(path: Path) -> _Volume:
     """Voxels as stored, since scaled ones take eight times more."""
     image = read(path)
-    if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
-        raise Defect("affine without a volume", "set the voxel size and orientation")
-    spacing = nib.affines.voxel_sizes(image.affine)
-    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
-        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
-    if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
-        raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
+    check_grid(image)
     raw = image.dataobj.get_unscaled()
     # pandas counts values in the machine's own byte order only
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     return _Volume(raw, image.dataobj.slope, image.dataobj.inter, image.affine)
-
-
-def _image_defects(image: _Volume) -> Iterator[tuple[str, str]]:
-    # NaN and infinity both show in the two extremes, without a mask as large as the volume
-    extremes = image.scaled([image.raw.min(), image.raw.max()])
-    if not (np.abs(extremes) <= np.finfo(np.float32).max).all():  # a NaN compares false; networks take float32
-        yield "NaN or infinite intensities", "replace them, or remove the case"
-
-
-def _label_values(label: _Volume) -> dict[float, int]:
-    """Scaled value -> number of voxels."""
-    counts = pd.Series(label.raw.ravel(order="K")).value_counts(sort=False, dropna=False)
-    return dict(zip(label.scaled(counts.index.to_numpy()).tolist(), counts.tolist(), strict=True))
 
 
 def _label_defects(voxels: dict[float, int], values: set[int]) -> Iterator[tuple[str, str]]:
@@ -302,11 +291,10 @@ def _inspect(
             try:
                 volumes.append(_read(paths[0]))
                 if part == "imagesTr":
-                    found = _image_defects(volumes[-1])
+                    check_intensities(*volumes[-1].extremes())
                 else:
-                    voxels = _label_values(volumes[-1])
-                    found = _label_defects(voxels, values)
-                rows += [(file, *defect) for defect in found]
+                    voxels = volumes[-1].counts()
+                    rows += [(file, *defect) for defect in _label_defects(voxels, values)]
             except Defect as defect:
                 rows.append((file, *defect.row))
     if len(volumes) < 2:
@@ -320,18 +308,9 @@ def _inspect(
         rows.append((file, "affine differs from the image's", "resample it onto the image, or copy its affine"))
     if rows:
         return rows, None
-    extremes = tuple(sorted(image.scaled([image.raw.min(), image.raw.max()]).tolist()))
     counts = {int(value): number for value, number in voxels.items()}
     geometry = images[0], labels[0], shape, tuple(spacing.tolist())
-    return rows, _Scan(*geometry, counts, extremes, image.inter, _pixel_hash(image))
-
-
-def _pixel_hash(image: _Volume) -> str:
-    """The same for the same intensities, however they are stored."""
-    digest = hashlib.sha256(repr(image.raw.shape).encode())
-    for part in range(image.raw.shape[2]):
-        digest.update(image.scaled(image.raw[..., part]).astype(np.float32).tobytes())
-    return digest.hexdigest()
+    return rows, _Scan(*geometry, counts, tuple(image.extremes().tolist()), image.inter, image.pixel_hash())
 
 
 def _warnings(scans: dict[str, _Scan], about: Description, on_disk: set[str], grouping: str) -> pd.DataFrame:
@@ -360,10 +339,8 @@ def _odd_values(modality: str, scan: _Scan) -> tuple[str, str] | None:
     low, high = scan.extremes
     if modality == "CT" and low >= 0 and not scan.inter:
         if high > 1100:
-            return (
-                "CT values start at 0 without an intercept: probably HU with an offset of 1024",
-                "store HU, e.g. with scl_inter = -1024",
-            )
+            offset = "CT values start at 0 without an intercept: probably HU with an offset of 1024"
+            return offset, "store HU, e.g. with scl_inter = -1024"
         return "CT values start at 0 and end below 1100: not HU, rather a picture or a scaled image", "store HU"
     if modality == "CT" and (high - low < 50 or low < -10_000 or high > 100_000):
         return "CT values are not in the range of HU", "store HU, or correct the modality in dataset.json"

@@ -50,13 +50,12 @@ def read_description(root: Path) -> Description:
         modality_names = [text.strip().upper() for text in modalities.values()]
         labels = {text.strip(): int(value) for value, text in named.items() if int(value) != 0}
         listed = [(PurePosixPath(pair["image"]), PurePosixPath(pair["label"])) for pair in entries["training"]]
-        for text in (name, *labels, *(str(file) for pair in listed for file in pair)):
-            if not is_plain(text):
-                raise ValueError(f"{ascii(text)[:100]} is no name: give up to 200 printable characters")
+        files = [file for pair in listed for file in pair]
+        for text in (text for text in (name, *labels, *map(str, files)) if not is_plain(text)):
+            raise ValueError(f"{ascii(text)[:100]} is no name: give up to 200 printable characters")
     except OSError:
-        raise InputError(
-            f"{path}: cannot be read; give the folder of a Decathlon task or a raw folder of nnU-Net, which holds it"
-        ) from None
+        folder = "the folder of a Decathlon task or a raw folder of nnU-Net, which holds it"
+        raise InputError(f"{path}: cannot be read; give {folder}") from None
     except KeyError as error:
         raise InputError(f"{path}: no entry {error}; it must give name, modality, labels and training") from None
     except InputError:
@@ -75,9 +74,8 @@ def read_description(root: Path) -> Description:
     digits = all(value.isascii() and value.isdigit() for value in named)  # int() also takes "-1", " 1" and "1_0"
     if not digits or len(labels) > 255 or max(labels.values()) > HIGHEST:
         raise InputError(f"{path}: labels must be at most 255, with values from 1 to {HIGHEST}; renumber them")
-    for file in (file for pair in listed for file in pair):
-        if file.is_absolute() or ".." in file.parts:
-            raise InputError(f"{path}: {file} leaves the folder; list files like {EXAMPLE}")
+    for file in (file for file in files if file.is_absolute() or ".." in file.parts):
+        raise InputError(f"{path}: {file} leaves the folder; list files like {EXAMPLE}")
     listed = [pair for pair in listed if not pair[0].name.startswith(".")]
     training = {stem(image.name) or image.name: (str(image), str(label)) for image, label in listed}
     if not all(image.name for image, _ in listed):

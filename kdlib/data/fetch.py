@@ -93,10 +93,8 @@ def _extract(archive: Path, target: Path) -> None:
                     "makes it unpack to more than a hundred times its size": unpacked > most,
                 }  # fmt: skip
                 for fault in (fault for fault, found in faults.items() if found):
-                    raise InputError(
-                        f"{archive}: {member.name!r} {fault}, so nothing was unpacked; "
-                        "delete the archive and get it from a source you trust"
-                    )
+                    remedy = "delete the archive and get it from a source you trust"
+                    raise InputError(f"{archive}: {member.name!r} {fault}, so nothing was unpacked; {remedy}")
                 names.add(path)
             tar.extractall(partial, filter="data")
     except (tarfile.TarError, EOFError, zlib.error) as error:

@@ -31,11 +31,10 @@ def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) ->
     if callable(group):
         return {case: str(group(case)) for case in cases}, "function"
     if not isinstance(group, str) or not group:
-        raise InputError(
-            f"group {group!r}: give 'auto', a regular expression, a CSV file or a function from case name to patient"
-        )
+        kinds = "'auto', a regular expression, a CSV file or a function from case name to patient"
+        raise InputError(f"group {group!r}: give {kinds}")
     if group == "auto":
-        if _is_hippocampus(cases, dataset):
+        if "hippocampus" in dataset.lower() or all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases):
             return {case: _hippocampus_pair(case) for case in cases}, "Hippocampus: volumes 2k - 1 and 2k"
         return {case: case for case in cases}, EACH_CASE
     if group.lower().endswith(".csv"):
@@ -51,35 +50,25 @@ def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str
     """
     own = "GROUP='(.+)' says that each case is a patient of its own"
     if {label.lower() for label in labels} == {"anterior", "posterior"}:
-        return (
-            "labels anterior and posterior: probably the Decathlon's Hippocampus, with two volumes of most patients",
-            f"group the pairs with GROUP=patients.csv (columns case and patient); {own}",
-        )
+        found = "labels anterior and posterior: probably the Decathlon's Hippocampus, with two volumes of most patients"
+        return found, f"group the pairs with GROUP=patients.csv (columns case and patient); {own}"
     # the last part of a name: a number, a side or a word behind a separator
     stems = {case: re.sub(r"[ _.-]*([0-9]+|[A-Za-z]+[0-9]*)$", "", case) for case in cases}
     count = Counter(stem for stem in stems.values() if re.search(r"\d", stem))
     shared = [stem for stem, number in count.items() if number > 1]
     if len(count) < 2 or 2 * len(shared) < len(count) or max(count.values()) > 6:
         return None
-    example = [case for case in cases if stems[case] == shared[0]][:2]
-    return (
-        f"names suggest {len(count)} patients for {len(cases)} cases ({' and '.join(example)}), nothing groups them",
-        f"group them, e.g. with GROUP='(.+)[_.-]' or GROUP=patients.csv (columns case and patient); {own}",
-    )
-
-
-def _is_hippocampus(cases: Sequence[str], dataset: str) -> bool:
-    return "hippocampus" in dataset.lower() or all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases)
+    example = " and ".join([case for case in cases if stems[case] == shared[0]][:2])
+    found = f"names suggest {len(count)} patients for {len(cases)} cases ({example}), nothing groups them"
+    return found, f"group them, e.g. with GROUP='(.+)[_.-]' or GROUP=patients.csv (columns case and patient); {own}"
 
 
 def _hippocampus_pair(name: str) -> str:
     """Volumes 2k - 1 and 2k of Task04 are very probably the two hippocampi of one person."""
     number = re.search(r"\d+$", name)
     if number is None:
-        raise InputError(
-            f"case {name!r}: Hippocampus cases are paired by number; group them by a rule of your own, "
-            "GROUP=... (in Python: group=...)"
-        )
+        rule = "group them by a rule of your own, GROUP=... (in Python: group=...)"
+        raise InputError(f"case {name!r}: Hippocampus cases are paired by number; {rule}")
     return str((int(number.group()) + 1) // 2)
 
 
@@ -88,13 +77,10 @@ def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:
         pattern = re.compile(expression)
     except re.error as error:
         raise InputError(f"group {expression!r}: not a regular expression ({error})") from None
-    found = {case: pattern.search(case) for case in cases}
-    # its groups, or the whole match where it has none
-    patients = {
-        case: "_".join(part for part in (match.groups() or (match.group(),)) if part)
-        for case, match in found.items()
-        if match
-    }
+    patients = {}
+    for case in cases:
+        if match := pattern.search(case):  # its groups, or the whole match where it has none
+            patients[case] = "_".join(filter(None, match.groups() or (match.group(),)))
     _check_complete(cases, patients, f"regular expression {expression!r}")
     return patients
 

@@ -21,6 +21,7 @@ SUFFIXES = (".nii.gz", ".nii")  # in small or capital letters
 LARGEST = 2**33  # bytes of one volume: 512 x 512 x 2000 voxels of eight bytes are half of it
 DEFLATE = 1032  # deflate packs at most so many bytes into one
 HEADERS = {348: (nib.Nifti1Header, nib.Nifti1Image), 540: (nib.Nifti2Header, nib.Nifti2Image)}  # by their size in bytes
+FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
 AGAIN = "download or export it again, or remove the case"
 
 
@@ -120,3 +121,20 @@ def _header_faults(header: nib.Nifti1Header) -> list[str]:
         "an infinite intensity scale": bool(np.isinf(header["scl_slope"])),
     }
     return [fault for fault, found in faults.items() if found]
+
+
+def check_grid(image: nib.Nifti1Image) -> None:
+    """Raises: Defect for an affine that is no grid in a body."""
+    if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
+        raise Defect("affine without a volume", "set the voxel size and orientation")
+    spacing = nib.affines.voxel_sizes(image.affine)
+    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
+        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
+    if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
+        raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
+
+
+def check_intensities(low: float, high: float) -> None:
+    """Raises: Defect where the two extremes of a volume show NaN, infinity, or more than a network's float32 holds."""
+    if not (np.abs([low, high]) <= np.finfo(np.float32).max).all():  # a NaN compares false
+        raise Defect("NaN or infinite intensities", "replace them, or remove the case")

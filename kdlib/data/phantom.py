@@ -46,11 +46,9 @@ def make_phantom(folder: str | Path, patients: int = 20, seed: int = 0) -> Path:
         patients: number of volumes, one per patient.
         seed: of all random numbers, at least 0.
 
-    Returns:
-        The folder, for `index`.
+    Returns: The folder, for `index`.
 
-    Raises:
-        InputError: no patient, a negative seed, or a folder that holds something else.
+    Raises: InputError: no patient, a negative seed, or a folder that holds something else.
     """
     if patients < 1 or seed < 0:
         raise InputError(f"phantom of {patients} patients with seed {seed}: at least 1 patient and a seed from 0 on")
@@ -59,15 +57,11 @@ def make_phantom(folder: str | Path, patients: int = 20, seed: int = 0) -> Path:
     about = {
         "name": "Phantom",
         "description": f"Synthetic abdominal CT, version {VERSION}, {patients} patients, seed {seed}",
-        "licence": "Apache-2.0",
-        "tensorImageSize": "3D",
-        "modality": {"0": "CT"},
+        "licence": "Apache-2.0", "tensorImageSize": "3D", "modality": {"0": "CT"},
         "labels": {"0": "background", **{str(value): name for name, value in LABELS.items()}},
-        "numTraining": patients,
-        "numTest": 0,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
-        "test": [],
-    }
+        "numTraining": patients, "numTest": 0,
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names], "test": [],
+    }  # fmt: skip
     if _is_there(folder, about):
         return folder
     # written beside its place and renamed when complete, so that a stopped or a second job does no harm
@@ -121,10 +115,8 @@ def _field(rng: np.random.Generator, sigma: tuple[float, float, float]) -> np.nd
 
 def _coordinates(rng: np.random.Generator) -> np.ndarray:
     """[3,X,Y,Z] place of each voxel in the template's body, mm to the left, anterior and superior of its middle."""
-    grid = np.meshgrid(
-        *[(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING, strict=True)], indexing="ij"
-    )
-    grid = np.stack(grid).astype(np.float32)
+    axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING, strict=True)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
     bend = np.stack([_field(rng, tuple(28 / mm for mm in SPACING)) for _ in range(3)])
     build, shift = rng.uniform((0.9, 0.88, 0.88), (1.1, 1.12, 1.12)), rng.uniform(-1, 1, 3) * (10, 10, 14)
     angle = np.deg2rad(rng.uniform(-6, 6))
@@ -222,11 +214,9 @@ def _is_there(folder: Path, about: dict) -> bool:
         found = json.loads((folder / "dataset.json").read_text())
     except (OSError, ValueError):
         found = None
-    files = [folder / entry[part] for entry in about["training"] for part in ("image", "label")]
-    if found != about or not all(file.is_file() for file in files):
-        raise InputError(
-            f"{folder}: is not {about['description']!r}; delete it, or give a folder that does not exist yet"
-        )
+    if found != about or not all((folder / file).is_file() for pair in about["training"] for file in pair.values()):
+        instead = "delete it, or give a folder that does not exist yet"
+        raise InputError(f"{folder}: is not {about['description']!r}; {instead}")
     return True
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kdlib.config import Preprocessing
 from kdlib.data.decathlon import DEFECT_COLUMNS, Case, Dataset, raise_defects
-from kdlib.data.slices import Geometry, build, place_slices, read_case_file, restore
+from kdlib.data.slices import build, place_slices, read_case_file, restore
 
 LEAST_KEPT = 0.95  # of each class of a case; less is a defect
 
@@ -20,7 +20,7 @@ LEAST_KEPT = 0.95  # of each class of a case; less is a defect
 def target_in_view(case: Case, classes: dict[str, int], preprocessing: Preprocessing) -> dict[str, float]:
     """Class name -> share of its voxels that lies inside the slices, of the classes that the case has."""
     affine, label = read_case_file(case.label, np.int64)
-    geometry = place_slices(case, affine, preprocessing)
+    geometry = place_slices(case.shape, affine, preprocessing)
     label, (rows, columns) = geometry.orient(label), geometry.in_view()
     seen = label[:, rows][:, :, columns]
     counts = {name: (np.count_nonzero(label == value), value) for name, value in classes.items()}
@@ -55,35 +55,30 @@ def check_view(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
 
     Raises: DefectError where `dataset.on_defect` is "raise" and there are such cases, or where no case is left.
     """
-    rows, names = [], set()
+    rows, names, size = [], set(), preprocessing.size
+    spacing = "the volume's own spacing" if preprocessing.spacing is None else f"{preprocessing.spacing:g} mm"
+    extent = f"{size} x {size} pixels of {spacing}"
     for case in dataset.cases:
-        geometry = place_slices(case, read_case_file(case.label, np.int64)[0], preprocessing)
+        geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
         if all(mask.all() for mask in geometry.in_view()):
             continue
         for name, share in target_in_view(case, classes, preprocessing).items():
             if share < LEAST_KEPT:
-                defect = f"only {100 * share:.0f} % of {name} lies inside the slices ({_extent(preprocessing)})"
-                rows.append((case.name, f"labelsTr/{case.label.name}", defect, _remedy(geometry)))
+                defect = f"only {100 * share:.0f} % of {name} lies inside the slices ({extent})"
+                changes = json.dumps({"size": whole_size(case, preprocessing)})
+                remedy = f"check the label, or show the whole volume: CHANGES='{changes}', or a larger spacing"
+                rows.append((case.name, f"labelsTr/{case.label.name}", defect, remedy))
                 names.add(case.name)
     if not rows:
         return dataset
     table, left = pd.DataFrame(rows, columns=DEFECT_COLUMNS), len(dataset.cases) - len(names)
     if dataset.on_defect == "raise" or not left:
         raise_defects(dataset.root, table, len(dataset.cases), left)
-    return dataclasses.replace(
-        dataset,
-        cases=tuple(case for case in dataset.cases if case.name not in names),
-        defects=pd.concat([dataset.defects, table], ignore_index=True),
-    )
+    kept = tuple(case for case in dataset.cases if case.name not in names)
+    return dataclasses.replace(dataset, cases=kept, defects=pd.concat([dataset.defects, table], ignore_index=True))
 
 
-def _extent(preprocessing: Preprocessing) -> str:
-    spacing = "the volume's own spacing" if preprocessing.spacing is None else f"{preprocessing.spacing:g} mm"
-    return f"{preprocessing.size} x {preprocessing.size} pixels of {spacing}"
-
-
-def _remedy(geometry: Geometry) -> str:
-    # every pixel of the resampled volume, in a multiple of 16
-    needed = max(geometry.size - 2 * start for start in geometry.start)
-    changes = json.dumps({"size": 16 * math.ceil(needed / 16)})
-    return f"check the label, or show the whole volume: CHANGES='{changes}', or a larger spacing"
+def whole_size(case: Case, preprocessing: Preprocessing) -> int:
+    """Side of slices, a multiple of 16, that show every pixel of the case's resampled volume."""
+    geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
+    return 16 * math.ceil(max(geometry.size - 2 * start for start in geometry.start) / 16)

@@ -34,8 +34,7 @@ def batch_indices(
         target_share: share of each batch's labelled slices that hold target; None draws slices at random.
         labelled: [slices] bool; None where all slices are labelled.
 
-    Raises:
-        InputError: no labelled slice holds target although a share of them is asked for.
+    Raises: InputError: no labelled slice holds target although a share of them is asked for.
     """
     known = torch.ones_like(holds_target) if labelled is None else labelled
     others = (~known).nonzero()[:, 0]
@@ -48,10 +47,7 @@ def batch_indices(
         wanted = count if not len(without) else math.ceil(target_share * count)
         parts = [("target", with_target, wanted), ("rest", without, count - wanted)]
     parts.append(("unlabelled", others, batch - count))
-    streams = [
-        (passes(numbers, torch.Generator().manual_seed(derive_seed(seed, name))), size)
-        for name, numbers, size in parts
-        if size
-    ]
+    seeds = {name: torch.Generator().manual_seed(derive_seed(seed, name)) for name, _, _ in parts}
+    streams = [(passes(numbers, seeds[name]), size) for name, numbers, size in parts if size]
     while True:
         yield torch.stack([next(stream) for stream, size in streams for _ in range(size)])

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nibabel import orientations
+from nibabel.affines import voxel_sizes
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,10 +62,8 @@ class Geometry:
         """Where the voxels of each row and column lie in the slice, in pixels; 0 is its first pixel's centre."""
         to_slices = self._to_slices()
         voxels = [self.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
-        return tuple(
-            (np.arange(count) + 0.5) * factor - 0.5 + start
-            for count, factor, start in zip(voxels, self.factor, self.start, strict=True)
-        )
+        axes = zip(voxels, self.factor, self.start, strict=True)
+        return tuple((np.arange(count) + 0.5) * factor - 0.5 + start for count, factor, start in axes)
 
     def in_view(self) -> tuple[np.ndarray, np.ndarray]:
         """Which rows and columns of the oriented volume the slices show."""
@@ -111,8 +110,7 @@ class SliceBank:
     def select(self, cases: Sequence[str]) -> SliceBank:
         """The bank of these cases alone, in this order; a copy, from which no other case can be reached.
 
-        Raises:
-            InputError: no case given, one given twice, or one that the bank does not hold.
+        Raises: InputError: no case given, one given twice, or one that the bank does not hold.
         """
         unknown = [name for name in cases if name not in self.geometry]
         if unknown:
@@ -124,15 +122,11 @@ class SliceBank:
         moved = torch.full_like(self.case_index, -1)  # old slice number -> new slice number
         moved[index] = torch.arange(len(index), device=index.device)
         return dataclasses.replace(
-            self,
-            images=self.images[index],
-            labels=self.labels[index],
-            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]),
-            neighbours=moved[self.neighbours[index]],
-            cases=tuple(cases),
+            self, images=self.images[index], labels=self.labels[index], neighbours=moved[self.neighbours[index]],
+            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]), cases=tuple(cases),
             geometry={name: self.geometry[name] for name in cases},
             patients=tuple(self.patients[self.cases.index(name)] for name in cases),
-        )
+        )  # fmt: skip
 
     def hide_labels(self, cases: Iterable[str]) -> SliceBank:
         """The bank with the labels of these cases replaced by `UNLABELLED`: what was never there cannot be read."""
@@ -161,12 +155,21 @@ class SliceBank:
         Args:
             index: [B] int64 slice numbers, on the bank's device.
         """
-        if self.channels == "neighbours":
-            below, above = self.neighbours[index].unbind(1)
-            images = self.images[torch.stack([below, index, above], 1)]
-        else:
-            images = self.images[index][:, None].expand(-1, 3, -1, -1)
-        return images.float() / 255, self.labels[index].long()
+        images = stack_channels(self.images, index, self.neighbours, self.channels)
+        return images, self.labels[index].long()
+
+
+def stack_channels(images: Tensor, index: Tensor, neighbours: Tensor, channels: str) -> Tensor:
+    """What a network takes of slices [N,H,W] uint8: those of `index` as [B,3,H,W] float32 in 0..1.
+
+    Args:
+        neighbours: [N,2] int64, the slice below and above each; itself at the ends.
+        channels: "repeat" (the slice three times) or "neighbours" (the slice below, itself and above).
+    """
+    if channels == "neighbours":
+        below, above = neighbours[index].unbind(1)
+        return images[torch.stack([below, index, above], 1)].float() / 255
+    return images[index][:, None].expand(-1, 3, -1, -1).float() / 255
 
 
 def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> SliceBank:
@@ -183,8 +186,7 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
         preprocessing: size, spacing, channels and intensities; where it is `published`, slices as the
             published code makes them, which stretches what is not square.
 
-    Raises:
-        InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
+    Raises: InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
     """
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
@@ -199,17 +201,11 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
     people = sorted({case.group for case in dataset.cases})
     first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
     neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
+    arrays = np.concatenate(images), np.concatenate(labels), np.repeat(np.arange(len(depths)), depths), neighbours
     return SliceBank(
-        images=torch.from_numpy(np.concatenate(images)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        case_index=torch.from_numpy(np.repeat(np.arange(len(depths)), depths)),
-        neighbours=torch.from_numpy(neighbours),
-        cases=tuple(geometry),
-        classes=tuple(classes),
-        channels=preprocessing.channels,
-        geometry=geometry,
-        patients=tuple(people.index(case.group) for case in dataset.cases),
-    )
+        *map(torch.from_numpy, arrays), cases=tuple(geometry), classes=tuple(classes), channels=preprocessing.channels,
+        geometry=geometry, patients=tuple(people.index(case.group) for case in dataset.cases),
+    )  # fmt: skip
 
 
 def restore(scores: Tensor, geometry: Geometry) -> Tensor:
@@ -223,11 +219,9 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
         scores: [C,D,H,W] probabilities of the slices, from inferior to superior.
         geometry: of the case.
 
-    Returns:
-        [C,X,Y,Z], on the device and of the type of `scores`.
+    Returns: [C,X,Y,Z], on the device and of the type of `scores`.
 
-    Raises:
-        InputError: the scores are not of this case's number and size of slices.
+    Raises: InputError: the scores are not of this case's number and size of slices.
     """
     expected = (geometry.depth, geometry.size, geometry.size)
     if tuple(scores.shape[1:]) != expected:
@@ -248,12 +242,12 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
     return scores.flip(flipped).permute(0, *[1 + int(axis) for axis in to_slices[:, 0]]).contiguous()
 
 
-def place_slices(case: Case, affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
-    """How the volume of a case, with its file's affine, becomes slices."""
+def place_slices(shape: Sequence[int], affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
+    """How a volume of this shape and affine, in its file's own axes, becomes slices."""
     axes = tuple(map(tuple, affine.tolist()))
-    placed = Geometry(case.shape, axes, (1.0, 1.0), (0, 0), preprocessing.size, canonical=not preprocessing.published)
+    placed = Geometry(tuple(shape), axes, (1.0, 1.0), (0, 0), preprocessing.size, not preprocessing.published)
     order = np.argsort(placed._to_slices()[:, 0])
-    voxels, spacing = np.array(case.shape)[order][1:], np.array(case.spacing)[order][1:]
+    voxels, spacing = np.array(shape)[order][1:], voxel_sizes(affine)[order][1:]
     factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
     if preprocessing.published:
         factor = tuple((preprocessing.size / voxels).tolist())
@@ -261,20 +255,28 @@ def place_slices(case: Case, affine: np.ndarray, preprocessing: Preprocessing) -
     return dataclasses.replace(placed, factor=factor, start=start)
 
 
+def image_slices(
+    image: np.ndarray, affine: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path
+) -> tuple[Geometry, np.ndarray]:
+    """How a volume XYZ of scaled intensities becomes slices, and these: [D,H,W] uint8; see `build`.
+
+    Raises: InputError for an MR volume that is constant, named by its path.
+    """
+    placed = place_slices(image.shape, affine, preprocessing)
+    image = placed.orient(_unit_range(image, modality, preprocessing, path))
+    image = np.rint(_resample(image, placed.factor) * 255).clip(0, 255).astype(np.uint8)
+    return placed, _pad_or_crop(image, placed.start, preprocessing.size)
+
+
 def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
     """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
     affine, image = read_case_file(case.image, np.float32)
-    image = _unit_range(image, modality, preprocessing, case.image)
+    placed, image = image_slices(image, affine, modality, preprocessing, case.image)
     _, label = read_case_file(case.label, np.int64)
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
-
-    placed = place_slices(case, affine, preprocessing)
-    image, label = placed.orient(image), placed.orient(values[label])
-    image, label = _resample(image, placed.factor), _resample_labels(label, placed.factor)
-    start = placed.start
-    image = np.rint(image * 255).clip(0, 255).astype(np.uint8)
-    return placed, _pad_or_crop(image, start, preprocessing.size), _pad_or_crop(label, start, preprocessing.size)
+    label = _resample_labels(placed.orient(values[label]), placed.factor)
+    return placed, image, _pad_or_crop(label, placed.start, preprocessing.size)
 
 
 def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -294,9 +296,8 @@ def _unit_range(image: np.ndarray, modality: str, preprocessing: Preprocessing, 
         body = image[image != 0]
         low, high = np.percentile(body, preprocessing.percentiles) if body.size else (0.0, 0.0)
         if low == high:
-            raise InputError(
-                f"{path}: MR volume is constant (percentiles {preprocessing.percentiles} are equal); leave it out"
-            )
+            constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
+            raise InputError(f"{path}: {constant}; leave it out")
     return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 
@@ -313,18 +314,15 @@ def _resample(image: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     # interpolate rounds the number of pixels down: one pixel more of the edge values makes it cover the whole volume
     rows, columns = (math.ceil(1 / f) for f in factor)
     slices = functional.pad(torch.from_numpy(np.ascontiguousarray(image))[None], (0, columns, 0, rows), "replicate")
-    slices = functional.interpolate(
-        slices, scale_factor=factor, mode="bilinear", antialias=True, recompute_scale_factor=False
-    )
+    how = dict(mode="bilinear", antialias=True, recompute_scale_factor=False)
+    slices = functional.interpolate(slices, scale_factor=factor, **how)
     return slices[0, :, : pixels[0], : pixels[1]].numpy()
 
 
 def _resample_labels(label: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     """The nearest voxel to each pixel's centre, on the grid of `_resample`."""
-    rows, columns = (
-        ((np.arange(_pixels(voxels, f)) + 0.5) / f).astype(int).clip(max=voxels - 1)
-        for voxels, f in zip(label.shape[1:], factor, strict=True)
-    )
+    axes = zip(label.shape[1:], factor, strict=True)
+    rows, columns = (((np.arange(_pixels(n, f)) + 0.5) / f).astype(int).clip(max=n - 1) for n, f in axes)
     return label[:, rows[:, None], columns]
 
 

@@ -46,18 +46,15 @@ class Fold:
         """
         patients = list(dict.fromkeys(self.groups[case] for case in self.train))
         if not 0 < fraction <= 1 or not (count := round(fraction * len(patients))):
-            raise InputError(
-                f"label fraction {fraction} of {len(patients)} training patients is no patient; "
-                f"choose from {1 / len(patients):.2g} to 1"
-            )
+            asked = f"label fraction {fraction} of {len(patients)} training patients is no patient"
+            raise InputError(f"{asked}; choose from {1 / len(patients):.2g} to 1")
         kept = set(patients[:count])
         return tuple(case for case in self.train if self.groups[case] in kept)
 
 
 def split_file(folder: Path, dataset: Dataset, classes: dict[str, int], folds: int) -> Path:
     """Where the split of these classes lies: in `folder`, whatever the data set and its labels are called."""
-    name = "-".join([dataset.name, *classes, str(folds)]).lower()
-    name = re.sub(r'[\\/:*?"<>| ]', "_", name)
+    name = re.sub(r'[\\/:*?"<>| ]', "_", "-".join([dataset.name, *classes, str(folds)]).lower())
     if len(name.encode()) > 200:
         name = f"{name[:40]}-{_sha256(name.encode())[:16]}"
     return folder / f"{name}.json"
@@ -83,10 +80,8 @@ def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, se
     if path.exists():
         record = _read(path)
         if changes := _changes(record, asked, dataset):
-            raise InputError(
-                f"{path}: the split was made from something else: {'; '.join(changes)}; restore that, or use another "
-                "results folder (or delete the file) if you mean to start anew"
-            )
+            remedy = "restore that, or use another results folder (or delete the file) if you mean to start anew"
+            raise InputError(f"{path}: the split was made from something else: {'; '.join(changes)}; {remedy}")
     else:
         record = _make(dataset, asked)
         write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
@@ -102,8 +97,7 @@ def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, i
 
     A class that no case has is not repeated here.
     """
-    names = {value: name for name, value in classes.items()}
-    held = {case.name: {names[value] for value in case.voxels if value in names} for case in dataset.cases}
+    held = {case.name: {name for name, value in classes.items() if value in case.voxels} for case in dataset.cases}
     occurring = set().union(*held.values())
     rows = []
     for number, fold in enumerate(folds):
@@ -111,15 +105,12 @@ def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, i
         if len({fold.groups[case] for case in fold.train}) > 1:  # of one patient there is no half
             parts["half of train"] = fold.subset(0.5)
         for part, cases in parts.items():
-            missing = occurring - set().union(*(held[case] for case in cases))
-            if missing == occurring and missing:
-                text = f"fold {number}: no case of the {part} part holds the target"
-            elif missing:
-                lacking = ", ".join(name for name in classes if name in missing)
-                text = f"fold {number}: no case of the {part} part holds {lacking}"
-            else:
-                continue
-            rows.append(("", "", text, "use fewer folds, or add patients who have it"))
+            if missing := occurring - set().union(*(held[case] for case in cases)):
+                names = ", ".join(name for name in classes if name in missing)
+                text = (
+                    f"fold {number}: no case of the {part} part holds {'the target' if missing == occurring else names}"
+                )
+                rows.append(("", "", text, "use fewer folds, or add patients who have it"))
     return pd.DataFrame(rows, columns=WARNING_COLUMNS)
 
 
@@ -162,10 +153,10 @@ def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, l
         advice = f"use fewer folds: CHANGES='{json.dumps({'folds': possible})}', or add patients" if possible else ""
         if folds < 2 and count > 2:
             advice = f"choose from 2 to {count} folds: CHANGES='{json.dumps({'folds': min(count, 4)})}'"
-        raise InputError(
-            f"{count} patients cannot be split into {folds} folds with training, validation and test patients in each; "
-            + (advice or "add patients, at least 3 are needed")
+        asked = (
+            f"{count} patients cannot be split into {folds} folds with training, validation and test patients in each"
         )
+        raise InputError(f"{asked}; {advice or 'add patients, at least 3 are needed'}")
     rng = np.random.default_rng(seed)
     # each block of `folds` neighbours gives one patient to each fold; an incomplete block lies mid-rank, so that the
     # unusual patients, at both ends, are parted

@@ -54,9 +54,7 @@ def split_table(folds: Sequence[Fold]) -> pd.DataFrame:
         half = fold.subset(0.5) if len({fold.groups[case] for case in fold.train}) > 1 else ()
         parts = {"train": fold.train, "train, half": half, "validation": fold.val, "test": fold.test}
         counts = {name: (len({fold.groups[case] for case in cases}), len(cases)) for name, cases in parts.items()}
-        rows.append(
-            {"fold": number} | {name: f"{patients} ({volumes})" for name, (patients, volumes) in counts.items()}
-        )
+        rows.append({"fold": number} | {name: "{} ({})".format(*found) for name, found in counts.items()})
     return pd.DataFrame(rows)
 
 

@@ -19,13 +19,9 @@ from kdlib.evaluation.masks import on_file_grid, predict_cases, surface_band, tr
 
 
 def agreement(
-    student: nn.Module,
-    teacher: nn.Module,
-    bank: SliceBank,
-    dataset: Dataset,
-    cases: Sequence[str],
+    student: nn.Module, teacher: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str],
     threshold: float = 0.5,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """How alike student and teacher segment each of `cases`, class by class, in the grid of the label files.
 
     `agreement` is the Dice of the student's and the teacher's mask, 1 where both are empty. `band_agreement` is the
@@ -40,18 +36,15 @@ def agreement(
         dataset: where the label files and their spacing are.
         threshold: probability above which a voxel of one-channel models is foreground.
 
-    Returns:
-        a table with columns case, class, metric and value.
+    Returns: a table with columns case, class, metric and value.
 
-    Raises:
-        InputError: a case that the bank or the data set does not hold.
+    Raises: InputError: a case that the bank or the data set does not hold.
     """
     rows = []
     for name in cases:  # one at a time: the probabilities of many classes fill the memory
         part, spacing = bank.select([name]), dataset.case(name).spacing
-        own, theirs = (
-            on_file_grid(predict_cases(model, part)[name], part, name, threshold) for model in (student, teacher)
-        )
+        scores = (predict_cases(model, part)[name] for model in (student, teacher))
+        own, theirs = (on_file_grid(score, part, name, threshold) for score in scores)
         truth = true_mask(dataset, name, bank.classes)
         for value, label in enumerate(bank.classes, start=1):
             found = mask_agreement(own == value, theirs == value, truth == value, spacing)

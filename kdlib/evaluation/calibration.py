@@ -24,12 +24,10 @@ def calibration(model: nn.Module, bank: SliceBank, bins: int = 15) -> pd.DataFra
         model: network with the bank's classes.
         bank: slices, of the test cases.
 
-    Returns:
-        a table with columns case, class, bin (from 0), confidence (mean probability in the bin), accuracy (share of its
-        pixels that are the class) and count; the first two NaN in a bin without pixels.
+    Returns: a table with columns case, class, bin (from 0), confidence (mean probability in the bin), accuracy (share
+        of its pixels that are the class) and count; the first two NaN in a bin without pixels.
 
-    Raises:
-        InputError: fewer than one bin.
+    Raises: InputError: fewer than one bin.
     """
     if bins < 1:
         raise InputError(f"{bins} bins: give at least one, usually 15")

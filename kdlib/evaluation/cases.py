@@ -46,11 +46,9 @@ def case_metrics(
         classes: names of the foreground classes.
         spacing: mm of a voxel along X, Y and Z.
 
-    Returns:
-        a table with columns class, metric (the names in `METRICS`) and value.
+    Returns: a table with columns class, metric (the names in `METRICS`) and value.
 
-    Raises:
-        InputError: shapes differ, or a label lies outside 0..C.
+    Raises: InputError: shapes differ, or a label lies outside 0..C.
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape:
@@ -105,12 +103,10 @@ def evaluate(
         dataset: where the label files and their spacing are.
         threshold: probability above which a voxel of a one-channel model is foreground.
 
-    Returns:
-        a table with columns case, class, metric and value; and for every case the slice (in the slice grid) with the
-        largest true area, as a dict of name, and image, truth and prediction (uint8 HW).
+    Returns: a table with columns case, class, metric and value; and for every case the slice (in the slice grid) with
+        the largest true area, as a dict of name, and image, truth and prediction (uint8 HW).
 
-    Raises:
-        InputError: a case that the bank or the data set does not hold.
+    Raises: InputError: a case that the bank or the data set does not hold.
     """
     tables, examples = [], []
     for name in cases:  # one at a time: the probabilities of many classes fill the memory

@@ -19,8 +19,7 @@ from kdlib.training.validation import inference, slice_logits
 def true_mask(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray:
     """Class indices XYZ of a case's label file: 0 background, 1..C the position in `classes`.
 
-    Raises:
-        InputError: a case that the data set does not hold.
+    Raises: InputError: a case that the data set does not hold.
     """
     file = np.asarray(nib.load(dataset.case(name).label).dataobj).round().astype(int)
     truth = np.zeros_like(file)

@@ -28,8 +28,7 @@ def cka(x: Tensor, y: Tensor) -> float:
     Args:
         x, y: [positions, channels], the channels of either its own.
 
-    Raises:
-        InputError: not two matrices of as many positions.
+    Raises: InputError: not two matrices of as many positions.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise InputError(f"features {list(x.shape)} and {list(y.shape)}: give [positions, channels] at the same ones")
@@ -54,11 +53,9 @@ def scale_similarity(
         positions: number of points.
         seed: of slices and points.
 
-    Returns:
-        a table with columns scale_student, scale_teacher and value.
+    Returns: a table with columns scale_student, scale_teacher and value.
 
-    Raises:
-        InputError: fewer than two positions, or a scale whose layer the model does not have.
+    Raises: InputError: fewer than two positions, or a scale whose layer the model does not have.
     """
     if positions < 2:
         raise InputError(f"{positions} positions: nothing varies over fewer than two; about 2000 do well")
@@ -76,13 +73,9 @@ def scale_similarity(
 
 
 def features_at(
-    model: nn.Module,
-    bank: SliceBank,
-    index: Tensor,
-    points: Tensor,
-    batch: int = 32,
+    model: nn.Module, bank: SliceBank, index: Tensor, points: Tensor, batch: int = 32,
     scales: Sequence[str] | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Scale -> [points, channels] on the CPU, at `points` ([N,K,2], x and y in -1..1 over a slice) of the slices."""
     taps = FeatureHooks(model, model.scales, scales or model.scales)
     parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
@@ -101,13 +94,9 @@ def features_at(
 
 
 def sample_features(
-    models: Mapping[str, nn.Module],
-    bank: SliceBank,
-    scale: str = "decoder1",
-    positions: int = 600,
-    slices: int = 32,
+    models: Mapping[str, nn.Module], bank: SliceBank, scale: str = "decoder1", positions: int = 600, slices: int = 32,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
 
     The pixels are drawn as `SupervisedContrastiveLoss` draws its own, from `slices` random slices that show a class; a
@@ -122,8 +111,7 @@ def sample_features(
     Returns:
         case and class of each pixel ([n] text, "background" for none), and under each model's name its [n, channels].
 
-    Raises:
-        InputError: no slice shows a class, or a model without that scale.
+    Raises: InputError: no slice shows a class, or a model without that scale.
     """
     generator = torch.Generator().manual_seed(seed)
     shown = (bank.labels > 0).flatten(1).any(1).nonzero()[:, 0].cpu()

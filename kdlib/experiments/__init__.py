@@ -1,5 +1,6 @@
 """Runs, where they are kept, and the experiments that ask for them."""
 
+# ruff: noqa: F401
 from kdlib.experiments.designs import (
     EXPERIMENTS,
     Setting,
@@ -15,19 +16,3 @@ from kdlib.experiments.designs import (
     sweep,
     training_length,
 )
-
-__all__ = [
-    "EXPERIMENTS",
-    "Setting",
-    "ablation",
-    "baseline",
-    "correction",
-    "distillation",
-    "external_network",
-    "label_fractions",
-    "loss_comparison",
-    "negative_controls",
-    "requested_runs",
-    "sweep",
-    "training_length",
-]

@@ -23,8 +23,7 @@ from kdlib.training.state import new_model
 def features(runs: Sequence[Run], results: Path | str = "results", device: str = "auto") -> dict[str, np.ndarray]:
     """Features of the same test pixels in the best weights of finished runs of one fold; see `sample_features`.
 
-    Raises:
-        InputError: a run without weights.
+    Raises: InputError: a run without weights.
     """
     results, place = Path(results).resolve(), pick_device(device)
     fold = run_source(runs[0], results).folds[runs[0].fold]
@@ -47,14 +46,12 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     Args:
         run: a distilled student; nothing of it needs to be trained.
 
-    Returns:
-        arrays with a row a panel (anchor by anchor): anchor (its class), shown (which slice it is), case, image and
-        labels [H,W] uint8, role [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left out),
-        row and column of the anchor on that grid (-1 where it lies on another slice), positives and negatives (of the
-        anchor in the whole batch), images (of the batch), step (of the batch, from 0) and term.
+    Returns: arrays with a row a panel (anchor by anchor): anchor (its class), shown (which slice it is), case, image
+        and labels [H,W] uint8, role [h,w] int8 on the term's grid (1 a positive, -1 a negative, 0 not drawn or left
+        out), row and column of the anchor on that grid (-1 where it lies on another slice), positives and negatives (of
+        the anchor in the whole batch), images (of the batch), step (of the batch, from 0) and term.
 
-    Raises:
-        InputError: the run has no supervised contrastive loss, or its training slices show no target.
+    Raises: InputError: the run has no supervised contrastive loss, or its training slices show no target.
     """
     labelled = [term for term in run.effective_recipe.terms if term.loss == "supcon"]
     if not labelled:
@@ -90,23 +87,14 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         value = int(coarse.flatten()[anchor])
         place = [int(i) for i in np.unravel_index(int(anchor), coarse.shape)]
         for image, title in shown.items():
-            panels.append(
-                dict(
-                    anchor=bank.classes[value - 1] if value else "background",
-                    shown=title,
-                    case=bank.cases[bank.case_index[index[image]]],
-                    image=images[image].numpy(),
-                    labels=labels[image].numpy(),
-                    role=role[image].numpy(),
-                    row=place[1] if image == first else -1,
-                    column=place[2] if image == first else -1,
-                    positives=int((relation > 0).sum()),
-                    negatives=int((relation < 0).sum()),
-                    images=len(index),
-                    step=step,
-                    term=term.name,
-                )  # fmt: skip
-            )
+            row, column = place[1:] if image == first else (-1, -1)
+            panels.append(dict(
+                anchor=bank.classes[value - 1] if value else "background", shown=title,
+                case=bank.cases[bank.case_index[index[image]]], image=images[image].numpy(),
+                labels=labels[image].numpy(), role=role[image].numpy(), row=row, column=column,
+                positives=int((relation > 0).sum()), negatives=int((relation < 0).sum()), images=len(index),
+                step=step, term=term.name,
+            ))  # fmt: skip
     return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}
 
 

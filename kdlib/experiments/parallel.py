@@ -61,9 +61,8 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
         raise
     except ProcessExitedException as error:
         cause = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
-        raise TrainingError(
-            f"process {error.error_index} of {processes} {cause}, and the others were ended; finished runs are kept"
-        ) from None
+        found = f"process {error.error_index} of {processes} {cause}, and the others were ended"
+        raise TrainingError(f"{found}; finished runs are kept") from None
     finally:
         children = multiprocessing.active_children()
         for child in children:

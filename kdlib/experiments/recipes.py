@@ -78,8 +78,7 @@ def distiller(loss: str, student: str) -> Recipe:
         loss: one of `comparison_losses()`.
         student: "S1" or "S2", for the thesis's temperature of its contrast.
 
-    Raises:
-        InputError: no such loss.
+    Raises: InputError: no such loss.
     """
     made = lookup("distillation loss", loss, {name: LOSSES[name] for name in comparison_losses()})
     if made.reads == "logits":
@@ -105,25 +104,14 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
     recipe = thesis_recipe(student)
     silent = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
 
-    def projected(kind: str) -> tuple[Term, ...]:
-        return tuple(t if t.name == "PMD" else dataclasses.replace(t, projector=kind) for t in recipe.terms)
-
+    frozen = tuple(t if t.name == "PMD" else dataclasses.replace(t, projector="frozen") for t in recipe.terms)
     taught = {
-        "zero_weights": dict(terms=silent),
-        "random_teacher": dict(teacher="random"),
-        "shuffled_teacher": dict(teacher="shuffled"),
-        "frozen_projectors": dict(terms=projected("frozen")),
+        "zero_weights": dict(terms=silent), "random_teacher": dict(teacher="random"),
+        "shuffled_teacher": dict(teacher="shuffled"), "frozen_projectors": dict(terms=frozen),
         "redrawn_projectors": dict(redrawn_projectors=True),
-    }
-    runs = [
-        Run(
-            model=student,
-            teacher=teacher,
-            recipe=dataclasses.replace(recipe, name=name, control=name, **change),
-            **setting,
-        )
-        for name, change in taught.items()
-    ]
+    }  # fmt: skip
+    changed = [dataclasses.replace(recipe, name=name, control=name, **change) for name, change in taught.items()]
+    runs = [Run(model=student, teacher=teacher, recipe=recipe, **setting) for recipe in changed]
     alone = [
         Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
         Recipe("longer_training", budget="teacher+student", control="longer_training"),

@@ -23,10 +23,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch import nn
 
 from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, lookup, to_json
@@ -34,11 +32,11 @@ from kdlib.experiments.identity import identity
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
 from kdlib.models import MODELS
-from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint
+from kdlib.record import FORMAT, read_manifest
+from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint, load_weights
 from kdlib.training.device import precision_on
 from kdlib.training.state import new_model
 
-FORMAT = 2  # of manifests
 OUTPUTS = (
     "best.safetensors", "last.safetensors", "projectors.safetensors", "history.csv", "metrics.csv", "slices.npz",
 )  # fmt: skip
@@ -104,25 +102,6 @@ def run_folder(run: Run, results: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- manifests
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a run's folder, whatever its status; empty where there is none, or one of an older version.
-
-    Raises:
-        InputError: it is of a newer version of kdlib, or damaged.
-    """
-    path = folder / "manifest.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        number = int(record.get("format", 0))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete {folder} to train that run again") from None
-    if number > FORMAT:
-        raise InputError(f"{path}: written by a newer version (format {number}); update kdlib")
-    return record if number == FORMAT else {}
-
-
 def is_done(run: Run, results: Path) -> bool:
     return is_marked_done(run_folder(run, results))
 
@@ -175,7 +154,13 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
         "effective_recipe": dataclasses.asdict(run.effective_recipe),
         "seeds": {"run": run.seed, "teacher": run.teacher_seed},
         "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
-        "data": {"digest": found.digest, "fold_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} | parts,
+        "data": {
+            "digest": found.digest,
+            "fold_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            "modality": found.dataset.modality,
+            "classes": list(found.classes),
+        }
+        | parts,
         "code": {"hash": CODE_HASH, "files": CODE},
         "git": git_state(),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -193,18 +178,6 @@ def write_manifest(folder: Path, record: dict) -> None:
         made = [name for name in OUTPUTS if (folder / name).is_file()]
         record = record | {"files": {name: sha256(folder / name) for name in made}}
     write_json(folder / "manifest.json", record)
-
-
-def verified(path: Path) -> Path:
-    """A file of a finished run, after a look at its hash.
-
-    Raises:
-        InputError: it is not the file that the manifest beside it names; or what `read_manifest` refuses.
-    """
-    known = read_manifest(path.parent).get("files", {}).get(path.name)
-    if known is not None and path.is_file() and sha256(path) != known:
-        raise InputError(f"{path} was changed after its run: delete {path.parent} to train that run again")
-    return path
 
 
 def fail(run: Run, folder: Path, record: dict, failure: Exception) -> TrainingError:
@@ -251,30 +224,6 @@ def _now() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ weights, locks
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads safetensors into `model`.
-
-    Raises:
-        InputError: no such file, one that is damaged or was changed after its run, or one that does not fit the model
-            (names what differs).
-    """
-    try:
-        weights = safetensors.torch.load_file(verified(path))
-    except FileNotFoundError:
-        raise InputError(f"weights {path} do not exist: train that run first") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"weights {path} cannot be read ({error}): delete the run's folder and train again") from None
-    own = model.state_dict()
-    differ = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
-    if faults:
-        raise InputError(
-            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of "
-            f"another shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
-        )
-    model.load_state_dict(weights)
 
 
 def trained(run: Run, classes: int, results: Path, device: torch.device) -> nn.Module:

@@ -16,8 +16,9 @@ from kdlib.evaluation.calibration import calibration
 from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import manifest, run_folder, run_key, trained, verified
+from kdlib.experiments.store import manifest, run_folder, run_key, trained
 from kdlib.files import read_arrays, read_csv, write_arrays, write_csv
+from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
@@ -51,8 +52,7 @@ class Results:
     def load(cls, folder: Path, name: str) -> Results:
         """Reads what `save` wrote, without the runs themselves.
 
-        Raises:
-            InputError: the experiment was not saved there.
+        Raises: InputError: the experiment was not saved there.
         """
         try:
             tables = {part: _read(folder / "tables" / f"{name}_{part}.csv") for part in PARTS}
@@ -77,12 +77,8 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         )  # fmt: skip
         examples.append(read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
-    return Results(
-        pd.concat(cases, ignore_index=True)[order],
-        pd.concat(history, ignore_index=True),
-        pd.DataFrame(rows),
-        pd.concat(examples, ignore_index=True),
-    )
+    cases, history, examples = (pd.concat(parts, ignore_index=True) for parts in (cases, history, examples))
+    return Results(cases[order], history, pd.DataFrame(rows), examples)
 
 
 def teacher_agreement(
@@ -96,8 +92,7 @@ def teacher_agreement(
         runs: whose best weights are compared.
         teacher: with whose; the teacher of the same fold for each run.
 
-    Returns:
-        tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
+    Returns: tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
         (CKA) and calibration by case, class and bin.
     """
     results, place = Path(results).resolve(), pick_device(device)

@@ -175,18 +175,14 @@ def check_pair(student: Tensor, teacher: Tensor, channels: bool = True) -> None:
     """Raises InputError where the two are not maps BNH[WD] of one shape (one batch and grid where not `channels`)."""
     shapes = [x.shape if channels else (*x.shape[:1], *x.shape[2:]) for x in (student, teacher)]
     if shapes[0] != shapes[1]:
-        raise InputError(
-            f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape: "
-            f"project and resize both to the same {'channels and ' if channels else ''}grid first"
-        )
+        found = f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape"
+        remedy = f"project and resize both to the same {'channels and ' if channels else ''}grid first"
+        raise InputError(f"{found}: {remedy}")
     if student.dim() < 3 or 0 in student.shape or 0 in teacher.shape:
         raise InputError(f"maps of shape {list(student.shape)}: give [batch, channels, spatial ...], none of them 0")
-    dtypes = [x.dtype for x in (student, teacher)]
-    if (
-        not all(dtype.is_floating_point for dtype in dtypes)
-        or as_float(student[:0]).dtype != as_float(teacher[:0]).dtype
-    ):
-        raise InputError(f"student maps are {dtypes[0]} and teacher maps {dtypes[1]}: give both in one floating type")
+    kinds, floating = (student.dtype, teacher.dtype), student.is_floating_point() and teacher.is_floating_point()
+    if not floating or as_float(student[:0]).dtype != as_float(teacher[:0]).dtype:
+        raise InputError(f"student maps are {kinds[0]} and teacher maps {kinds[1]}: give both in one floating type")
 
 
 def check_positive(**values: float) -> None:
@@ -217,8 +213,7 @@ def _is_number(value: object) -> bool:
 def usable_labels(labels: Tensor | None, ignore_index: int | None, term: str) -> tuple[Tensor, Tensor | None]:
     """Checked labels with -1 for `ignore_index`, and where they are not ignored (None without an `ignore_index`).
 
-    Raises:
-        InputError: labels are missing, not int64, or below 0 without being ignored.
+    Raises: InputError: labels are missing, not int64, or below 0 without being ignored.
     """
     if labels is None:
         why = "needs labels" if ignore_index is None else f"needs labels, to know the positions of label {ignore_index}"
@@ -232,9 +227,8 @@ def usable_labels(labels: Tensor | None, ignore_index: int | None, term: str) ->
     if labels.device.type == "cpu" and labels.numel():
         below = labels if kept is None else labels[kept]
         if below.numel() and below.min() < 0:
-            raise InputError(
-                f"labels reach down to {int(below.min())}: give classes from 0, or say it with ignore_index"
-            )
+            least = int(below.min())
+            raise InputError(f"labels reach down to {least}: give classes from 0, or say it with ignore_index")
     return labels, kept
 
 
@@ -248,8 +242,7 @@ def check_classes(labels: Tensor, channels: int) -> None:
 def resize_labels(labels: Tensor | None, maps: Tensor, term: str) -> Tensor:
     """Labels BH[WD] (int64) on the grid of `maps` (BNH[WD]): the label nearest to each position's centre.
 
-    Raises:
-        InputError: labels are missing, or not of the maps' batch and dimensions.
+    Raises: InputError: labels are missing, or not of the maps' batch and dimensions.
     """
     if labels is None:
         raise InputError(f"{term} needs labels: choose a loss without labels where there are none")

@@ -9,17 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.config import InputError
-from kdlib.losses.base import (
-    Context,
-    DistillationLoss,
-    as_float,
-    check_positive,
-    check_weight,
-    check_whole,
-    l2_normalize,
-    near_boundary,
-    patients_of,
-)
+from kdlib.losses import base
+from kdlib.losses.base import Context, DistillationLoss, as_float, l2_normalize
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
 
@@ -41,7 +32,7 @@ class InfoNCE(DistillationLoss):
 
     def __init__(self, temperature: float = 0.1, same_patient: bool = False):
         super().__init__()
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         self.temperature, self.same_patient = temperature, same_patient
 
     def compare(self, student, teacher, labels, kept, context):
@@ -55,7 +46,7 @@ class InfoNCE(DistillationLoss):
         """Which images are keys of which anchor, [B, B] bool."""
         if not self.same_patient:
             return torch.ones(len(student), len(student), dtype=torch.bool, device=student.device)
-        patients = patients_of(context, student, "InfoNCE without the same patient")
+        patients = base.patients_of(context, student, "InfoNCE without the same patient")
         return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
@@ -90,25 +81,20 @@ class SupervisedContrastiveLoss(DistillationLoss):
     reads, adapt = "features", "both"
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        samples: int | None = 1024,
-        hard: float = 0.0,
-        radius: int = 1,
-        memory: int = 0,
+        self, temperature: float = 0.1, samples: int | None = 1024, hard: float = 0.0, radius: int = 1, memory: int = 0,
         same_patient: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
-        check_weight(hard=hard)
+        base.check_weight(hard=hard)
         if samples is not None:
-            check_whole(samples=samples)
-        check_whole(radius=radius)
-        check_whole(0, memory=memory)
+            base.check_whole(samples=samples)
+        base.check_whole(radius=radius)
+        base.check_whole(0, memory=memory)
         if hard > 1:
             raise InputError(f"a share of {hard} of the positions near boundaries: give one between 0 and 1")
         if hard and samples is None:
             raise InputError("all positions are taken, so none can be drawn near boundaries: give samples, or hard=0")
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         self.temperature, self.samples = temperature, samples
         self.hard, self.radius, self.same_patient = hard, radius, same_patient
         self.bank = MemoryBank(memory) if memory else None
@@ -119,7 +105,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         key_labels = own_labels = labels.flatten()[positions]
         key_patients = patients = None
         if self.bank is not None or self.same_patient:
-            key_patients = patients = patients_of(context, student, "supervised contrastive loss")[image]
+            key_patients = patients = base.patients_of(context, student, "supervised contrastive loss")[image]
         anchors, keys = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
         own_keys = keys
         if self.bank is not None and len(self.bank):
@@ -148,7 +134,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         flat = labels.flatten()
         if self.samples is None:
             return (flat >= 0).nonzero()[:, 0]
-        near = near_boundary(labels, self.radius).flatten() if self.hard else None
+        near = base.near_boundary(labels, self.radius).flatten() if self.hard else None
         classes = flat.unique()
         classes = classes[classes >= 0]
         share = max(1, self.samples // len(classes))
@@ -174,13 +160,12 @@ class SupervisedContrastiveLoss(DistillationLoss):
             labels: BH[WD], on the maps' grid.
             patients: [B], the patient of each image, needed with `same_patient`.
 
-        Returns:
-            [a, n] int8: 1 a positive, -1 a negative, 0 left out.
+        Returns: [a, n] int8: 1 a positive, -1 a negative, 0 left out.
         """
         flat, size = labels.flatten(), labels[0].numel()
         relation = torch.where(flat[anchors][:, None] == flat[keys], 1, -1)
         if self.same_patient:
-            patients = patients_of(Context(patients=patients), labels, "supervised contrastive loss")
+            patients = base.patients_of(Context(patients=patients), labels, "supervised contrastive loss")
             same = patients[anchors // size][:, None] == patients[keys // size]
             relation = relation.masked_fill(same & (anchors[:, None] != keys), 0)
         return relation.to(torch.int8)
@@ -233,7 +218,7 @@ class PrototypeContrast(DistillationLoss):
         super().__init__()
         if anchors not in ("regions", "pixels"):
             raise InputError(f"anchors {anchors!r} of the prototype contrast: choose from regions, pixels")
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         self.temperature, self.anchors, self.per_image = temperature, anchors, per_image
 
     def compare(self, student, teacher, labels, kept, context):
@@ -289,19 +274,18 @@ class CRD(DistillationLoss):
 
     def __init__(self, temperature: float = 0.07, memory: int = 1024, same_patient: bool = False):
         super().__init__()
-        check_positive(temperature=temperature)
-        check_whole(0, memory=memory)
+        base.check_positive(temperature=temperature)
+        base.check_whole(0, memory=memory)
         self.temperature, self.same_patient = temperature, same_patient
         self.student_bank, self.teacher_bank = (MemoryBank(memory) if memory else None for _ in range(2))
         # log Z with students, and with teachers as anchors; -inf before the first training step with a negative
         self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))
 
     def compare(self, student, teacher, labels, kept, context):
-        patients = torch.arange(
-            len(student), device=student.device
-        )  # where none are asked for: as if of one image each
+        # where none are asked for: as if of one image each
+        patients = torch.arange(len(student), device=student.device)
         if self.student_bank is not None or self.same_patient:
-            patients = patients_of(context, student, "CRD")
+            patients = base.patients_of(context, student, "CRD")
         z, k = (l2_normalize(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
         loss = self._direction(0, z, k, self.teacher_bank, patients)
         loss = loss + self._direction(1, k, z, self.student_bank, patients)

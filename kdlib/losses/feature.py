@@ -9,18 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses.base import (
-    EMPTY_CONTEXT,
-    Context,
-    DistillationLoss,
-    as_float,
-    check_positive,
-    check_whole,
-    l2_normalize,
-    mean_square,
-    resize_labels,
-    usable_labels,
-)
+from kdlib.losses import base
+from kdlib.losses.base import EMPTY_CONTEXT, Context, DistillationLoss, as_float, l2_normalize
 from kdlib.losses.prediction import ChannelWiseDistillation
 
 
@@ -31,7 +21,7 @@ class FeatureMSE(DistillationLoss):
     reads, adapt = "features", "student"
 
     def compare(self, student, teacher, labels, kept, context):
-        return mean_square(as_float(student), as_float(teacher), kept)
+        return base.mean_square(as_float(student), as_float(teacher), kept)
 
 
 class FeatureCWD(ChannelWiseDistillation):
@@ -61,7 +51,7 @@ class AttentionTransfer(DistillationLoss):
 
     def __init__(self, power: float = 2.0):
         super().__init__()
-        check_positive(power=power)
+        base.check_positive(power=power)
         if power < 1:
             raise InputError(f"power of an attention map is {power}: give 1 or more")
         self.power = power
@@ -154,7 +144,7 @@ class ReviewKD(DistillationLoss):
             raise InputError(f"ReviewKD between {scales}: give channels of one or more pairs, from shallow to deep")
         if dims not in (2, 3):
             raise InputError(f"ReviewKD in {dims} dimensions: give 2 or 3")
-        check_whole(width=width)
+        base.check_whole(width=width)
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         self.dims = dims
         self.reduce = nn.ModuleList(conv(channels, width, 1) for channels in student_channels)
@@ -165,12 +155,9 @@ class ReviewKD(DistillationLoss):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        labels: Tensor | None = None,
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor | None = None,
         context: Context = EMPTY_CONTEXT,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """
         Args:
             student, teacher: feature maps BNHW[D] of each scale, from shallow to deep. Grids may differ in every way:
@@ -180,14 +167,10 @@ class ReviewKD(DistillationLoss):
         self._check(student, teacher)
         kept = [None] * len(student)
         if context.ignore_index is not None:
-            labels, _ = usable_labels(labels, context.ignore_index, self.label)
-            kept, kept_of_teacher = (
-                [resize_labels(labels, x, self.label) >= 0 for x in side] for side in (student, teacher)
-            )
-            student, teacher = (
-                [x.masked_fill(~k[:, None], 0) for x, k in zip(*sides, strict=True)]
-                for sides in ((student, kept), (teacher, kept_of_teacher))
-            )
+            labels, _ = base.usable_labels(labels, context.ignore_index, self.label)
+            kept, of_teacher = ([base.resize_labels(labels, x, self.label) >= 0 for x in y] for y in (student, teacher))
+            sides = (zip(student, kept, strict=True), zip(teacher, of_teacher, strict=True))
+            student, teacher = ([x.masked_fill(~k[:, None], 0) for x, k in side] for side in sides)
         mode = {2: "bilinear", 3: "trilinear"}[self.dims]
         with torch.autocast(student[0].device.type, enabled=False):
             losses = [

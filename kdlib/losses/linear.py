@@ -21,13 +21,9 @@ SAFE = 60.0  # exponentials of +-60 and sums of 1e12 of them are far inside sing
 
 
 def log_sum_exp(
-    queries: Tensor,
-    keys: Tensor,
-    scale: float,
-    query_groups: Tensor | None = None,
-    key_groups: Tensor | None = None,
+    queries: Tensor, keys: Tensor, scale: float, query_groups: Tensor | None = None, key_groups: Tensor | None = None,
     unit: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`log sum_j exp(scale * q_i . k_j)` of every query, computed in at least single precision.
 
     4 n m d floating-point operations forward, gradient of the queries included; as many again backward where the keys
@@ -41,8 +37,7 @@ def log_sum_exp(
             query's own position: key i of query i. (Two slices of one patient are near copies.)
         unit: no vector is longer than 1, so that a moderate scale needs no search for the largest product.
 
-    Returns:
-        [n]; -inf for a query that is left without a key.
+    Returns: [n]; -inf for a query that is left without a key.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = as_float(queries), as_float(keys)

@@ -29,9 +29,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("vectors", torch.zeros(size, 0))
         for name in ("labels", "patients", "steps"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
-        self.register_buffer(
-            "pushed", torch.zeros((), dtype=torch.int64)
-        )  # ever, so that its remainder is the next place
+        # ever, so that its remainder is the next place
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("admitted", torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -40,8 +39,7 @@ class MemoryBank(nn.Module):
     def allow_patients(self, patients: Sequence[int]) -> None:
         """Says whose vectors may enter: the training patients of this fold. A later call replaces an earlier one.
 
-        Raises:
-            InputError: where no patient is given, or the bank holds vectors of a patient that is not among them.
+        Raises: InputError: where no patient is given, or the bank holds vectors of a patient that is not among them.
         """
         admitted = torch.as_tensor(sorted({int(p) for p in patients}), dtype=torch.int64, device=self.admitted.device)
         if not len(admitted):
@@ -62,9 +60,8 @@ class MemoryBank(nn.Module):
             InputError: before `allow_patients`, for a patient that was not admitted, or where the shapes do not fit.
         """
         if not len(self.admitted):
-            raise InputError(
-                "nothing may enter the memory bank yet: call allow_patients with the training patients first"
-            )
+            remedy = "call allow_patients with the training patients first"
+            raise InputError(f"nothing may enter the memory bank yet: {remedy}")
         shapes = [list(x.shape) for x in (vectors, labels, patients)]
         if vectors.dim() != 2 or shapes[1:] != [shapes[0][:1]] * 2:
             raise InputError(f"vectors, labels and patients of shapes {shapes}: give [n, d], [n] and [n]")

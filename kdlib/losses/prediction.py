@@ -6,16 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.losses.base import (
-    DistillationLoss,
-    as_float,
-    check_positive,
-    check_weight,
-    check_whole,
-    l2_normalize,
-    mean_over,
-    near_boundary,
-)
+from kdlib.losses import base
+from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
 from kdlib.losses.segmentation import probabilities
 
 
@@ -47,11 +39,11 @@ class PredictionKL(DistillationLoss):
 
     def __init__(self, temperature: float = 4.0):
         super().__init__()
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         self.temperature = temperature
 
     def compare(self, student, teacher, labels, kept, context):
-        return mean_over(self.of_pixels(student, teacher), kept) * self.temperature**2
+        return base.mean_over(self.of_pixels(student, teacher), kept) * self.temperature**2
 
     def of_pixels(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The divergence BH[WD] of every pixel, without the squared temperature."""
@@ -96,13 +88,13 @@ class BoundaryKL(PredictionKL):
 
     def __init__(self, temperature: float = 4.0, boundary: float = 5.0, radius: int = 2):
         super().__init__(temperature)
-        check_positive(boundary=boundary)
-        check_whole(radius=radius)
+        base.check_positive(boundary=boundary)
+        base.check_whole(radius=radius)
         self.boundary, self.radius = boundary, radius
 
     def compare(self, student, teacher, labels, kept, context):
         divergences = self.of_pixels(student, teacher)
-        band = near_boundary(labels.clamp(max=1) if student.shape[1] == 1 else labels, self.radius)
+        band = base.near_boundary(labels.clamp(max=1) if student.shape[1] == 1 else labels, self.radius)
         weights = 1 + (self.boundary - 1) * band.to(divergences.dtype)
         if kept is not None:
             weights = weights * kept
@@ -129,15 +121,15 @@ class DKD(DistillationLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
         super().__init__()
-        check_positive(temperature=temperature)
-        check_weight(alpha=alpha, beta=beta)
+        base.check_positive(temperature=temperature)
+        base.check_weight(alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def compare(self, student, teacher, labels, kept, context):
         labels = labels.clamp(0, 1 if student.shape[1] == 1 else None)
         own, others = zip(*(self._decoupled(logits, labels[:, None]) for logits in (student, teacher)), strict=True)
         tckd, nckd = divergence(*own), divergence(*others)
-        return mean_over(self.alpha * tckd + self.beta * nckd, kept) * self.temperature**2
+        return base.mean_over(self.alpha * tckd + self.beta * nckd, kept) * self.temperature**2
 
     def _decoupled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of (p_t, 1 - p_t), and of the distribution among the other classes (0 at the own class)."""
@@ -172,16 +164,14 @@ class DIST(DistillationLoss):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
         super().__init__()
-        check_positive(temperature=temperature)
-        check_weight(beta=beta, gamma=gamma)
+        base.check_positive(temperature=temperature)
+        base.check_weight(beta=beta, gamma=gamma)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def compare(self, student, teacher, labels, kept, context):
         # [classes, pixels of the batch]
-        student, teacher = (
-            probabilities(as_float(logits) / self.temperature).transpose(0, 1).flatten(1)
-            for logits in (student, teacher)
-        )
+        scaled = [as_float(logits) / self.temperature for logits in (student, teacher)]
+        student, teacher = (probabilities(logits).transpose(0, 1).flatten(1) for logits in scaled)
         if kept is not None:
             student, teacher = (x[:, kept.flatten()] for x in (student, teacher))
         loss = self.gamma * (1 - correlation(student, teacher, dim=1).mean())
@@ -192,9 +182,8 @@ class DIST(DistillationLoss):
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Pearson's correlation along `dim`; 0 where either does not vary."""
-    return (l2_normalize(a - a.mean(dim, keepdim=True), dim) * l2_normalize(b - b.mean(dim, keepdim=True), dim)).sum(
-        dim
-    )
+    a, b = (l2_normalize(x - x.mean(dim, keepdim=True), dim) for x in (a, b))
+    return (a * b).sum(dim)
 
 
 class ChannelWiseDistillation(DistillationLoss):
@@ -212,7 +201,7 @@ class ChannelWiseDistillation(DistillationLoss):
 
     def __init__(self, temperature: float = 4.0):
         super().__init__()
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         self.temperature = temperature
 
     def compare(self, student, teacher, labels, kept, context):

@@ -10,16 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.config import InputError
-from kdlib.losses.base import (
-    DistillationLoss,
-    as_float,
-    check_positive,
-    check_weight,
-    check_whole,
-    l2_normalize,
-    mean_square,
-    patients_of,
-)
+from kdlib.losses import base
+from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
 from kdlib.losses.memory import MemoryBank
 
 
@@ -64,8 +56,8 @@ class PairwiseAffinity(DistillationLoss):
 
     def __init__(self, scale: float = 0.5, nodes: int = 256, pool: str = "avg"):
         super().__init__()
-        check_positive(scale=scale)
-        check_whole(2, nodes=nodes)
+        base.check_positive(scale=scale)
+        base.check_whole(2, nodes=nodes)
         if scale > 1 or pool not in ("avg", "max"):
             raise InputError(f"scale {scale}, pool {pool!r}: give a scale of at most 1 and the pool 'avg' or 'max'")
         self.scale, self.nodes, self.pool = scale, nodes, pool
@@ -98,7 +90,7 @@ class IFVD(DistillationLoss):
     def compare(self, student, teacher, labels, kept, context):
         members = _members(labels, _classes(labels))
         of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
-        return mean_square(of_student, of_teacher, None if kept is None else kept.flatten(1))
+        return base.mean_square(of_student, of_teacher, None if kept is None else kept.flatten(1))
 
     @staticmethod
     def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:
@@ -144,22 +136,15 @@ class CrossImageRelation(DistillationLoss):
     reads, adapt = "features", "student"
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        weights: Sequence[float] = (1.0, 0.1, 0.1),
-        nodes: int = 64,
-        pixels: int = 16,
-        pixel_memory: int = 8192,
-        region_memory: int = 2048,
-        pixel_keys: int = 4096,
-        region_keys: int = 1024,
-    ):
+        self, temperature: float = 0.1, weights: Sequence[float] = (1.0, 0.1, 0.1), nodes: int = 64, pixels: int = 16,
+        pixel_memory: int = 8192, region_memory: int = 2048, pixel_keys: int = 4096, region_keys: int = 1024,
+    ):  # fmt: skip
         super().__init__()
-        check_positive(temperature=temperature)
+        base.check_positive(temperature=temperature)
         if isinstance(weights, str) or len(weights) != 3:
             raise InputError(f"weights {weights}: give three, for mini-batch, pixel and region")
-        check_weight(**{f"number {i} of the weights": weight for i, weight in enumerate(weights)})
-        check_whole(nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)
+        base.check_weight(**{f"number {i} of the weights": weight for i, weight in enumerate(weights)})
+        base.check_whole(nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)
         self.temperature, self.weights, self.nodes, self.pixels = temperature, tuple(weights), nodes, pixels
         self.pixel_keys, self.region_keys = pixel_keys, region_keys
         self.pixel_bank, self.region_bank = MemoryBank(pixel_memory), MemoryBank(region_memory)
@@ -168,14 +153,12 @@ class CrossImageRelation(DistillationLoss):
         loss = self.weights[0] * self._minibatch(student, teacher, kept)
         if not self.needs_labels:
             return loss
-        patients = patients_of(context, student, "a memory") if self.training else None
+        patients = base.patients_of(context, student, "a memory") if self.training else None
 
         classes = _classes(labels)
         flat = labels.flatten(1)
-        groups = (
-            torch.searchsorted(classes, flat.contiguous())
-            + len(classes) * torch.arange(len(labels), device=labels.device)[:, None]
-        )
+        own = torch.searchsorted(classes, flat.contiguous())
+        groups = own + len(classes) * torch.arange(len(labels), device=labels.device)[:, None]
         groups = groups.flatten() if kept is None else groups[kept.flatten(1)]
         drawn = _draw(groups, self.pixels, context.generator)
         if kept is not None:
@@ -202,9 +185,8 @@ class CrossImageRelation(DistillationLoss):
         nodes = None if kept is None else _pooled(kept, grid)
         relations = []
         for maps in (student, teacher):
-            z = (
-                l2_normalize(_pool(maps, grid, "avg", kept)).flatten(2).transpose(1, 2).flatten(0, 1)
-            )  # [B * P, channels]
+            pooled = l2_normalize(_pool(maps, grid, "avg", kept))
+            z = pooled.flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
             relations.append((z @ z.T / self.temperature).unflatten(1, (len(maps), -1)))
         if nodes is None:
             return _divergence(*relations)
@@ -215,9 +197,8 @@ class CrossImageRelation(DistillationLoss):
     @torch.no_grad()
     def _push_regions(self, teacher: Tensor, labels: Tensor, classes: Tensor, patients: Tensor, step: int) -> None:
         members = _members(labels, classes)
-        means = l2_normalize(_class_means(l2_normalize(teacher).flatten(2), members)).transpose(
-            1, 2
-        )  # [B, classes, channels]
+        means = l2_normalize(_class_means(l2_normalize(teacher).flatten(2), members))
+        means = means.transpose(1, 2)  # [B, classes, channels]
         image, label = members.any(1).nonzero(as_tuple=True)
         self.region_bank.push(means[image, label], classes[label], patients[image], step)
 

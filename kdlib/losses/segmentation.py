@@ -63,15 +63,12 @@ class SegmentationLoss(nn.Module):
             logits: BNH[WD].
             labels: BH[WD], int64, 0 is background; for one channel, every other label is foreground.
 
-        Raises:
-            InputError: where the shapes do not fit, labels are not int64, or a label is below 0 or has no channel.
+        Raises: InputError: where the shapes do not fit, labels are not int64, or a label is below 0 or has no channel.
         """
         channels = logits.shape[1]
         if labels.shape != logits.shape[:1] + logits.shape[2:]:
-            raise InputError(
-                f"labels {list(labels.shape)} do not fit logits {list(logits.shape)}: "
-                "give labels of the logits' shape without its channels"
-            )
+            found = f"labels {list(labels.shape)} do not fit logits {list(logits.shape)}"
+            raise InputError(f"{found}: give labels of the logits' shape without its channels")
         labels, kept = usable_labels(labels, self.ignore_index, "the segmentation loss")
         if channels > 1:
             check_classes(labels, channels)
@@ -80,17 +77,12 @@ class SegmentationLoss(nn.Module):
         target = target * (1 - self.smoothing) + self.smoothing / max(channels, 2)
         if kept is not None:
             # certain and true background adds nothing to Dice or cross entropy, whose mean is then of the kept alone
-            background = torch.arange(channels, device=logits.device).view(1, -1, *[1] * (logits.dim() - 2)) == (
-                0 if channels > 1 else -1
-            )
+            number = torch.arange(channels, device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
+            background = number == (0 if channels > 1 else -1)
             ignored = ~kept[:, None]
             logits = torch.where(ignored, torch.where(background, 0.0, -1e4).to(logits), logits)
             target = torch.where(ignored, background.to(target), target)
             share = kept.sum().clamp(min=1) / kept.numel()
-        if channels == 1:
-            dice, entropy = self.binary, F.binary_cross_entropy_with_logits
-        else:
-            dice, entropy = self.multiclass, F.cross_entropy
-        if self.cross_entropy:
-            return dice(logits, target) + entropy(logits, target) / share
-        return dice(logits, target)
+        dice = (self.binary if channels == 1 else self.multiclass)(logits, target)
+        entropy = F.binary_cross_entropy_with_logits if channels == 1 else F.cross_entropy
+        return dice + entropy(logits, target) / share if self.cross_entropy else dice

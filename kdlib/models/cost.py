@@ -30,8 +30,7 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
         classes: foreground classes it segments.
         models: names in `kdlib.models.MODELS` whose networks are U-Nets.
 
-    Returns:
-        a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
+    Returns: a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
         inference_parameters (without the reconstruction decoder), gflops (10^9 operations, two per multiply-add),
         latency_ms (median of one thread, batch of 1, float32, channels last) and threads.
     """
@@ -42,17 +41,9 @@ def cost(width: float, size: int, classes: int = 1, models: Sequence[str] = TEAC
                 model = build_model(name, classes=number, width=wide).eval()
             whole = count_parameters(model)
             spared = count_parameters(model.reconstruction) if model.reconstructs else 0
-            rows.append(
-                dict(
-                    model=name,
-                    size=scope,
-                    parameters=whole,
-                    inference_parameters=whole - spared,
-                    gflops=gflops(model, side, reconstruct=False),
-                    latency_ms=latency(model, side),
-                    threads=1,
-                )  # fmt: skip
-            )
+            found = dict(parameters=whole, inference_parameters=whole - spared)
+            found |= dict(gflops=gflops(model, side, reconstruct=False), latency_ms=latency(model, side), threads=1)
+            rows.append(dict(model=name, size=scope) | found)
     return pd.DataFrame(rows)
 
 

@@ -76,14 +76,9 @@ class EfficientUNet(UNet):
     """
 
     def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int,
-        out_channels: int,
-        widths: Sequence[int],
-        blocks: Sequence[int],
+        self, spatial_dims: int, in_channels: int, out_channels: int, widths: Sequence[int], blocks: Sequence[int],
         kernel: int = 5,
-    ):
+    ):  # fmt: skip
         nn.Module.__init__(self)
         self.spatial_dims, self.in_channels, self.reconstructs = spatial_dims, in_channels, False
         self.depth = len(widths) - 1

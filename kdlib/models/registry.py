@@ -59,8 +59,7 @@ def build_model(
         classes: foreground classes; one gives one channel of logits, several give one more than that (0 background).
         width: factor on the teachers' channels, rounded to multiples of 8 (T2's tokens: 64); students keep theirs.
 
-    Raises:
-        InputError: for a name that does not exist, other dimensions, no class, no channel, or a width not above 0.
+    Raises: InputError: for a name that does not exist, other dimensions, no class, no channel, or a width not above 0.
     """
     build = lookup("model", name, MODELS)
     if spatial_dims not in (2, 3):

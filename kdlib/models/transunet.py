@@ -51,15 +51,9 @@ class TransformerBottleneck(nn.Module):
 
 
 def transunet(
-    spatial_dims: int,
-    in_channels: int,
-    out_channels: int,
-    widths: Sequence[int],
-    convs: int,
-    reconstruct: bool,
-    hidden: int = 768,
-    layers: int = 12,
-) -> UNet:
+    spatial_dims: int, in_channels: int, out_channels: int, widths: Sequence[int], convs: int, reconstruct: bool,
+    hidden: int = 768, layers: int = 12,
+) -> UNet:  # fmt: skip
     """TransUNet (Chen 2021, arXiv 2102.04306) on the stages and decoders of a U-Net.
 
     The tokens are the positions of the map at 1/16: 256 of them at 256 x 256. A 3 x 3 convolution maps them back to the

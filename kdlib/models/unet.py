@@ -81,24 +81,14 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int,
-        out_channels: int,
-        widths: Sequence[int],
-        convs: int,
-        reconstruct: bool,
-        bottleneck: nn.Module | None = None,
-    ):
+        self, spatial_dims: int, in_channels: int, out_channels: int, widths: Sequence[int], convs: int,
+        reconstruct: bool, bottleneck: nn.Module | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.spatial_dims, self.in_channels, self.reconstructs = spatial_dims, in_channels, reconstruct
         self.depth = len(widths) - 1
-        self.encoder = nn.ModuleDict(
-            {
-                str(i + 1): conv_stage(spatial_dims, widths[i - 1] if i else in_channels, widths[i], convs)
-                for i in range(self.depth)
-            }
-        )
+        sides = enumerate(zip([in_channels, *widths], widths[:-1], strict=False), start=1)
+        self.encoder = nn.ModuleDict({str(i): conv_stage(spatial_dims, *side, convs) for i, side in sides})
         self.pool = Pool["max", spatial_dims](2)
         if bottleneck is None:
             bottleneck = conv_stage(spatial_dims, widths[-2], widths[-1], convs)
@@ -121,8 +111,7 @@ class UNet(nn.Module):
             x: images, BNH[WD], each side a multiple of 2 to the number of encoder stages.
             reconstruct: False leaves the reconstruction decoder out (39 % of T1's arithmetic).
 
-        Raises:
-            InputError: where the dimensions, the channels or the size of `x` do not fit.
+        Raises: InputError: where the dimensions, the channels or the size of `x` do not fit.
         """
         self._check(x)
         skips = []
@@ -142,12 +131,8 @@ class UNet(nn.Module):
             raise InputError(f"input of shape {list(shape)}: this model takes {expected}")
         if any(side < multiple or side % multiple for side in shape[2:]):
             size = " x ".join(map(str, shape[2:]))
-            raise InputError(
-                f"input of size {size}: the model halves it {self.depth} times, so each side must be "
-                f"a multiple of {multiple}"
-            )
+            why = f"the model halves it {self.depth} times, so each side must be a multiple of {multiple}"
+            raise InputError(f"input of size {size}: {why}")
         if self.training and shape[0] == 1 and all(side == multiple for side in shape[2:]):
-            raise InputError(
-                f"one image of side {multiple}: batch norm in training needs more than one value at the bottleneck; "
-                "use a larger batch or larger images"
-            )
+            why = "batch norm in training needs more than one value at the bottleneck"
+            raise InputError(f"one image of side {multiple}: {why}; use a larger batch or larger images")

@@ -83,11 +83,10 @@ class Adapter(nn.Module):
         return student, teacher if finer else resize(teacher, grid)
 
     def _describe(self, student: torch.Size, teacher: torch.Size, scales: tuple[str, str], kind: str) -> str:
-        grids = [[side // factor for side in s[1:]] for s, factor in zip((student, teacher), self.factors, strict=True)]
-        texts = []
-        for role, scale, shape, grid, projector in zip(
-            ("student", "teacher"), scales, (student, teacher), grids, (self.student, self.teacher), strict=True
-        ):
+        shapes, projectors, texts = (student, teacher), (self.student, self.teacher), []
+        grids = [[side // factor for side in shape[1:]] for shape, factor in zip(shapes, self.factors, strict=True)]
+        both = zip(("student", "teacher"), scales, shapes, grids, projectors, strict=True)
+        for role, scale, shape, grid, projector in both:
             text = f"{role} {scale} {shape[0]} channels on {' x '.join(map(str, grid))}"
             if projector is not None:
                 text += f", to {projector.conv.out_channels} by a {kind} 1x1 projection"

@@ -18,10 +18,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib.config import InputError
 from kdlib.files import write, write_error
+from kdlib.record import verified
 
 FORMAT = 2  # of checkpoints
 TENSOR = "tensor of this file"  # key that stands in the JSON for a tensor, with its name
@@ -45,6 +46,30 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             raise write_error(path, error) from None
 
     write(path, save)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads safetensors into `model`.
+
+    Raises:
+        InputError: no such file, one that is damaged or was changed after its run, or one that does not fit the model
+            (names what differs).
+    """
+    try:
+        weights = safetensors.torch.load_file(verified(path))
+    except FileNotFoundError:
+        raise InputError(f"weights {path} do not exist: train that run first") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights {path} cannot be read ({error}): delete the run's folder and train again") from None
+    own = model.state_dict()
+    differ = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
+    if faults:
+        raise InputError(
+            f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of "
+            f"another shape, the first {faults[0]!r}; use the file of the same model, width and number of classes"
+        )
+    model.load_state_dict(weights)
 
 
 def _hash_sources() -> dict[str, str]:

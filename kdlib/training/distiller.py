@@ -22,10 +22,8 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     options = [name for name in own if loss.adapt != "own" or name not in _SHAPES]
     unknown = [name for name in term.arguments if name not in options]
     if unknown:
-        raise InputError(
-            f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}; "
-            f"it has {', '.join(options) or 'none'}"
-        )
+        asked = f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}"
+        raise InputError(f"{asked}; it has {', '.join(options) or 'none'}")
     if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
@@ -59,13 +57,8 @@ class DistillationTerm(nn.Module):
     """
 
     def __init__(
-        self,
-        term: Term,
-        student: Mapping[str, Sequence[int]],
-        teacher: Mapping,
-        dims: int = 2,
-        redrawn: bool = False,
-    ):
+        self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, dims: int = 2, redrawn: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.term = term
         loss, arguments = _arguments(term)
@@ -102,9 +95,8 @@ class DistillationTerm(nn.Module):
         """What is compared with what, in words."""
         if self.adapters:
             return self.adapters[0].description
-        return f"student {', '.join(self.term.student_layers)}; teacher {', '.join(self.term.teacher_layers)}" + (
-            "; the loss's own projections" if self.loss.adapt == "own" else ""
-        )
+        own = "; the loss's own projections" if self.loss.adapt == "own" else ""
+        return f"student {', '.join(self.term.student_layers)}; teacher {', '.join(self.term.teacher_layers)}{own}"
 
 
 def shuffled_features(features: Mapping[str, Tensor], patients: Tensor, seed: int) -> dict[str, Tensor]:
@@ -135,14 +127,9 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        student: Mapping[str, Sequence[int]],
-        teachers: Mapping[str, Mapping[str, Sequence[int]]],
-        seed: int,
-        dims: int = 2,
-        patients: Iterable[int] = (),
-    ):
+        self, recipe: Recipe, student: Mapping[str, Sequence[int]], teachers: Mapping[str, Mapping[str, Sequence[int]]],
+        seed: int, dims: int = 2, patients: Iterable[int] = (),
+    ):  # fmt: skip
         super().__init__()
         self.shuffled = recipe.teacher == "shuffled"
         self.terms, self.weights, self.teacher_of = nn.ModuleDict(), {}, {}
@@ -160,14 +147,9 @@ class Distiller(nn.Module):
                 module.allow_patients(known)
 
     def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teachers: Mapping[str, Mapping[str, Tensor]],
-        labels: Tensor,
-        seed: int,
-        patients: Tensor | None = None,
-        step: int = 0,
-    ) -> dict[str, Tensor]:
+        self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int,
+        patients: Tensor | None = None, step: int = 0,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Unweighted terms by name.
 
         Args:

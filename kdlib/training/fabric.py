@@ -93,10 +93,9 @@ ALONE = Processes()
 def check_batch(batch: int, processes: int) -> None:
     """Raises InputError where a batch cannot be divided among the processes in equal parts."""
     if batch % processes:
-        fitting = [str(n) for n in range(2, batch + 1) if batch % n == 0]
-        raise InputError(
-            f"a batch of {batch} images cannot be divided by {processes} processes: take {', '.join(fitting)} processes"
-        )
+        fitting = ", ".join(str(n) for n in range(2, batch + 1) if batch % n == 0)
+        asked = f"a batch of {batch} images cannot be divided by {processes} processes"
+        raise InputError(f"{asked}: take {fitting} processes")
 
 
 def launch(function: Callable, processes: int, device: torch.device, *args: object) -> object:

@@ -18,9 +18,8 @@ class FeatureHooks:
         layers: scale name -> submodule path; kdlib's models carry theirs as `model.scales`.
         names: the scales to read.
 
-    Raises:
-        InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
-            layer that does not give one tensor.
+    Raises: InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
+        layer that does not give one tensor.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
@@ -33,18 +32,16 @@ class FeatureHooks:
             if name not in layers:
                 raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
             if layers[name] not in modules:
-                known = ", ".join(path for path in modules if path)
-                raise InputError(
-                    f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r}); layers: {known}"
-                )
+                known = ", ".join(filter(None, modules))
+                layer = f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r})"
+                raise InputError(f"{layer}; layers: {known}")
             self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name, layers[name])))
 
     def _reader(self, name: str, path: str):
         def read(module, inputs, output):
             if not isinstance(output, Tensor):
-                raise InputError(
-                    f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}: name a layer that gives a tensor"
-                )
+                given = f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}"
+                raise InputError(f"{given}: name a layer that gives a tensor")
             self.features[name] = output
 
         return read
@@ -64,8 +61,7 @@ class FeatureHooks:
 def split_scale(scale: str) -> tuple[str, int]:
     """A layer's name and the factor that it is pooled by: "encoder2/2" is ("encoder2", 2).
 
-    Raises:
-        InputError: the factor is no whole number above 1.
+    Raises: InputError: the factor is no whole number above 1.
     """
     name, _, factor = scale.partition("/")
     if factor and not (factor.isdigit() and int(factor) > 1):
@@ -92,11 +88,10 @@ def probe(
     hooks.close()
     kind = type(model).__name__
     for name in hooks.names:
+        layer = f"layer {layers[name]!r} (scale {name!r}) of {kind}"
         if name not in features:
-            raise InputError(f"layer {layers[name]!r} (scale {name!r}) of {kind} is never run: name another")
+            raise InputError(f"{layer} is never run: name another")
         if features[name].dim() != dims + 2:
-            raise InputError(
-                f"layer {layers[name]!r} (scale {name!r}) of {kind} gives {list(features[name].shape)}, not [batch, "
-                f"channels, {dims} spatial dimensions]: name a layer that gives maps"
-            )
+            given = f"{list(features[name].shape)}, not [batch, channels, {dims} spatial dimensions]"
+            raise InputError(f"{layer} gives {given}: name a layer that gives maps")
     return {name: features[name].shape[1:] for name in hooks.names}

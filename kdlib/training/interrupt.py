@@ -18,9 +18,7 @@ class InterruptHandler:
         highest: of several processes that train together: their highest number; they then end together, at the next
             `check` after a signal to any of them.
 
-    Raises:
-        KeyboardInterrupt: in the main thread after SIGINT.
-        SystemExit: of status 143 after SIGTERM.
+    Raises: KeyboardInterrupt: in the main thread after SIGINT. SystemExit: of status 143 after SIGTERM.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -39,13 +39,13 @@ from kdlib.experiments import runner, source, store, tables
 from kdlib.experiments.identity import identity
 from kdlib.experiments.recipes import controls, thesis_recipe
 from kdlib.experiments.runner import cohorts, study
-from kdlib.experiments.store import load_weights, run_folder, run_key
+from kdlib.experiments.store import run_folder, run_key
 from kdlib.experiments.tables import Results
 from kdlib.files import write, write_arrays
 from kdlib.models import MODELS, ExternalModel, build_model
 from kdlib.training import checkpoint as keeping
 from kdlib.training import loop as training
-from kdlib.training.checkpoint import save_tensors
+from kdlib.training.checkpoint import load_weights, save_tensors
 
 TINY = Profile("tiny", Preprocessing(32, 12.0), 0.125, 1, 1, 2, 2, folds=3)
 

@@ -35,9 +35,9 @@ from kdlib.apps.study import study_parameters
 from kdlib.config import InputError
 from kdlib.data import build_bank, index, split_file, splits
 from kdlib.data.decathlon import Dataset
-from kdlib.experiments.store import load_weights
 from kdlib.experiments.tables import Results
 from kdlib.files import check_study, read_arrays
+from kdlib.training.checkpoint import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (

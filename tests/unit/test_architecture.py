@@ -15,7 +15,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "kdlib").rglob("*.py"))
 }
-BASE = {"strict", "recipe", "config", "files"}
+BASE = {"strict", "recipe", "config", "files", "record"}
 ALLOWED = {  # room -> the rooms that it may import from
     "data": set(),
     "models": set(),
@@ -23,7 +23,7 @@ ALLOWED = {  # room -> the rooms that it may import from
     "training": {"data", "models", "losses"},
     "evaluation": {"data", "models", "losses", "training"},
     "experiments": {"data", "models", "losses", "training", "evaluation"},
-    "inference": {"data", "models", "losses", "training", "evaluation"},
+    "inference": {"data", "models", "losses", "training", "evaluation", "analysis"},
     "analysis": set(),
     "apps": {"data", "models", "losses", "training", "evaluation", "experiments", "inference", "analysis"},
 }

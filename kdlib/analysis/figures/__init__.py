@@ -3,6 +3,7 @@
 Every figure carries a note on n and its intervals as its label, which `save_figure` writes after the caption.
 """
 
+# ruff: noqa: F401
 from kdlib.analysis.figures.comparisons import ablation, cumulative_correction, ranking
 from kdlib.analysis.figures.failure import failure
 from kdlib.analysis.figures.pictures import features, pairs, qualitative, slice_montage
@@ -17,28 +18,3 @@ from kdlib.analysis.figures.results import (
 )
 from kdlib.analysis.figures.style import DOUBLE, SINGLE, method_styles, save_figure
 from kdlib.analysis.figures.training import gradient_diagnostics, gradient_shares, training_curves
-
-__all__ = [
-    "DOUBLE",
-    "SINGLE",
-    "ablation",
-    "along",
-    "choose_cases",
-    "cumulative_correction",
-    "dice_per_method",
-    "efficiency",
-    "failure",
-    "features",
-    "gradient_diagnostics",
-    "gradient_shares",
-    "method_styles",
-    "pairs",
-    "qualitative",
-    "ranking",
-    "reliability",
-    "save_figure",
-    "slice_montage",
-    "slopes",
-    "teacher_agreement",
-    "training_curves",
-]

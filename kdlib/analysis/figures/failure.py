@@ -12,28 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kdlib.analysis.figures.style import (
-    DOUBLE,
-    PALE,
-    SINGLE,
-    STYLE,
-    legend_below,
-    legend_lines,
-    log_axis,
-    method_styles,
-    need_columns,
-    p_text,
-    panels,
-    signed,
-    spread,
-)
+from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import interval, interval_text
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.patients import patients_text, per_patient, rows_of
 from kdlib.config import InputError
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(style.STYLE)
 def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | None = None) -> Figure:
     """Where the methods fail: every patient's Dice against the target's volume and the thickness of the slices.
 
@@ -45,16 +31,14 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | No
         cases: columns case and "thickness (mm)", as notebook 00 saves them.
         chosen: which methods to draw, by default all.
 
-    Raises:
-        InputError: a missing column, metric or method, or a case whose thickness is not known.
+    Raises: InputError: a missing column, metric or method, or a case whose thickness is not known.
     """
-    need_columns(cases, ["case", "thickness (mm)"], "cases", "tables/00_data_cases.csv; run notebook 00 again")
+    style.need_columns(cases, ["case", "thickness (mm)"], "cases", "tables/00_data_cases.csv; run notebook 00 again")
     known = per_patient(table, "dice")
     chosen = list(known["method"].unique()) if chosen is None else list(chosen)
-    missing = [method for method in chosen if method not in set(known["method"])]
-    if missing:
-        has = ", ".join(known["method"].unique())
-        raise InputError(f"failure: no method {', '.join(missing)} in the table: it has {has}")
+    has = known["method"].unique()
+    if missing := [method for method in chosen if method not in has]:
+        raise InputError(f"failure: no method {', '.join(missing)} in the table: it has {', '.join(has)}")
     wide = known.pivot(index="patient", columns="method", values="value")[chosen].dropna()
     rows = rows_of(table, "truth_volume", ["method"])
     owner = rows.drop_duplicates("case").set_index("case")["patient" if "patient" in rows else "case"]
@@ -67,21 +51,20 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | No
     wide, volume, thickness = (of[volume > 0] for of in (wide, volume, thickness))  # log axis; no target, no failure
     if wide.empty:
         raise InputError("failure: no patient with a target and a Dice of every method")
-    labels, styles = method_labels(table), method_styles(table)
+    labels, styles = method_labels(table), style.method_styles(table)
     several = thickness.nunique() > 1
-    figure, axes = panels(1 + several, 1 + several, DOUBLE if several else SINGLE, 75, 0, sharey=True)
+    figure, axes = style.panels(1 + several, 1 + several, style.DOUBLE if several else style.SINGLE, 75, 0, sharey=True)
     thirds = pd.qcut(volume.rank(method="first"), min(3, max(1, len(volume) // 4)), labels=False)
     low, high = volume.min() / 1.1, volume.max() * 1.1
     left, step = axes[0], (high / low) ** 0.02
-    medians = volume.groupby(thirds).median()
-    kinds = _groups(left, wide, volume, thirds, medians, lambda x, move: x * step**move, styles)
-    ends = volume.groupby(thirds).agg(["min", "max"])
-    for edge in np.sqrt(ends["min"].to_numpy()[1:] * ends["max"].to_numpy()[:-1]):
-        left.axvline(edge, color=PALE, linewidth=0.6, linestyle=":", zorder=0)
-    for group, place in medians.items():
+    found = volume.groupby(thirds).agg(["median", "min", "max", "size"])
+    kinds = _groups(left, wide, volume, thirds, found["median"], lambda x, move: x * step**move, styles)
+    for edge in np.sqrt(found["min"].to_numpy()[1:] * found["max"].to_numpy()[:-1]):
+        left.axvline(edge, color=style.PALE, linewidth=0.6, linestyle=":", zorder=0)
+    for group in found.itertuples():
         where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-        left.annotate(f"n = {(thirds == group).sum()}", (place, 1.0), **where)
-    log_axis(left.xaxis, low, high)
+        left.annotate(f"n = {group.size}", (group.median, 1.0), **where)
+    style.log_axis(left.xaxis, low, high)
     left.set(xlabel="true volume (ml)", ylabel="Dice")
     named = wide.rename(columns=labels)
     note = _correlations(named, volume, "volume")
@@ -92,18 +75,17 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | No
         levels = {level: number for number, level in enumerate(sorted(sharp.unique()))}
         at = sharp.map(levels).astype(float)
         places = pd.Series(levels.values(), levels.values())
-        spaced = at + 0.3 * spread(len(at))
+        spaced = at + 0.3 * style.spread(len(at))
         kinds += _groups(axes[1], wide, spaced, at, places, lambda x, move: x + 0.13 * move, styles)
         counts = sharp.value_counts()
         axes[1].set(xlabel="slice thickness (mm)", xlim=(-0.5, len(levels) - 0.5), xticks=range(len(levels)))
         axes[1].set_xticklabels([f"{level:g}\nn = {counts[level]}" for level in levels])
         note += " " + _correlations(named, thickness, "thickness")
-    legend_below(figure, legend_lines({labels[method]: styles[method] for method in chosen}), handlelength=3)
-    scans = int((owner.isin(wide.index)).sum())
-    figure.set_label(
-        f"Small points: patients ({patients_text([len(wide)], [scans])}), seeds and classes averaged; large ones: "
-        f"means of groups of them and {interval_text(kinds)}. {note}"
-    )
+    looks = {labels[method]: styles[method] for method in chosen}
+    style.legend_below(figure, style.legend_lines(looks), handlelength=3)
+    counts = patients_text([len(wide)], [int((owner.isin(wide.index)).sum())])
+    points = f"Small points: patients ({counts}), seeds and classes averaged; large ones: means of groups of them and "
+    figure.set_label(f"{points}{interval_text(kinds)}. {note}")
     return figure
 
 
@@ -114,15 +96,13 @@ def _groups(
     returns the kinds of the groups' intervals."""
     kinds = []
     for number, method in enumerate(wide):
-        move, style = number - (len(wide.columns) - 1) / 2, styles[method]
-        look = dict(color=style["color"], marker=style["marker"], alpha=0.45, linewidth=0)
-        sns.scatterplot(x=at, y=wide[method], s=9, ax=ax, legend=False, **look)
+        move, look = number - (len(wide.columns) - 1) / 2, styles[method]
+        points = dict(color=look["color"], marker=look["marker"], alpha=0.45, linewidth=0)
+        sns.scatterplot(x=at, y=wide[method], s=9, ax=ax, legend=False, **points)
         means = wide[method].groupby(group).mean()
         low, high, names = zip(*(interval(values) for _, values in wide[method].groupby(group)), strict=True)
-        bars = np.maximum([means - np.array(low), np.array(high) - means], 0)
-        ax.errorbar(
-            apart(places.loc[means.index], move), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **style
-        )
+        bars, at_groups = np.maximum([means - np.array(low), np.array(high) - means], 0), places.loc[means.index]
+        ax.errorbar(apart(at_groups, move), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **look)
         kinds += names
     ax.grid(axis="y")
     return kinds
@@ -140,12 +120,9 @@ def _correlations(wide: pd.DataFrame, with_: pd.Series, name: str) -> str:
             continue
         rho, p = stats.spearmanr(with_, wide[label])
         if len(wide) < 10:  # too few for Student's t
-            exact = stats.permutation_test(
-                (with_,), lambda x, y=wide[label]: stats.spearmanr(x, y).statistic, permutation_type="pairings",
-                vectorized=False, n_resamples=999, rng=np.random.default_rng(0),
-            )  # fmt: skip
-            p = exact.pvalue
+            how = dict(permutation_type="pairings", vectorized=False, n_resamples=999, rng=np.random.default_rng(0))
+            p = stats.permutation_test((with_,), lambda x, y=wide[label]: stats.spearmanr(x, y).statistic, **how).pvalue
         centre, width = np.arctanh(np.clip(rho, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
         low, high = np.tanh([centre - width, centre + width])
-        texts.append(f"{label} {signed(f'{rho:+.2f} [{low:+.2f}, {high:+.2f}]')}, {p_text(p)}")
+        texts.append(f"{label} {style.signed(f'{rho:+.2f} [{low:+.2f}, {high:+.2f}]')}, {style.p_text(p)}")
     return f"Spearman's correlation of Dice with {name}, 95 % interval and p: {'; '.join(texts)}."

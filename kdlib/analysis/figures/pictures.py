@@ -10,31 +10,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from kdlib.analysis.figures.style import (
-    ANCHOR,
-    BACKGROUND,
-    CLASSES,
-    DOUBLE,
-    ERRORS,
-    HALO,
-    MM,
-    OUTLINES,
-    PAIR_ROLES,
-    STYLE,
-    legend_below,
-    legend_lines,
-    need_columns,
-)
+from kdlib.analysis.figures import style
 from kdlib.analysis.labels import method_labels
 from kdlib.config import InputError
 
+SHORT = {"encoder": "E", "bottleneck": "B", "decoder": "D", "logits": "L"}  # scales, in the order of a forward pass
 
-@plt.rc_context(STYLE)
+
+@plt.rc_context(style.STYLE)
 def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mapping[str, str]) -> Figure:
     """The slice with most truth of chosen cases: input, truth, and each method's contours and errors.
 
@@ -44,14 +32,13 @@ def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mappin
         chosen: role -> method, the roles "teacher", "student", "distilled student" or others to print.
         cases: rule -> case, from `choose_cases`.
 
-    Raises:
-        InputError: no example of a method and case.
+    Raises: InputError: no example of a method and case.
     """
     if not chosen or not cases:
         raise InputError("qualitative figure: give at least one method and one case")
     labels = method_labels(examples)
-    side = DOUBLE / (len(chosen) + 2)
-    size = (DOUBLE, side * len(cases) + 16 * MM)
+    side = style.DOUBLE / (len(chosen) + 2)
+    size = (style.DOUBLE, side * len(cases) + 16 * style.MM)
     figure, axes = plt.subplots(len(cases), len(chosen) + 2, figsize=size, squeeze=False)
     confused = boxed = False
     for line, (rule, case) in zip(axes, cases.items(), strict=True):
@@ -74,9 +61,9 @@ def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mappin
             ax.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=255)
             if prediction is not None:
                 _errors(ax, truth[rows, columns], prediction[rows, columns])
-            _contours(ax, truth[rows, columns], *OUTLINES[0][:2])
+            _contours(ax, truth[rows, columns], *style.OUTLINES[0][:2])
             if prediction is not None:
-                _contours(ax, prediction[rows, columns], *OUTLINES[1][:2])
+                _contours(ax, prediction[rows, columns], *style.OUTLINES[1][:2])
                 total = (prediction > 0).sum() + (truth > 0).sum()
                 dice = 2 * ((prediction == truth) & (truth > 0)).sum() / total if total else 1.0
                 ax.set_xlabel(f"slice Dice {dice:.2f}", labelpad=2)
@@ -86,35 +73,31 @@ def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mappin
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    lines = {label: dict(color=colour, linestyle=style) for colour, style, label in OUTLINES}
-    patches = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0, label=label)
-        for colour, hatch, label in ERRORS[: 3 if confused else 2]
-    ]
-    legend_below(figure, [*legend_lines(lines, path_effects=HALO), *patches], columns=5, handlelength=3)
+    lines = {label: dict(color=colour, linestyle=look) for colour, look, label in style.OUTLINES}
+    areas = {label: dict(facecolor=c, hatch=hatch) for c, hatch, label in style.ERRORS[: 3 if confused else 2]}
+    handles = style.legend_lines(lines, path_effects=style.HALO) + style.legend_areas(areas, "black")
+    style.legend_below(figure, handles, columns=5, handlelength=3)
     note = f"Per case (n = {len(cases)}) the slice with the largest true area"
     figure.set_label(f"{note}; box: the part shown beside it." if boxed else f"{note}.")
     return figure
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(style.STYLE)
 def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
     """Slices side by side with their labels outlined; images and labels are uint8 NHW, one name per slice."""
     columns = min(6, len(names))
-    rows = -(-len(names) // columns)
-    side = DOUBLE / columns
-    figure, axes = plt.subplots(rows, columns, figsize=(DOUBLE, rows * (side + 4 * MM)), squeeze=False)
-    for ax, image, label, name in zip(axes.flat, images, labels, names, strict=False):
+    side = style.DOUBLE / style.MM / columns
+    figure, axes = style.panels(len(names), columns, style.DOUBLE, side + 4, 0)
+    for ax, image, label, name in zip(axes, images, labels, names, strict=True):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
         _contours(ax, label, "#E69F00", "solid")
         ax.set_title(name, fontsize=7)
-    for ax in axes.flat:
         ax.set_axis_off()
     figure.set_label("One slice per case, the one with the most target, which is outlined.")
     return figure
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(style.STYLE)
 def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[str, str], seed: int = 0) -> Figure:
     """Features of the same pixels in teacher and students, by class, in two dimensions; and CKA with the teacher.
 
@@ -129,20 +112,19 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
         chosen: role -> method: the teacher first, then the student before and after distillation.
         seed: of t-SNE.
 
-    Raises:
-        InputError: a missing column, a method without similarity or with features that do not vary, or not three.
+    Raises: InputError: a missing column, a method without similarity or with features that do not vary, or not three.
     """
     if len(chosen) != 3:
         raise InputError(f"features: {len(chosen)} methods; give a teacher, a student and the distilled student")
     source = "the arrays of kdlib.experiments.illustrate.features"
-    need_columns(samples, ["class", "case", *chosen.values()], "features", source)
+    style.need_columns(samples, ["class", "case", *chosen.values()], "features", source)
     needed = ["method", "scale_student", "scale_teacher", "value"]
-    need_columns(similarity, needed, "features", "the similarity table of kdlib.teacher_agreement")
+    style.need_columns(similarity, needed, "features", "the similarity table of kdlib.teacher_agreement")
     labels = method_labels(similarity)
-    figure, axes = plt.subplots(3, 3, figsize=(DOUBLE, 158 * MM))
+    figure, axes = plt.subplots(3, 3, figsize=(style.DOUBLE, 158 * style.MM))
     # background last, above the others: it fills little room
     names = sorted(samples["class"].unique(), key="background".__eq__)
-    styles = dict(zip(names, CLASSES * len(names), strict=False)) | {"background": BACKGROUND}
+    styles = dict(zip(names, style.CLASSES * len(names), strict=False)) | {"background": style.BACKGROUND}
     styles = {name: styles[name] for name in names}
     for column, (role, method) in enumerate(chosen.items()):
         values = np.stack(samples[method].to_list()).astype(float)
@@ -157,10 +139,9 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
                 some = points[(samples["class"] == name).to_numpy()]
                 ax.scatter(*some.T, s=7, color=colour, marker=marker, linewidth=0.2, edgecolor="white")
             ax.set(xticks=[], yticks=[])
-        parts = [
-            f"component {number} ({100 * share:.0f} %)" for number, share in enumerate(pca.explained_variance_ratio_, 1)
-        ]
-        axes[0, column].set(xlabel=parts[0], ylabel=parts[1], title="\n".join(filter(None, [role, labels.get(method)])))
+        shares = [f"component {n} ({100 * share:.0f} %)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
+        title = "\n".join(filter(None, [role, labels.get(method)]))
+        axes[0, column].set(xlabel=shares[0], ylabel=shares[1], title=title)
         found = silhouette_score(values, samples["class"]) if len(names) > 1 else np.nan
         axes[1, column].set_xlabel(f"silhouette of the classes {found:.2f}")
     axes[0, 0].set_ylabel(f"PCA: {axes[0, 0].get_ylabel()}")
@@ -172,15 +153,15 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
     for ax, (grid, title) in zip(axes[2], shown, strict=True):
         _matrix(ax, grid, title, difference=grid is shown[0][0])
     looks = {name: dict(color=colour, marker=marker) for name, (colour, marker) in styles.items()}
-    legend_below(figure, legend_lines(looks, linestyle=""))
+    style.legend_below(figure, style.legend_lines(looks, linestyle=""))
     counts = samples["class"].value_counts()
+    classes = ", ".join(f"{counts[name]} {name}" for name in names)
     figure.set_label(
-        f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ("
-        + ", ".join(f"{counts[name]} {name}" for name in names)
-        + f"). PCA with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the "
-        "silhouette is of the classes in all channels (1: apart, 0: mixed). Below: feature similarity (linear CKA) of "
-        "the scales (E: encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of the teacher "
-        "(across), in hundredths, mean over folds and seeds; left: what distillation added."
+        f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ({classes}). PCA "
+        f"with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the silhouette "
+        "is of the classes in all channels (1: apart, 0: mixed). Below: feature similarity (linear CKA) of the scales "
+        "(E: encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of the teacher (across), in "
+        "hundredths, mean over folds and seeds; left: what distillation added."
     )
     return figure
 
@@ -189,9 +170,8 @@ def _scales(similarity: pd.DataFrame, method: str) -> pd.DataFrame:
     """Mean CKA of scales of the student (rows) and the teacher (columns), in the order of a forward pass."""
     rows = similarity[similarity["method"] == method]
     if rows.empty:
-        raise InputError(
-            f"features: no similarity of {method!r}; the table has {', '.join(similarity['method'].unique())}"
-        )
+        has = ", ".join(similarity["method"].unique())
+        raise InputError(f"features: no similarity of {method!r}; the table has {has}")
     grid = rows.pivot_table(index="scale_student", columns="scale_teacher", values="value", aggfunc="mean")
     order = [sorted(side, key=_depth) for side in (grid.index, grid.columns)]
     return grid.loc[order[0], order[1]]
@@ -200,7 +180,7 @@ def _scales(similarity: pd.DataFrame, method: str) -> pd.DataFrame:
 def _depth(scale: str) -> tuple[int, int]:
     name = scale.rstrip("0123456789")
     number = int(scale[len(name) :] or 0)
-    sides = ["encoder", "bottleneck", "decoder", "logits"]
+    sides = list(SHORT)
     return sides.index(name) if name in sides else len(sides), -number if name == "decoder" else number
 
 
@@ -214,10 +194,9 @@ def _matrix(ax: Axes, grid: pd.DataFrame, title: str, difference: bool) -> None:
             text = f"{100 * values[row, column]:{'+' if difference else ''}.0f}".replace("+0", "0").replace("-0", "0")
             dark = abs(values[row, column]) > (0.35 if difference else 0.8)
             ax.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
-    short = {"encoder": "E", "decoder": "D", "bottleneck": "B", "logits": "L"}
     for axis, names in ((ax.xaxis, grid.columns), (ax.yaxis, grid.index)):
         stems = [name.rstrip("0123456789") for name in names]
-        labels = [short.get(stem, stem) + name[len(stem) :] for stem, name in zip(stems, names, strict=True)]
+        labels = [SHORT.get(stem, stem) + name[len(stem) :] for stem, name in zip(stems, names, strict=True)]
         axis.set_ticks(range(len(names)), labels)
     ax.tick_params(length=0, labelsize=7)
     ax.set_title(title, fontsize=7)
@@ -226,39 +205,37 @@ def _matrix(ax: Axes, grid: pd.DataFrame, title: str, difference: bool) -> None:
     ax.spines[:].set_visible(False)
 
 
-@plt.rc_context(STYLE)
+@plt.rc_context(style.STYLE)
 def pairs(panels: pd.DataFrame) -> Figure:
     """Anchors of a supervised contrastive loss and, on slices of their batch, which keys of the teacher are positives.
 
     Args:
         panels: of `kdlib.experiments.illustrate.pairs`, a row per panel.
 
-    Raises:
-        InputError: a missing column.
+    Raises: InputError: a missing column.
     """
     needed = ["anchor", "shown", "case", "image", "labels", "role", "row", "column", "positives", "negatives"]
-    need_columns(
-        panels, [*needed, "images", "step", "term"], "pairs", "the arrays of kdlib.experiments.illustrate.pairs"
-    )
+    needed += ["images", "step", "term"]
+    style.need_columns(panels, needed, "pairs", "the arrays of kdlib.experiments.illustrate.pairs")
     anchors = list(panels["anchor"].unique())
     columns = len(panels) // len(anchors)
-    width = DOUBLE * (columns + 0.3) / 3.3
-    size = (width, (DOUBLE / 3.3 + 7 * MM) * len(anchors) + 12 * MM)
+    width = style.DOUBLE * (columns + 0.3) / 3.3
+    size = (width, (style.DOUBLE / 3.3 + 7 * style.MM) * len(anchors) + 12 * style.MM)
     figure, axes = plt.subplots(len(anchors), columns, figsize=size, squeeze=False)
     for line, anchor in zip(axes, anchors, strict=True):
         rows = panels[panels["anchor"] == anchor]
         for ax, panel in zip(line, rows.itertuples(), strict=True):
             image, role = panel.image, panel.role
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-            _contours(ax, panel.labels, *OUTLINES[0][:2])
+            _contours(ax, panel.labels, *style.OUTLINES[0][:2])
             factor = image.shape[0] / role.shape[0]  # of the slice's pixels to the term's positions
-            for value, (colour, marker, _) in PAIR_ROLES.items():
+            for value, (colour, marker, _) in style.PAIR_ROLES.items():
                 y, x = ((index + 0.5) * factor - 0.5 for index in np.nonzero(role == value))
-                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=HALO)
+                ax.scatter(x, y, s=6, color=colour, marker=marker, linewidth=0.8, zorder=3, path_effects=style.HALO)
             if panel.row >= 0:
                 place = [(index + 0.5) * factor - 0.5 for index in (panel.column, panel.row)]
-                ax.plot(*place, **ANCHOR, zorder=4)
-            counts = [int((role == value).sum()) for value in PAIR_ROLES]
+                ax.plot(*place, **style.ANCHOR, zorder=4)
+            counts = [int((role == value).sum()) for value in style.PAIR_ROLES]
             ax.set_xlabel(f"{panel.case}\n{counts[0]} positive, {counts[1]} negative", fontsize=7, labelpad=2)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -266,13 +243,12 @@ def pairs(panels: pd.DataFrame) -> Figure:
         line[0].set_ylabel(f"anchor: {anchor}\n{first['positives']} positive, {first['negatives']} negative")
     for ax, title in zip(axes[0], rows["shown"], strict=True):
         ax.set_title(title)
-    marks = {
-        f"{label} key (teacher)": dict(color=colour, marker=marker) for colour, marker, label in PAIR_ROLES.values()
-    }
-    handles = legend_lines({"anchor (student), its own key a positive": ANCHOR}, linestyle="")
-    handles += legend_lines(marks, linestyle="", path_effects=HALO)
-    handles += legend_lines({"labels": dict(color="white")}, path_effects=HALO)
-    legend_below(figure, handles, columns=4)
+    keys = style.PAIR_ROLES.values()
+    marks = {f"{label} key (teacher)": dict(color=colour, marker=marker) for colour, marker, label in keys}
+    handles = style.legend_lines({"anchor (student), its own key a positive": style.ANCHOR}, linestyle="")
+    handles += style.legend_lines(marks, linestyle="", path_effects=style.HALO)
+    handles += style.legend_lines({"labels": dict(color="white")}, path_effects=style.HALO)
+    style.legend_below(figure, handles, columns=4)
     first = panels.iloc[0]
     figure.set_label(
         f"{first['term']}: positions drawn from the {first['images']} slices of the batch of step {first['step'] + 1}, "
@@ -286,9 +262,8 @@ def pairs(panels: pd.DataFrame) -> Figure:
 def _example(examples: pd.DataFrame, method: str, case: str) -> pd.Series:
     found = examples[(examples["method"] == method) & (examples["case"] == case)]
     if found.empty:
-        raise InputError(
-            f"no example slice of method {method!r} and case {case!r}: run that method on the fold of the case"
-        )
+        wanted = f"method {method!r} and case {case!r}"
+        raise InputError(f"no example slice of {wanted}: run that method on the fold of the case")
     return found.sort_values("seed").iloc[0]
 
 
@@ -299,23 +274,22 @@ def _crop(mask: np.ndarray, margin: float = 1.3) -> tuple[slice, slice]:
     where = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
     extent, shortest = max(np.ptp(side) + 1 for side in where), min(mask.shape)
     size = min(max(int(margin * extent), shortest // 4), shortest)
-    starts = [(side[0] + side[-1] + 1 - size) // 2 for side in where]
-    starts = np.clip(starts, 0, np.array(mask.shape) - size).tolist()
-    return slice(starts[0], starts[0] + size), slice(starts[1], starts[1] + size)
+    starts = np.clip([(side[0] + side[-1] + 1 - size) // 2 for side in where], 0, np.array(mask.shape) - size)
+    return tuple(slice(start, start + size) for start in starts.tolist())
 
 
-def _contours(ax: Axes, labels: np.ndarray, colour: str, style: object) -> None:
+def _contours(ax: Axes, labels: np.ndarray, colour: str, look: object) -> None:
     for value in np.unique(labels[labels > 0]):
         if (labels != value).any():  # a class that fills the view has no outline
-            drawn = ax.contour(labels == value, levels=[0.5], colors=colour, linestyles=[style], linewidths=0.8)
-            drawn.set_path_effects(HALO)
+            drawn = ax.contour(labels == value, levels=[0.5], colors=colour, linestyles=[look], linewidths=0.8)
+            drawn.set_path_effects(style.HALO)
 
 
 def _errors(ax: Axes, truth: np.ndarray, prediction: np.ndarray) -> None:
     """Colours and hatches what is missed, too much or of the wrong class."""
     true, said = truth > 0, prediction > 0
     wrong = (true & ~said, ~true & said, true & said & (truth != prediction))
-    for (colour, hatch, _), mask in zip(ERRORS, wrong, strict=True):
+    for (colour, hatch, _), mask in zip(style.ERRORS, wrong, strict=True):
         overlay = np.zeros((*mask.shape, 4))
         overlay[mask] = to_rgba(colour, 0.7)
         ax.imshow(overlay)

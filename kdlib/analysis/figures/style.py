@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import is_thesis_recipe, methods
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text
 from kdlib.config import InputError
 from kdlib.files import write, write_text
@@ -142,11 +142,6 @@ def signed(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def axis_label(metric: str) -> str:
-    label, unit, _ = METRICS[metric]
-    return f"{label} ({unit})" if unit else label
-
-
 def panels(count: int, columns: int, width: float, height: float, extra: float, **kwargs) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels in so many columns; `height` of a row and `extra` below all, in mm."""
     rows = -(-count // columns)
@@ -170,6 +165,11 @@ def legend_lines(styles: Mapping[str, Mapping[str, str]], **kwargs) -> list[Line
     return [Line2D([], [], label=label, **dict(style) | kwargs) for label, style in styles.items()]
 
 
+def legend_areas(looks: Mapping[str, Mapping[str, str]], edgecolor: str = "white") -> list[Patch]:
+    """Label -> colour and hatch as entries of a legend."""
+    return [Patch(label=label, edgecolor=edgecolor, linewidth=0, **look) for label, look in looks.items()]
+
+
 def log_axis(axis: Axis, low: float, high: float) -> None:
     """A log scale from `low` to `high` with as many labelled ticks as such a range needs."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
@@ -180,15 +180,19 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter("")
 
 
-def bar_lengths(value: float, low: float, high: float) -> np.ndarray:
-    """Lengths of an interval below and above a value; rounding can make one negative by 1e-17."""
-    return np.maximum([[value - low], [high - value]], 0)
+def draw_interval(ax: Axes, y: float, value: float, low: float, high: float, **look) -> None:
+    """A point with its interval in row `y`; rounding can make the length of a bar negative by 1e-17."""
+    ax.errorbar(value, y, xerr=np.maximum([[value - low], [high - value]], 0), **look)
 
 
-def draw_mean(ax: Axes, y: float, row: tuple, style: Mapping[str, str]) -> None:
-    """A row of a summary as a point with its interval."""
+def draw_mean(ax: Axes, y: float, mean: float, low: float, high: float, style: Mapping[str, str]) -> None:
+    """A mean of patients in row `y`, with its interval."""
     edge = NO_LINE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
-    ax.errorbar(row.mean, y, xerr=bar_lengths(row.mean, row.low, row.high), markersize=5.5, zorder=3, **style | edge)
+    draw_interval(ax, y, mean, low, high, markersize=5.5, zorder=3, **style | edge)
+
+
+def draw_patients(ax: Axes, values: pd.Series, heights: np.ndarray, style: Mapping[str, str]) -> None:
+    ax.scatter(values, heights, s=5, color=style["color"], alpha=0.45, linewidth=0)
 
 
 def spread(count: int) -> np.ndarray:

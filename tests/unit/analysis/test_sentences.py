@@ -1,8 +1,6 @@
-import math
-
 import pandas as pd
 
-from kdlib.analysis.sentences import comparison_sentences, convergence_sentence, gap_closed, withhold
+from kdlib.analysis.sentences import comparison_sentences, convergence_sentence, withhold
 
 VERDICTS = pd.DataFrame(
     [
@@ -28,8 +26,3 @@ def test_a_method_that_has_not_converged_gets_no_verdict():
     assert "1 of 3 methods have not converged" in convergence_sentence(table, LABELS)
     assert "S1 (50 %) (+0.020)" in convergence_sentence(table, LABELS)
     assert convergence_sentence(table[table["converged"]], LABELS).startswith("All 2 methods have converged")
-
-
-def test_the_share_of_the_gap_that_is_closed():
-    assert math.isclose(gap_closed(0.8, 0.83, 0.9), 0.3)
-    assert math.isnan(gap_closed(0.9, 0.91, 0.9))

@@ -1,0 +1,233 @@
+"""`kdlib import`: pairs of images and masks, wherever they lie, as a data set in Decathlon layout."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import uuid
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from kdlib.config import PROFILES, InputError
+from kdlib.files import write_error, write_json
+
+PATTERNS = (  # of images and masks, tried in this order; relative to the folder and without .nii.gz
+    ("*_image", "*_label"), ("*_image", "*_mask"), ("*_img", "*_seg"), ("images/*", "labels/*"),
+    ("images/*", "masks/*"), ("imagesTr/*", "labelsTr/*"), ("*/image", "*/label"), ("*/image", "*/mask"),
+)  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """One case; of one that lacks a file, None stands there."""
+
+    image: Path | None
+    mask: Path | None
+    patient: str | None = None
+
+
+def add_import(commands: argparse._SubParsersAction) -> None:
+    line = commands.add_parser("import", help="make a data set of your own images and masks")
+    line.add_argument("pairs", type=Path, help="folder of images and masks, or a CSV with columns image and mask")
+    line.add_argument("-o", "--output", type=Path, required=True, help="folder of the new data set")
+    line.add_argument("--modality", required=True, choices=("CT", "MR"))
+    line.add_argument("--labels", default="", help="e.g. 'spleen,liver' (values 1 and 2) or 'spleen=1,liver=6'")
+    line.add_argument("--images", metavar="GLOB", help="which files of the folder are images, e.g. 'ct/*.nii.gz'")
+    line.add_argument("--masks", metavar="GLOB", help="which are masks, e.g. 'seg/*_seg.nii.gz'; * pairs them")
+    line.add_argument("--on-defect", default="raise", choices=("raise", "drop"), help="drop: leave such cases out")
+    line.add_argument("--copy", action="store_true", help="copy the files; else they are hard links where that can be")
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Writes the data set, checks it as a study does, and prints what to type next.
+
+    Raises:
+        InputError: no pairs; a defective case; the output exists or cannot be written. Nothing is left then.
+    """
+    out = options.output
+    if out.exists():
+        raise InputError(f"{out} exists: choose another folder")
+    if (options.images is None) != (options.masks is None):
+        raise InputError("--images and --masks belong together: give both, or none for the usual names")
+    pairs = _from_csv(options.pairs) if options.pairs.is_file() else _from_folder(options)
+    labels = _labels(options.labels) if options.labels else _values(pairs)
+    partial = out.with_name(f".{uuid.uuid4().hex[:12]}.{out.name}")
+    try:
+        _write(partial, out.name, pairs, labels, options)
+        os.rename(partial, out)
+    except OSError as error:
+        raise write_error(out, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        command = _check(out, pairs, labels, options)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    print(f"next: {command}")
+    return 0
+
+
+def _from_csv(path: Path) -> dict[str, Pair]:
+    """Case -> pair, of a table whose files are given relative to it."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a CSV file ({error})") from None
+    if not {"image", "mask"} <= set(table.columns):
+        raise InputError(f"{path}: columns {', '.join(map(str, table.columns))}; it needs image and mask")
+    pairs = {}
+    for number, row in enumerate(table.to_dict("records"), 2):
+        files = [path.parent / row[column] for column in ("image", "mask")]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise InputError(f"{path}, line {number}: {missing[0]} does not exist; give paths relative to the table")
+        _add(pairs, _stem(files[0]), Pair(*files, row.get("patient")), path)
+    return pairs
+
+
+def _from_folder(options: argparse.Namespace) -> dict[str, Pair]:
+    """Case -> pair, of files whose names match the patterns; what * stands for is the case."""
+    folder = options.pairs
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: give a folder of images and masks, or a CSV of them")
+    files = [file for file in sorted(folder.rglob("*")) if _stem(file) and not file.name.startswith(".")]
+    for patterns in [(options.images, options.masks)] if options.images else PATTERNS:
+        found = [_matching(folder, files, pattern) for pattern in patterns]
+        images = {file: case for file, case in found[0].items() if file not in found[1]}
+        if images and found[1]:
+            break
+    else:
+        named = " and ".join(filter(None, (options.images, options.masks))) or "; ".join(map(" and ".join, PATTERNS))
+        raise InputError(
+            f"{folder}: {len(files)} NIfTI files, no images and masks named {named}; give --images GLOB --masks GLOB"
+        )
+    sides = ({}, {})
+    for side, matched in zip(sides, (images, found[1]), strict=True):
+        for file, case in matched.items():
+            _add(side, case, file, folder)
+    return {case: Pair(sides[0].get(case), sides[1].get(case)) for case in sorted({*sides[0], *sides[1]})}
+
+
+def _matching(folder: Path, files: list[Path], pattern: str) -> dict[Path, str]:
+    """File -> what its pattern's * stand for, of those that match."""
+    bare = re.sub(r"(?i)\.nii(\.gz)?$", "", pattern)
+    expression = re.compile(re.escape(bare).replace(r"\*\*/", "(.*/)?").replace(r"\*", "([^/]*)"))
+    found = {}
+    for file in files:
+        match = expression.fullmatch(file.relative_to(folder).with_name(_stem(file)).as_posix())
+        if match:
+            found[file] = "_".join(filter(None, match.groups())).replace("/", "_").strip("_") or _stem(file)
+    return found
+
+
+def _stem(file: Path) -> str:
+    from kdlib.data.nifti import stem  # needs torch
+
+    return stem(file.name)
+
+
+def _add(found: dict, case: str, value: object, source: Path) -> None:
+    if case in found:
+        raise InputError(f"{source}: two files are of case {case!r}; give each case a name of its own")
+    found[case] = value
+
+
+def _labels(text: str) -> dict[str, int]:
+    """Name -> value, of "spleen,liver" or "spleen=1,liver=6"."""
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in enumerate(parts, 1)]
+    names = [name.strip() for name, _ in pairs]
+    if not all(names) or len({*names}) < len(names) or not all(value.strip().isdecimal() for _, value in pairs):
+        raise InputError(f"labels {text!r}: give names, e.g. 'spleen,liver' or 'spleen=1,liver=6'")
+    return {name: int(value) for name, (_, value) in zip(names, pairs, strict=True)}
+
+
+def _values(pairs: dict[str, Pair]) -> dict[str, int]:
+    """Name -> value, of the values that the masks hold; unreadable ones are named by the check."""
+    import numpy as np
+
+    from kdlib.data.nifti import Defect, read
+
+    values = set()
+    for pair in pairs.values():
+        with contextlib.suppress(Defect):
+            values |= {*np.unique(np.asanyarray(read(pair.mask).dataobj)).tolist()} if pair.mask else set()
+    return {f"label {value:g}": int(value) for value in sorted(values) if value > 0 and value == int(value)} or {
+        "label 1": 1
+    }
+
+
+def _write(
+    folder: Path, name: str, pairs: dict[str, Pair], labels: dict[str, int], options: argparse.Namespace
+) -> None:
+    for part, side in (("imagesTr", "image"), ("labelsTr", "mask")):
+        (folder / part).mkdir(parents=True)
+        for case, pair in pairs.items():
+            source = getattr(pair, side)
+            if source is not None:
+                _place(source.resolve(), folder / part / f"{case}{source.name[len(_stem(source)) :]}", options.copy)
+    if any(pair.patient for pair in pairs.values()):
+        rows = [f'"{case}","{pair.patient}"' for case, pair in pairs.items()]
+        (folder / "patients.csv").write_text("\n".join(["case,patient", *rows, ""]), encoding="utf-8")
+    _describe(folder, name, list(pairs), labels, options.modality)
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    if not copy:
+        with contextlib.suppress(OSError):  # another disk, or a file system without links
+            return os.link(source, target)
+    shutil.copyfile(source, target)
+
+
+def _describe(folder: Path, name: str, cases: list[str], labels: dict[str, int], modality: str) -> None:
+    listed = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases]
+    named = {"0": "background"} | {str(value): label for label, value in labels.items()}
+    record = {"name": name, "modality": {"0": "MRI" if modality == "MR" else "CT"}, "labels": named}
+    write_json(folder / "dataset.json", record | {"numTraining": len(cases), "training": listed})
+
+
+def _check(out: Path, pairs: dict[str, Pair], labels: dict[str, int], options: argparse.Namespace) -> str:
+    """Reads the data set as a study does, takes defective cases out where that was asked for, and says what is odd.
+
+    Returns: the command that shows it.
+    """
+    from kdlib.data import DefectError, check_view, index
+    from kdlib.data.roundtrip import whole_size
+
+    grouped = (out / "patients.csv").exists()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            dataset = index(out, options.on_defect, "patients.csv" if grouped else "auto")
+        except DefectError as error:
+            cases = error.table["case"].nunique()
+            advice = "fix them, or leave these cases out by --on-defect drop" if cases < len(pairs) else "fix them"
+            headline = f"{options.pairs}: defects in {cases} of {len(pairs)} cases, so nothing is imported; {advice}"
+            raise DefectError(headline, error.table) from None
+    for case in {*pairs} - {case.name for case in dataset.cases}:
+        for file in out.glob(f"*Tr/{case}.nii*"):
+            file.unlink()
+    _describe(out, out.name, [case.name for case in dataset.cases], labels, options.modality)
+    for row in dataset.defects.itertuples():
+        print(f"left out: {row.case}, {row.defect}", file=sys.stderr)
+    for warning in said:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print(f"{out}: {len(dataset.cases)} cases, {dataset.grouping}, labels {', '.join(labels)}")
+    profile = "ct96" if options.modality == "CT" else "hippocampus"
+    words = ["kdlib", "study", "--data", str(out), "--target", "all", "--profile", profile, "--only", "00_data"]
+    words += ["--group", "patients.csv"] if grouped else []
+    try:
+        check_view(dataset, labels, PROFILES[profile].preprocessing)
+    except DefectError:  # the slices of that profile cut the target
+        size = max(whole_size(case, PROFILES[profile].preprocessing) for case in dataset.cases)
+        words += ["--changes", json.dumps({"size": size})]
+    return shlex.join(words)
