@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from monai.metrics import (
 )
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
-from torch import nn
+from small_training import Reader, boxes, painted
 
 from kdlib.analysis.metrics import METRICS as ANALYSIS_METRICS
 from kdlib.config import LOGIT_CUT, InputError, Preprocessing
@@ -26,7 +25,7 @@ from kdlib.data.decathlon import index
 from kdlib.data.slices import build
 from kdlib.evaluation.cases import METRICS, case_metrics, evaluate
 from kdlib.evaluation.masks import predict_cases
-from kdlib.models import Output, build_model
+from kdlib.models import build_model
 from kdlib.training.device import autocast, computes_bf16
 from kdlib.training.validation import volume_dice
 
@@ -206,51 +205,10 @@ def test_properties(pair, margin):
 # ------------------------------------------------------------------------------------------------- models and volumes
 
 
-class Reader(nn.Module):
-    """Reads the labels that a test painted into the images (label k of C as k / C), so its predictions are known."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.classes = classes
-        self.gain = nn.Parameter(torch.tensor(50.0))
-        self.modes: list[bool] = []
-
-    def forward(self, x, reconstruct=True):
-        self.modes.append(self.training)
-        assert not reconstruct and not torch.is_grad_enabled()
-        level = x[:, :1] * self.classes
-        if self.classes == 1:
-            return Output(self.gain * (level - 0.5), None)
-        steps = torch.arange(self.classes + 1, device=x.device).view(1, -1, 1, 1)
-        return Output(-self.gain * (level - steps).abs(), None)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two volumes with boxes as organs, in oblique axis orders and with uneven spacing."""
-    root = tmp_path_factory.mktemp("data") / "Task99_Boxes"
-    codes = {"box_1": ("R", "A", "S"), "box_2": ("P", "S", "L")}
-    for name, code in codes.items():
-        generator = np.random.default_rng(len(name) + ord(name[-1]))
-        label = np.zeros((26, 24, 14), np.uint8)
-        label[4:12, 5:20, 3:9], label[15:20, 6:13, 5:12] = 1, 2
-        own = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(code))
-        image = nib.Nifti1Image(generator.normal(0, 100, label.shape).astype(np.int16), np.diag([1.5, 2.0, 4.0, 1]))
-        for part, volume in (("imagesTr", image), ("labelsTr", nib.Nifti1Image(label, image.affine))):
-            (root / part).mkdir(parents=True, exist_ok=True)
-            nib.save(volume.as_reoriented(own), root / part / f"{name}.nii.gz")
-    listed = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in codes]
-    text = {"name": "Boxes", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "near", "2": "far"}}
-    text |= {"numTraining": len(listed), "training": listed}
-    (root / "dataset.json").write_text(json.dumps(text))
-    return root
-
-
-def painted(dataset, target, view=None):
-    """A bank whose images are its labels, for `Reader`."""
-    view = view or Preprocessing(32)
-    bank = build(dataset, dataset.classes(target), view)
-    return dataclasses.replace(bank, images=bank.labels * (255 // len(bank.classes)))
+    return boxes(tmp_path_factory.mktemp("data") / "Task99_Boxes")
 
 
 @pytest.mark.parametrize("target", ["near", "far", "near,far", "all"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -78,6 +79,15 @@ def whole_stateful() -> list:
     return train(stateful(), frozen_teacher())
 
 
+def pair() -> list[Run]:
+    return [distilled(), distilled(("PMD",))]
+
+
+@pytest.fixture(scope="module")
+def whole_pair() -> list:
+    return train(pair(), frozen_teacher())
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_every_kind_of_state_is_kept_to_the_bit(tmp_path, monkeypatch, whole_stateful, steps):
     """Stopped within the first epoch, at its end, and within the second; arms of a cohort at different steps."""
@@ -92,14 +102,19 @@ def test_every_kind_of_state_is_kept_to_the_bit(tmp_path, monkeypatch, whole_sta
     alike(again, whole_stateful)
 
 
-@pytest.mark.parametrize("run", [run_of("T1"), run_of("T2"), run_of("S1")], ids=lambda run: run.model)
-def test_teachers_and_baselines_resume_to_the_bit(tmp_path, monkeypatch, run):
-    whole = train([run])
+@pytest.mark.parametrize(
+    "run",
+    [run_of("T1"), run_of("T2"), run_of("S1"), dataclasses.replace(distilled(), protocol=PROTOCOLS["thesis"])],
+    ids=["T1", "T2", "S1", "published optimiser"],
+)
+def test_each_network_and_optimiser_resumes_to_the_bit(tmp_path, monkeypatch, run):
+    teacher = frozen_teacher() if run.teacher else None
+    whole = train([run], teacher)
     with monkeypatch.context() as patch:
         kill_after(patch, 3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            train([run], None, keep(tmp_path, [run]))
-    alike(train([run], None, keep(tmp_path, [run])), whole)
+            train([run], teacher, keep(tmp_path, [run]))
+    alike(train([run], teacher, keep(tmp_path, [run])), whole)
 
 
 @pytest.mark.slow
@@ -113,16 +128,6 @@ def test_distillers_of_every_family_resume_to_the_bit(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             train(runs, teacher, keep(tmp_path, runs))
     alike(train(runs, teacher, keep(tmp_path, runs)), whole)
-
-
-def test_published_optimiser_resumes_to_the_bit(tmp_path, monkeypatch):
-    run, teacher = dataclasses.replace(distilled(), protocol=PROTOCOLS["thesis"]), frozen_teacher()
-    whole = train([run], teacher)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 3)
-        with pytest.raises(SystemExit):
-            train([run], teacher, keep(tmp_path, [run]))
-    alike(train([run], teacher, keep(tmp_path, [run])), whole)
 
 
 def test_layers_that_draw_numbers_resume_to_the_bit_alone_and_in_a_cohort(tmp_path, monkeypatch):
@@ -147,36 +152,17 @@ def test_layers_that_draw_numbers_resume_to_the_bit_alone_and_in_a_cohort(tmp_pa
     assert torch.equal(torch.get_rng_state(), before), "the caller's own random numbers are left alone"
 
 
-def test_a_kill_without_warning_resumes_from_the_last_epoch(tmp_path, monkeypatch):
-    runs, teacher = [distilled(), distilled(("PMD",))], frozen_teacher()
-    whole = train(runs, teacher)
+@pytest.mark.parametrize("steps, seconds, kept", [(7, 600, STEPS), (2, 0, 1)], ids=["the last epoch", "within one"])
+def test_a_kill_without_warning_resumes_from_what_was_saved(tmp_path, monkeypatch, whole_pair, steps, seconds, kept):
+    """At the end of an epoch, and within a long one."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
     with monkeypatch.context() as patch:
-        kill_after(patch, 7, OSError("as good as SIGKILL: nothing is saved"))
+        kill_after(patch, steps, OSError("as good as SIGKILL: nothing is saved"))
         with pytest.raises(OSError):
-            train(runs, teacher, keep(tmp_path, runs))
-    again = train(runs, teacher, keep(tmp_path, runs))
-    assert [arm.sessions[-1]["from_step"] for arm in again] == [STEPS, STEPS]
-    alike(again, whole)
-
-
-def test_a_long_epoch_is_saved_within(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    runs, teacher = [distilled()], frozen_teacher()
-    whole = train(runs, teacher)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 1, OSError())
-        with pytest.raises(OSError):
-            train(runs, teacher, keep(tmp_path, runs))
-    again = train(runs, teacher, keep(tmp_path, runs))
-    assert again[0].sessions[-1]["from_step"] == 1
-    alike(again, whole)
-
-
-def test_a_finished_training_is_not_trained_again(tmp_path, monkeypatch):
-    runs = [run_of("S1")]
-    whole = train(runs, None, keep(tmp_path, runs))
-    monkeypatch.setattr(training, "training_step", lambda *args: pytest.fail("trained a step more"))
-    alike(train(runs, None, keep(tmp_path, runs)), whole)
+            train(pair(), frozen_teacher(), keep(tmp_path, pair()))
+    again = train(pair(), frozen_teacher(), keep(tmp_path, pair()))
+    assert [arm.sessions[-1]["from_step"] for arm in again] == [kept, kept]
+    alike(again, whole_pair)
 
 
 def test_an_arm_that_joins_later_and_one_that_fails_leave_the_others_as_they_are(tmp_path, monkeypatch):
@@ -197,47 +183,60 @@ def test_an_arm_that_joins_later_and_one_that_fails_leave_the_others_as_they_are
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
+IDENTITY = {"recipe": {"terms": [{"weight": 0.1}]}, "data": "aa"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A training to its end: its checkpoint, and what it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train([run_of("S1")], None, keep(folder, [0], **IDENTITY))
+
+
 @pytest.fixture
-def saved(tmp_path):
-    run = [run_of("S1")]
-    train(run, None, keep(tmp_path, run, recipe={"terms": [{"weight": 0.1}]}, data="aa"))
-    return run, tmp_path
+def saved(finished, tmp_path):
+    """A copy of that checkpoint, to be changed."""
+    return shutil.copytree(finished[0], tmp_path / "saved")
+
+
+def resumed(folder, **identity):
+    return train([run_of("S1")], None, keep(folder, [0], **IDENTITY | identity))
+
+
+def test_a_finished_training_is_not_trained_again(saved, finished, monkeypatch):
+    monkeypatch.setattr(training, "training_step", lambda *args: pytest.fail("trained a step more"))
+    alike(resumed(saved), finished[1])
 
 
 @pytest.mark.parametrize(
     "identity, difference",
     [
-        ({"recipe": {"terms": [{"weight": 0.2}]}, "data": "aa"}, "recipe.terms.0.weight 0.1 -> 0.2"),
-        ({"recipe": {"terms": [{"weight": 0.1}]}, "data": "bb"}, "data aa -> bb"),
-        ({"recipe": {"terms": []}, "data": "aa"}, r"recipe.terms \[\{'weight': 0.1\}\] -> \[\]"),
+        ({"recipe": {"terms": [{"weight": 0.2}]}}, "recipe.terms.0.weight 0.1 -> 0.2"),
+        ({"data": "bb"}, "data aa -> bb"),
+        ({"recipe": {"terms": []}}, r"recipe.terms \[\{'weight': 0.1\}\] -> \[\]"),
     ],
 )
 def test_a_checkpoint_of_another_recipe_or_data_set_is_refused(saved, identity, difference):
-    runs, folder = saved
-    failure = train(runs, None, keep(folder, runs, **identity))[0].failure
     with pytest.raises(InputError, match=f"checkpoint.safetensors is of another run: {difference}; delete that file"):
-        raise failure
+        raise resumed(saved, **identity)[0].failure
 
 
 def test_a_checkpoint_of_another_version_of_the_code_is_refused(saved, monkeypatch):
-    runs, folder = saved
     monkeypatch.setattr(keeping, "CODE", keeping.CODE | {"kdlib/training/loop.py": "0" * 12, "kdlib/new.py": "1" * 12})
-    failure = train(runs, None, keep(folder, runs, recipe={"terms": [{"weight": 0.1}]}, data="aa"))[0].failure
+    failure = resumed(saved)[0].failure
     assert isinstance(failure, InputError) and "\n" not in str(failure)
     assert "another version of kdlib/new.py, kdlib/training/loop.py: delete that file" in str(failure)
     assert str(failure).endswith("or check out commit 012345678")
 
 
-def change_head(path, **changes) -> None:
+def test_a_checkpoint_holds_no_pickle_and_one_of_a_newer_version_is_refused(saved):
+    path = saved / "0" / "checkpoint.safetensors"
     with safe_open(path, framework="pt") as file:
-        head = json.loads(file.metadata()["kdlib"]) | changes
-    save_file(load_file(path), path, {"kdlib": json.dumps(head)})
-
-
-def test_a_checkpoint_of_a_newer_version_is_refused(saved):
-    runs, folder = saved
-    change_head(folder / "0" / "checkpoint.safetensors", format=99)
-    failure = train(runs, None, keep(folder, runs))[0].failure
+        head = json.loads(file.metadata()["kdlib"])
+    assert head["state"]["step"] == TINY.student_epochs * STEPS and head["code"]["kdlib/training/loop.py"]
+    assert load_file(path).keys() >= {"optimiser/0/exp_avg"}
+    save_file(load_file(path), path, {"kdlib": json.dumps(head | {"format": 99})})
+    failure = resumed(saved)[0].failure
     assert isinstance(failure, InputError) and "newer version (format 99); update kdlib" in str(failure)
 
 
@@ -258,25 +257,13 @@ def damage(path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "garbage", "one bit", "no record"])
-def test_a_damaged_checkpoint_is_named_and_the_training_starts_anew(tmp_path, capsys, how):
-    runs = [run_of("S1")]
-    whole = train(runs, None, keep(tmp_path, runs))
-    damage(tmp_path / "0" / "checkpoint.safetensors", how)
-    capsys.readouterr()
-    again = train(runs, None, keep(tmp_path, runs))
+def test_a_damaged_checkpoint_is_named_and_the_training_starts_anew(saved, finished, capsys, how):
+    damage(saved / "0" / "checkpoint.safetensors", how)
+    again = resumed(saved)
     said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint.safetensors is damaged" in line]
     assert len(said) == 1 and "training starts again" in said[0]
     assert again[0].sessions[-1]["from_step"] == 0
-    alike(again, whole)
-
-
-def test_a_checkpoint_holds_no_pickle(saved):
-    runs, folder = saved
-    path = folder / "0" / "checkpoint.safetensors"
-    with safe_open(path, framework="pt") as file:
-        head = json.loads(file.metadata()["kdlib"])
-    assert head["state"]["step"] == TINY.student_epochs * STEPS and head["code"]["kdlib/training/loop.py"]
-    assert load_file(path).keys() >= {"optimiser/0/exp_avg"}
+    alike(again, finished[1])
 
 
 def test_differences_are_named_by_their_place():
@@ -308,9 +295,8 @@ def test_a_signal_waits_for_what_is_held_and_else_stops_at_once(number, error):
 
 
 @pytest.mark.parametrize("when", ["step", "validation", "batch"])
-def test_a_scheduler_stops_a_training_within_a_step(tmp_path, monkeypatch, when):
-    runs, teacher = [distilled(), distilled(("PMD",))], frozen_teacher()
-    whole = train(runs, teacher)
+def test_a_scheduler_stops_a_training_within_a_step(tmp_path, monkeypatch, whole_pair, when):
+    runs, teacher = pair(), frozen_teacher()
     place = {"step": "training_step", "validation": "volume_dice", "batch": "load_batch"}[when]
     original, calls = getattr(training, place), []
 
@@ -330,4 +316,4 @@ def test_a_scheduler_stops_a_training_within_a_step(tmp_path, monkeypatch, when)
     assert "stopped at step" in log
     again = train(runs, teacher, keep(tmp_path, runs))
     assert all(arm.sessions[-1]["from_step"] > 0 for arm in again)
-    alike(again, whole)
+    alike(again, whole_pair)

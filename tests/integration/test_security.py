@@ -33,7 +33,7 @@ from kdlib.apps.cli import main, parser
 from kdlib.apps.notebooks import check_parameters, execute, read_notebook
 from kdlib.apps.study import study_parameters
 from kdlib.config import InputError
-from kdlib.data import build_bank, index, make_phantom, split_file, splits
+from kdlib.data import build_bank, index, split_file, splits
 from kdlib.data.decathlon import Dataset
 from kdlib.experiments.tables import Results
 from kdlib.files import check_study, read_arrays
@@ -187,9 +187,9 @@ def test_no_pickle_in_a_results_folder_is_loaded(canary, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_pickle_in_a_data_folder_is_loaded(canary, tmp_path, kind):
+def test_no_pickle_in_a_data_folder_is_loaded(canary, tmp_path, data_copy, kind):
     blob = bombs(canary, tmp_path)[kind]
-    folder = shutil.copytree(phantom(tmp_path), tmp_path / "copy")
+    folder = data_copy
     for part in ("imagesTr", "labelsTr"):
         (folder / part / "phantom_000.nii.gz").write_bytes(blob)
         (folder / part / "phantom_000.npz").write_bytes(blob)
@@ -214,10 +214,10 @@ def study_view():
     return PROFILES["quick"].preprocessing
 
 
-def phantom(tmp_path: Path) -> Path:
-    """Two patients, made once for all tests of this process."""
-    folder = tmp_path.parent / "phantom-of-two"
-    return make_phantom(folder, patients=2)
+@pytest.fixture
+def data_copy(tmp_path, phantom_of) -> Path:
+    """A phantom of two patients, to be changed."""
+    return shutil.copytree(phantom_of(2), tmp_path / "copy")
 
 
 # -------------------------------------------------------------------------------------------------------------- names
@@ -315,8 +315,8 @@ def test_a_parameter_reaches_a_notebook_as_the_text_it_is(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_a_data_set_and_its_labels_cannot_name_a_file_outside_splits(tmp_path, name):
-    folder = shutil.copytree(phantom(tmp_path), tmp_path / "copy")
+def test_a_data_set_and_its_labels_cannot_name_a_file_outside_splits(tmp_path, data_copy, name):
+    folder = data_copy
     about = json.loads((folder / "dataset.json").read_text())
     about |= {"name": name, "labels": about["labels"] | {"1": name}}
     (folder / "dataset.json").write_text(json.dumps(about))

@@ -33,13 +33,7 @@ def test_same_seed_same_weights_to_the_bit(run):
 
 
 def test_cohort_and_alone_give_the_same_weights():
-    runs = [
-        distilled(),
-        distilled(("PMD",)),
-        distilled(("B-B", "D-D"), "infonce"),
-        distilled(("E-E",), "fitnet"),
-        distilled(model="S2"),
-    ]
+    runs = [distilled(), distilled(("B-B", "D-D"), "infonce"), distilled(("E-E",), "fitnet"), distilled(model="S2")]
     teacher = frozen_teacher()
     together = train_cohort(runs, blobs(), blobs(1, seed=9), 3, CPU, teacher)
     for run, arm in zip(runs, together, strict=True):
@@ -108,7 +102,7 @@ def test_projectors_are_in_the_optimiser_and_move():
 
 
 def test_a_baseline_learns_and_the_best_epoch_is_kept():
-    profile = dataclasses.replace(TINY, student_epochs=6, student_steps=15)
+    profile = dataclasses.replace(TINY, student_epochs=4, student_steps=15)
     arm = train_cohort([Run("phantom", "spleen", "S1", profile=profile)], blobs(4), blobs(2, seed=9), 15, CPU)[0]
     dice = {row["epoch"]: row["value"] for row in arm.history if row["name"] == "val_dice"}
     assert arm.best_dice == max(dice.values()) == dice[arm.best_epoch] > 0.6

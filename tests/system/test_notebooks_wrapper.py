@@ -19,9 +19,9 @@ from kdlib.apps.study import plan
 from kdlib.config import InputError, TrainingError
 
 
-def write_notebook(path: Path, parameters: str, *cells: str, tags: tuple[str, ...] = ("parameters",)) -> Path:
+def write_notebook(path: Path, parameters: str, *cells: str) -> Path:
     """A notebook whose first cell declares parameters."""
-    first = v4.new_code_cell(parameters, metadata={"tags": list(tags)})
+    first = v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(v4.new_notebook(cells=[first, *map(v4.new_code_cell, cells)]), path)
     return path
@@ -137,47 +137,33 @@ def test_text_is_converted_and_defaults_are_left_to_the_notebook(notebook):
 
 
 @pytest.mark.parametrize(
-    ("source", "tags", "word"),
+    ("sources", "tags", "word"),
     [
-        ("fold: int = 0", (), "0 cells are tagged"),
-        ("fold = 0", ("parameters",), "no type"),
-        ("fold: int = ", ("parameters",), "line 1"),
+        (["fold: int = 0"], (), "0 cells are tagged"),
+        (["fold: int = 0"] * 2, ("parameters",), "2 cells"),
+        (["fold = 0"], ("parameters",), "no type"),
+        (["fold: int = "], ("parameters",), "line 1"),
+        (["fold: Path = 0"], ("parameters",), "'Path'.*int, float, str, bool"),
     ],
 )
-def test_a_bad_parameters_cell_is_an_error(tmp_path, source, tags, word):
-    path = write_notebook(tmp_path / "a.ipynb", source, tags=tags)
+def test_a_bad_parameters_cell_is_an_error(tmp_path, sources, tags, word):
+    cells = [v4.new_code_cell(source, metadata={"tags": list(tags)}) for source in sources]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     with pytest.raises(InputError, match=word):
-        read_parameters(path)
-
-
-def test_an_unknown_annotation_is_an_error(tmp_path):
-    path = write_notebook(tmp_path / "a.ipynb", "fold: Path = 0")
-    with pytest.raises(InputError, match="'Path'.*int, float, str, bool"):
-        check_parameters(path, {"fold": "0"})
-
-
-def test_two_parameter_cells_are_an_error(tmp_path):
-    cell = v4.new_code_cell("fold: int = 0", metadata={"tags": ["parameters"]})
-    nbformat.write(v4.new_notebook(cells=[cell, v4.new_code_cell("", metadata=cell.metadata)]), tmp_path / "a.ipynb")
-    with pytest.raises(InputError, match="2 cells"):
-        read_parameters(tmp_path / "a.ipynb")
+        check_parameters(tmp_path / "a.ipynb", {"fold": "0"})
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"cells": [', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{}]}', "\xff"],
 )
-def test_a_file_that_is_no_notebook_is_an_error(tmp_path, text):
+def test_a_file_that_is_no_notebook_is_an_error_and_a_missing_one_lists_those_there_are(tmp_path, text):
     path = tmp_path / "a.ipynb"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="not a readable notebook") as caught:
-        read_parameters(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_notebook_lists_those_there_are(notebook):
-    with pytest.raises(InputError, match="does not exist.*01_baseline.ipynb"):
-        read_parameters(notebook.with_name("01_base.ipynb"))
+    for asked, message in ((path, "not a readable notebook"), (tmp_path / "b.ipynb", "does not exist.*a.ipynb")):
+        with pytest.raises(InputError, match=message) as caught:
+            read_parameters(asked)
+        assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- execution
@@ -239,18 +225,7 @@ def test_ctrl_c_stops_the_kernel_and_says_how_to_go_on(tmp_path):
     path = write_notebook(
         tmp_path / "a.ipynb", "seconds: int = 1", "import os, time\nprint('kernel', os.getpid())\ntime.sleep(seconds)"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "kdlib",
-        "run",
-        path,
-        "-o",
-        tmp_path / "b.ipynb",
-        "-p",
-        "seconds",
-        "600",
-    ]
+    command = [sys.executable, "-m", "kdlib", "run", path, "-o", tmp_path / "b.ipynb", "-p", "seconds", "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         kernel = int(process.stdout.readline().split()[1])
         process.send_signal(signal.SIGINT)

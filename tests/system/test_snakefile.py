@@ -15,6 +15,7 @@ from nbformat import v4
 
 from kdlib.apps.cli import main
 from kdlib.apps.jobs import KILLED
+from kdlib.apps.study import EXPERIMENTS
 
 PARAMETERS = """\
 data: str = "phantom"
@@ -54,16 +55,9 @@ def write(folder: Path, name: str, *cells: str) -> Path:
 
 @pytest.fixture
 def notebooks(tmp_path) -> Path:
-    for name in (
-        "00_data",
-        "01_baseline",
-        "02_distillation",
-        "03_ablation",
-        "04_loss_comparison",
-        "06_figures",
-        "report",
-    ):
-        write(tmp_path / "notebooks", name, *(["print(study)"] if name == "report" else []))
+    for name in EXPERIMENTS:
+        write(tmp_path / "notebooks", name)
+    write(tmp_path / "notebooks", "report", "print(study)")
     return tmp_path / "notebooks"
 
 
@@ -81,8 +75,8 @@ def jobs(printed: str) -> list[str]:
 
 
 def planned(capfd, notebooks: Path, *words: str) -> str:
-    """What Snakemake says that it would run on eight cores."""
-    dry = ["--cores", "8", "--snakemake-args=--dry-run --quiet host"]
+    """What Snakemake says that it would run on 16 cores."""
+    dry = ["--cores", "16", "--snakemake-args=--dry-run --quiet host"]
     assert main([*study(notebooks, notebooks.parent / "results", *words), *dry]) == 0
     return "".join(capfd.readouterr())
 
@@ -94,9 +88,16 @@ def graph(text: str) -> set[tuple[str, str]]:
     return {(one, name.findall(output)[0]) for inputs, output in found for one in name.findall(inputs)}
 
 
-def test_teachers_come_before_students_and_runs_before_reports(capfd, notebooks):
+def shares(text: str) -> set[tuple[str, str]]:
+    """Threads and GPUs of the jobs that train."""
+    training = re.findall(r"^rule (?:teacher|fold_and_seed):\n(?:    .*\n)+", text, re.MULTILINE)
+    return {(*re.findall(r"    threads: (\d+)\n", job), *re.findall(r"gpu=(\d)", job)) for job in training}
+
+
+def test_teachers_come_before_students_and_runs_before_reports_and_jobs_share_the_cores(capfd, notebooks):
     only = ["--only", "00_data", "02_distillation", "03_ablation", "06_figures"]
-    found = graph(planned(capfd, notebooks, "--folds", "0 1", "--seeds", "0 7", *only))
+    text = planned(capfd, notebooks, "--folds", "0 1", "--seeds", "0 7", *only)
+    found = graph(text)
     for fold in (0, 1):
         for seed in (0, 7):
             assert (f"teacher-T1-fold{fold}", f"02_distillation-fold{fold}-seed{seed}") in found
@@ -107,20 +108,14 @@ def test_teachers_come_before_students_and_runs_before_reports(capfd, notebooks)
         assert ("00_data", f"teacher-T1-fold{fold}") in found
     assert ("teacher-T1-fold0", "03_ablation-fold1-seed0") not in found
     assert {("02_distillation", "06_figures"), ("03_ablation", "06_figures"), ("06_figures", "report")} <= found
+    assert shares(text) == {("2", "0")}, "16 cores for two experiments of two folds and two seeds"
 
 
-def test_with_one_fold_and_seed_the_aggregate_notebook_is_the_job(capfd, notebooks):
-    assert graph(planned(capfd, notebooks, "--folds", "1", "--seeds", "3", "--only", "03_ablation")) == {
-        ("teacher-T1-fold1", "03_ablation"), ("03_ablation", "report"),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("device, threads, gpu", [("cpu", 4, 0), ("cuda", 8, 1)])
-def test_jobs_share_the_cores_and_queue_for_the_gpu(capfd, notebooks, device, threads, gpu):
-    text = planned(capfd, notebooks, "--folds", "0 1", "--only", "03_ablation", "--device", device)
-    training = re.findall(r"^rule (?:teacher|fold_and_seed):\n(?:    .*\n)+", text, re.MULTILINE)
-    assert len(training) == 4
-    assert all(f"    threads: {threads}\n" in block and f"gpu={gpu}" in block for block in training)
+def test_with_one_fold_and_seed_the_aggregate_notebook_is_the_job_and_jobs_queue_for_the_gpu(capfd, notebooks):
+    one = ["--folds", "1", "--seeds", "3", "--only", "03_ablation", "--device", "cuda"]
+    text = planned(capfd, notebooks, *one)
+    assert graph(text) == {("teacher-T1-fold1", "03_ablation"), ("03_ablation", "report")}
+    assert shares(text) == {("16", "1")}
 
 
 # ------------------------------------------------------------------------------------------------ what is run and when
@@ -140,17 +135,45 @@ def test_hostile_names_reach_every_job_as_plain_text(tmp_path, notebooks, capfd)
     assert [path for path in tmp_path.rglob("*") if path.name in ("one", "two", "touch")] == []
 
 
-def test_a_study_does_again_what_has_changed_and_nothing_else(tmp_path, notebooks, capfd):
-    command = study(notebooks, tmp_path / "results")
+KILLED_ONCE = """\
+import os, signal
+try:
+    open(results + "/once", "x")
+except FileExistsError:
+    pass
+else:
+    os.kill(os.getppid(), signal.SIGKILL)
+"""
+FAIL = "from kdlib import TrainingError\nif len(networks) > 1:\n    raise TrainingError('loss became nan\\nat step 3')"
+
+
+def test_failures_hold_up_nothing_else_and_the_same_command_does_what_is_missing_or_has_changed(
+    tmp_path, notebooks, capfd
+):
+    results = tmp_path / "my results"
+    write(notebooks, "00_data", KILLED_ONCE, TABLE.replace("{name}", "00_data"))
+    write(notebooks, "01_baseline", FAIL)
+    write(notebooks, "02_distillation", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    write(notebooks, "04_loss_comparison", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")  # the kernel
+    command = study(notebooks, results)
+    assert main(command) == 1
+    printed, errors = capfd.readouterr()
+    first = {"00_data", "teacher-T1-fold0", "teacher-T2-fold0", "03_ablation"}
+    assert set(jobs(printed)) == first | {"06_figures", "report"}, "a retry, and figures and report of what there is"
+    failed = [line for line in errors.splitlines() if line.startswith("failed")]
+    assert failed[:2] == ["failed: 01_baseline: loss became nan", f"failed: 02_distillation: {KILLED}"]
+    assert len(failed) == 3 and failed[2].startswith("failed: 04_loss_comparison: ") and "died" in failed[2]
+    assert f"--results '{results}'" in errors, "can be pasted into a shell"
 
     def done(*words: str) -> list[str]:
         assert main([*command, *words]) == 0
         return jobs(capfd.readouterr().out)
 
-    teachers, experiments = {"teacher-T1-fold0", "teacher-T2-fold0"}, {path.stem for path in notebooks.iterdir()}
-    assert set(done()) == teachers | experiments
-    assert done() == []
-    (tmp_path / "results/s/tables/03_ablation.csv").unlink()
+    repaired = {"01_baseline", "02_distillation", "04_loss_comparison"}
+    for name in repaired:
+        write(notebooks, name)
+    assert set(done()) == repaired | {"06_figures", "report"}, "no teachers, and neither 00 nor 03"
+    (results / "s/tables/03_ablation.csv").unlink()
     assert done() == ["03_ablation", "06_figures", "report"]
     write(notebooks, "06_figures", "print('changed')")
     assert done() == ["06_figures", "report"]
@@ -158,47 +181,9 @@ def test_a_study_does_again_what_has_changed_and_nothing_else(tmp_path, notebook
     assert done() == [], "a new look at the same data trains and draws nothing again"
 
 
-FAIL = "from kdlib import TrainingError\nif len(networks) > 1:\n    raise TrainingError('loss became nan\\nat step 3')"
-
-
-def test_failures_hold_up_nothing_else_and_are_told_with_cause_and_remedy(tmp_path, notebooks, capfd):
-    results = tmp_path / "my results"
-    write(notebooks, "01_baseline", FAIL)
-    write(notebooks, "02_distillation", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
-    write(notebooks, "04_loss_comparison", "1 / 0")
-    command = study(notebooks, results)
-    assert main(command) == 1
-    printed, errors = capfd.readouterr()
-    first = {"00_data", "teacher-T1-fold0", "teacher-T2-fold0", "03_ablation"}
-    assert set(jobs(printed)) == first | {"06_figures", "report"}, "figures and report of what there is"
-    assert [line for line in errors.splitlines() if line.startswith("failed")] == [
-        "failed: 01_baseline: loss became nan",
-        f"failed: 02_distillation: {KILLED}",
-        "failed: 04_loss_comparison: 04_loss_comparison.ipynb stopped in cell [3]: ZeroDivisionError",
-    ]
-    assert f"--results '{results}'" in errors, "can be pasted into a shell"
-    write(notebooks, "04_loss_comparison")
-    assert main([*command, "--only", "04_loss_comparison"]) == 0
-    assert jobs(capfd.readouterr().out) == ["04_loss_comparison", "report"]
-
-
 def test_a_path_that_snakemake_would_break_on_a_cluster_is_refused(tmp_path, notebooks, capfd):
     assert main(study(notebooks, tmp_path / "it's", "--executor", "slurm")) == 2
     assert capfd.readouterr().err.startswith(f"error: {tmp_path}/it's/s: Snakemake quotes paths by '")
-
-
-def test_input_that_a_notebook_refuses_is_the_last_that_a_user_sees(tmp_path, notebooks, capfd):
-    write(notebooks, "00_data", "from kdlib import InputError\nraise InputError('2 defects:\\n  case  defect')")
-    assert main(study(notebooks, tmp_path / "r", "--only", "00_data", "01_baseline")) == 2
-    printed, errors = capfd.readouterr()
-    assert errors == "error: 2 defects:\n  case  defect\n" and "01_baseline" not in printed
-
-
-def test_a_job_that_is_killed_is_retried_once(tmp_path, notebooks, capfd):
-    kill = "import os, signal\ntry:\n    open(results + '/once', 'x')\nexcept FileExistsError:\n    pass\nelse:\n"
-    write(notebooks, "00_data", kill + "    os.kill(os.getppid(), signal.SIGKILL)")
-    assert main(study(notebooks, tmp_path / "r", "--only", "00_data")) == 0
-    assert jobs(capfd.readouterr().out) == ["00_data", "report"]
 
 
 # -------------------------------------------------------------------------------------------------- stopped and killed

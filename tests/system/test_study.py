@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -16,21 +17,38 @@ from kdlib.apps.study import EXPERIMENTS
 from kdlib.config import SWITCHES, InputError
 
 TINY = {
-    "width": 0.125, "folds": 3, "teacher_epochs": 1, "student_epochs": 1, "teacher_steps": 4, "student_steps": 4,
+    "size": 32, "spacing": 10.0, "width": 0.125, "folds": 5,
+    "teacher_epochs": 1, "student_epochs": 1, "teacher_steps": 4, "student_steps": 4,
 }  # fmt: skip
 
 
-def study(results: Path, *words: str, command: str = "study") -> int:
+def study(results: Path, *words: str, command: str = "study", data: Path | str = "phantom") -> int:
     given = ["--results", str(results), "--study", "tiny", "--changes", json.dumps(TINY), "--device", "cpu"]
-    return main([command, *given, *words])
+    return main([command, *given, "--data", str(data), *words])
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
-    """The results of a whole study."""
+def data(tmp_path_factory, phantom_of) -> Path:
+    """A folder of 20 patients, of whom one has a damaged label."""
+    folder = shutil.copytree(phantom_of(20), tmp_path_factory.mktemp("data") / "phantom")
+    (folder / "labelsTr" / "phantom_007.nii.gz").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, data) -> Path:
+    """The results of a whole study of the patients without defects."""
     results = tmp_path_factory.mktemp("results")
-    assert study(results) == 0
+    assert study(results, "--on-defect", "drop", data=data) == 0
     return results
+
+
+@pytest.mark.slow
+def test_a_defective_data_set_is_the_last_that_a_user_sees(tmp_path, data, capfd):
+    assert study(tmp_path / "results", "--only", "00_data", "01_baseline", data=data) == 2
+    printed, errors = capfd.readouterr()
+    assert errors.startswith("error: ") and errors.count("error: ") == 1 and "01_baseline" not in printed
+    assert "ON_DEFECT=drop" in errors and "phantom_007" in errors
 
 
 @pytest.mark.slow
@@ -65,21 +83,22 @@ def test_every_method_is_tested_on_the_same_patients_by_every_metric(done):
 
 
 @pytest.mark.slow
-def test_runs_are_shared_between_experiments_and_a_second_look_only_draws(done, tmp_path, capsys):
+def test_runs_are_shared_between_experiments(done):
     keys = [set(pd.read_csv(path)["run"]) for path in (done / "tiny" / "tables").glob("*_runs.csv")]
     assert len(set.union(*keys)) < sum(map(len, keys))
-    before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*.safetensors")}
-    values = {"results": str(done), "study": "tiny", "changes": TINY, "device": "cpu"}
-    execute(NOTEBOOKS / "03_ablation.ipynb", tmp_path / "again.ipynb", values)
-    assert {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_a_figure_that_does_not_exist_is_an_input_error(done, tmp_path):
     figure = {"results": str(done), "study": "tiny", "figure": "ablatoin"}
     with pytest.raises(InputError, match="'ablatoin' does not exist: choose from training_curves"):
         execute(NOTEBOOKS / "06_figures.ipynb", tmp_path / "figure.ipynb", figure)
 
 
 @pytest.mark.slow
-def test_a_dry_run_knows_what_a_study_has_trained_and_what_it_would(done, capsys):
-    assert study(done, "--seeds", "0 1", "--only", "03_ablation", command="dry-run") == 0
+def test_a_dry_run_knows_what_a_study_has_trained_and_what_it_would(done, data, capsys):
+    words = ["--seeds", "0 1", "--only", "03_ablation", "--on-defect", "drop"]
+    assert study(done, *words, command="dry-run", data=data) == 0
     assert re.search(r"^03_ablation: 3\d runs, 1\d of them done$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -92,51 +111,49 @@ def test_a_dry_run_of_a_study_that_never_ran_trains_and_draws_nothing(tmp_path, 
     assert not (tmp_path / "results" / "runs").exists() and not (tmp_path / "results" / "tiny").exists()
 
 
-@pytest.mark.slow
-def test_the_correction_goes_from_the_published_to_the_corrected_protocol(done):
-    assert study(done, "--only", "05_correction") == 0
-    tables = done / "tiny" / "tables"
-    assert pd.read_csv(tables / "05_correction.csv")["step"].tolist() == ["thesis", *SWITCHES.values(), "corrected"]
-    signal = pd.read_csv(tables / "05_gradient_diagnostics.csv")
-    assert (done / "tiny" / "notebooks" / "05_correction.html").is_file() and set(signal["term"]) >= {"E-E", "PMD"}
+@pytest.fixture(scope="module")
+def later(done, data) -> Path:
+    """The same study, when an experiment was asked for again and three more had been run."""
+    before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*.safetensors")}
+    more = ["--only", "03_ablation", "05_correction", "07_fractions", "08_length"]
+    assert study(done, "--on-defect", "drop", *more, data=data) == 0
+    assert before and {path: path.stat().st_mtime_ns for path in before} == before, "a second look only draws"
+    return done / "tiny"
 
 
 @pytest.mark.slow
-def test_chapters_on_labels_and_length_have_a_line_for_each_way_of_learning(done):
-    assert study(done, "--only", "07_fractions", "08_length") == 0
-    tables = done / "tiny" / "tables"
-    fractions = pd.read_csv(tables / "07_fractions.csv")
+def test_the_correction_goes_from_the_published_to_the_corrected_protocol(later):
+    assert pd.read_csv(later / "tables/05_correction.csv")["step"].tolist() == [
+        "thesis", *SWITCHES.values(), "corrected",
+    ]  # fmt: skip
+    signal = pd.read_csv(later / "tables/05_gradient_diagnostics.csv")
+    assert (later / "notebooks/05_correction.html").is_file() and set(signal["term"]) >= {"E-E", "PMD"}
+
+
+@pytest.mark.slow
+def test_chapters_on_labels_and_length_have_a_line_for_each_way_of_learning(later):
+    fractions = pd.read_csv(later / "tables/07_fractions.csv")
     assert set(fractions["fraction"]) == {0.1, 0.25, 0.5, 1.0}
     assert set(fractions["control"].dropna()) == {"self_consistency", "pseudo_labels"}
-    assert set(pd.read_csv(tables / "08_length.csv").query("role != 'teacher'")["length"]) == {0.125, 0.25, 0.5, 1, 2}
-    verdicts = pd.read_csv(tables / "07_comparisons.csv")
-    progress = pd.read_csv(tables / "07_convergence.csv").set_index("method")["converged"]
+    lengths = pd.read_csv(later / "tables/08_length.csv").query("role != 'teacher'")["length"]
+    assert set(lengths) == {0.125, 0.25, 0.5, 1, 2}
+    verdicts = pd.read_csv(later / "tables/07_comparisons.csv")
+    progress = pd.read_csv(later / "tables/07_convergence.csv").set_index("method")["converged"]
     rising = ~verdicts["a"].map(progress) | ~verdicts["b"].map(progress)
     assert (verdicts.loc[rising, "verdict"] == "not converged").all() and rising.any()
-    assert {path.stem for path in (done / "tiny" / "figures").glob("0[78]*.pdf")} == {"07_fractions", "08_length"}
-
-
-@pytest.mark.slow
-def test_a_defective_data_set_is_the_last_that_a_user_sees(tmp_path, capfd):
-    from kdlib.data import make_phantom
-
-    folder = make_phantom(tmp_path / "phantom", patients=6)
-    next((folder / "labelsTr").glob("*")).write_bytes(b"no image")
-    assert study(tmp_path / "results", "--data", str(folder), "--only", "00_data") == 2
-    errors = capfd.readouterr().err
-    assert errors.startswith("error: ") and errors.count("error: ") == 1
-    assert "ON_DEFECT=drop" in errors and "phantom_" in errors
-    assert study(tmp_path / "results", "--data", str(folder), "--only", "00_data", "--on-defect", "drop") == 0
+    assert {path.stem for path in (later / "figures").glob("0[78]*.pdf")} == {"07_fractions", "08_length"}
 
 
 @pytest.mark.slow
 def test_real_scans_run_end_to_end(real_data, tmp_path):
     """Both hippocampus classes, through data and baseline, at the smallest size."""
-    sizes = ["--changes", json.dumps(TINY | {"folds": 8, "size": 64}), "--profile", "hippocampus", "--target", "all"]
-    data = str(real_data("hippocampus"))
-    assert study(tmp_path, *sizes, "--data", data, "--only", "00_data", "01_baseline") == 0
+    size = TINY | {"folds": 8, "size": 64, "spacing": 1.0}
+    values = {"data": str(real_data("hippocampus")), "target": "all", "profile": "hippocampus", "changes": size}
+    values |= {"results": str(tmp_path), "study": "tiny", "device": "cpu"}
+    execute(NOTEBOOKS / "00_data.ipynb", tmp_path / "data.ipynb", values)
+    execute(NOTEBOOKS / "01_baseline.ipynb", tmp_path / "baseline.ipynb", values | {"networks": ["T1", "S1"]})
     cases = pd.read_csv(tmp_path / "tiny" / "tables" / "01_baseline_cases.csv")
-    assert set(cases["class"]) == {"Anterior", "Posterior"}
+    assert set(cases["class"]) == {"Anterior", "Posterior"} and set(cases["model"]) == {"T1", "S1"}
     assert cases.groupby("method")["patient"].nunique().eq(9).all()
 
 

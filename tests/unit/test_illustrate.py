@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from kdlib.analysis.figures import DOUBLE, pairs
 from kdlib.config import PROTOCOLS, InputError, Run, Term, derive_seed, override_profile
-from kdlib.data import make_phantom
 from kdlib.data.sampling import batch_indices
 from kdlib.experiments.illustrate import pairs as pairs_of
 from kdlib.experiments.recipes import thesis_recipe
@@ -37,11 +36,11 @@ def closed_figures():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, phantom_of):
     """A folder of results, and a distilled run on a small phantom in it; nothing is trained."""
     root = tmp_path_factory.mktemp("pictures")
     profile = override_profile("quick", {"width": 0.125, "folds": 3})
-    data = str(make_phantom(root / "phantom", patients=9))
+    data = str(phantom_of(9))
     return root, Run(data, "spleen", "S1", fraction=0.5, teacher="T1", recipe=thesis_recipe("S1"), profile=profile)
 
 

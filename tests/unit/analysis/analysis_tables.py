@@ -1,11 +1,14 @@
-"""Small tidy tables that the tests of `kdlib.analysis` share."""
+"""Small tidy tables, and what holds for every figure, for the tests of `kdlib.analysis`."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
 import pandas as pd
+import pytest
+from matplotlib.text import Text
 
 CONTROL = {"zero-weight control": "zero_weights", "shuffled teacher": "shuffled_teacher"}
 FAMILY = {"kl": "prediction", "dkd": "prediction", "fitnet": "feature", "sp": "relation", "infonce": "contrast"}
@@ -42,3 +45,29 @@ def tidy(methods: dict[str, object], metric="dice", **columns) -> pd.DataFrame:
                 row = dict(run=f"{method}-{seed}", method=method, model="S1", fold=0, seed=seed, case=f"case_{number}")
                 rows.append(row | {"class": "spleen", "metric": metric, "value": value} | columns)
     return pd.DataFrame(rows)
+
+
+def check(figure, width, smallest=7) -> None:
+    """Drawn at printed width, no text is cut off or under the legend, no panel is empty, no text is tiny."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    assert figure.get_size_inches()[0] == pytest.approx(width)
+    page = figure.bbox.padded(2)
+    legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+    panels = [ax.get_tightbbox(renderer) for ax in figure.axes]
+    for box in legends + panels:
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, "something is cut"
+    for one, two in itertools.combinations(legends + panels, 2):
+        assert not one.padded(-1).overlaps(two), "panels or legend overlap"
+    for text in figure.findobj(Text):
+        assert text.get_fontsize() >= smallest or not text.get_text()
+    for ax in figure.axes:
+        assert ax.has_data()
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            labels = [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+            boxes = [label.get_window_extent(renderer) for label in labels]
+            for one, two in itertools.pairwise(boxes):
+                assert not one.overlaps(two), "tick labels overlap"
+    assert "n = " in figure.get_label()

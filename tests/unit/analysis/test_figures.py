@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_tables import distilled, identity, tidy
+from analysis_tables import check, distilled, identity, tidy
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
 
@@ -80,32 +80,6 @@ def trainings(methods=METHODS, epochs=12, runs=2) -> pd.DataFrame:
         row = identity(method) | dict(run=f"{method}-{run}", epoch=epoch, value=(1 + run) / epoch)
         rows += [row | dict(name=name) for name in names]
     return pd.DataFrame(rows)
-
-
-def check(figure, width) -> None:
-    """Drawn at printed width, no text is cut off or under the legend, no panel is empty, no text is tiny."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    assert figure.get_size_inches()[0] == pytest.approx(width)
-    page = figure.bbox.padded(2)
-    legends = [legend.get_window_extent(renderer) for legend in figure.legends]
-    panels = [ax.get_tightbbox(renderer) for ax in figure.axes]
-    for box in legends + panels:
-        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, "something is cut"
-    for one, two in itertools.combinations(legends + panels, 2):
-        assert not one.padded(-1).overlaps(two), "panels or legend overlap"
-    for text in figure.findobj(matplotlib.text.Text):
-        assert text.get_fontsize() >= 7 or not text.get_text()
-    for ax in figure.axes:
-        assert ax.has_data()
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            labels = [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
-            boxes = [label.get_window_extent(renderer) for label in labels]
-            for one, two in itertools.pairwise(boxes):
-                assert not one.overlaps(two), "tick labels overlap"
-    assert "n = " in figure.get_label()
 
 
 def bars(ax) -> np.ndarray:
@@ -219,14 +193,8 @@ def test_diagnostics_leave_out_what_was_not_measured(kinds):
 
 def test_diagnostics_of_one_method():
     both = pd.concat([diagnostics(), diagnostics("KD(T2, S1)").assign(value=9.0)])
-    with pytest.raises(InputError, match=r"method None; choose from KD\(T1, S1\), KD\(T2, S1\)"):
-        gradient_diagnostics(both)
-    with pytest.raises(InputError, match="method 'S1'"):
-        gradient_diagnostics(both, "S1")
     curve = gradient_diagnostics(both, "KD(T2, S1)").axes[0].lines[0]
     assert (curve.get_ydata() == 9).all() and len(curve.get_xdata()) == 12
-    with pytest.raises(InputError, match="no share/<term>, cosine/<term>"):
-        gradient_diagnostics(trainings(["KD(T1, S1)"]))
 
 
 @pytest.mark.parametrize("methods, epochs", [(["KD(T1, S1)"], 1), (METHODS[6:], 40)])
@@ -253,17 +221,6 @@ def test_gradient_shares(methods, epochs):
         assert level == pytest.approx(1)
     looks = {(patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()}
     assert len({hatch for _, hatch in looks}) == 5, "areas differ in grey"
-
-
-def test_histories_without_what_is_drawn_are_refused():
-    for draw in (training_curves, gradient_diagnostics, gradient_shares):
-        for table, message in ((pd.DataFrame(), "no run, method"), (trainings().iloc[:0], "no rows")):
-            with pytest.raises(InputError, match=message):
-                draw(table)
-    with pytest.raises(InputError, match="no B-B"):
-        training_curves(trainings(), ["B-B"])
-    with pytest.raises(InputError, match="no share/<term>"):
-        gradient_shares(trainings(["S1"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -327,8 +284,6 @@ def test_cases_are_chosen_by_rule():
     assert choose_cases(table, "KD(T1, S1)") == {"best": "case_2", "median": "case_0", "worst": "case_1"}
     assert choose_cases(table[table["case"] < "case_2"], "KD(T1, S1)") == {"best": "case_0", "worst": "case_1"}
     assert choose_cases(table[table["case"] < "case_1"], "KD(T1, S1)") == {"best": "case_0"}
-    with pytest.raises(InputError, match="no method 'T1'"):
-        choose_cases(table, "T1")
 
 
 PAIRS = [("KD(T1, S1)", "S1"), ("KD(T1, S2)", "S2"), ("KD(T2, S1)", "S1"), ("KD(T2, S2)", "S2")]
@@ -366,15 +321,6 @@ def test_slopes_of_a_metric_where_lower_is_better():
     assert figure.axes[0].get_ylabel() == "HD95 (mm)"
 
 
-def test_slopes_refuse():
-    table = results(["S1", "KD(T1, S1)", "S2", "KD(T1, S2)"])
-    verdicts = compare(table, PAIRS[:2])
-    with pytest.raises(InputError, match=r"no method KD\(T1, S2\), S2 in the table"):
-        slopes(table[table["method"].isin(PAIRS[0])], verdicts)
-    with pytest.raises(InputError, match="no rows"):
-        slopes(table, verdicts.iloc[:0])
-
-
 def costs(models=("T1", "T2", "S1", "S2")) -> pd.DataFrame:
     rows = []
     for number, (size, model) in enumerate(itertools.product(("study", "thesis"), models)):
@@ -405,14 +351,6 @@ def test_efficiency(methods, thesis):
     assert ("Hollow" in figure.get_label()) == (thesis is not None) and "1 thread." in figure.get_label()
 
 
-def test_efficiency_refuses():
-    table = results(["S1", "T1"])
-    with pytest.raises(InputError, match="no cost of T1 in size study"):
-        efficiency(table, costs(["S1"]))
-    with pytest.raises(InputError, match="no latency_ms in the table"):
-        efficiency(table, costs().drop(columns="latency_ms"))
-
-
 def sized(methods, volumes, thickness, slope=0.1) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Dice that grows by `slope` with each doubling of the volume, and the cases' thickness."""
     rows, names = [], [f"case_{number}" for number in range(len(volumes))]
@@ -426,9 +364,8 @@ def sized(methods, volumes, thickness, slope=0.1) -> tuple[pd.DataFrame, pd.Data
 @pytest.mark.parametrize("cases, several", [(24, True), (8, False), (3, False)])
 def test_failure(cases, several):
     volumes = 50 * 1.1 ** np.random.default_rng(0).permutation(cases)
-    table, known = sized(
-        ["T1", "S1 (50 %)", "KD(T1, S1)"], volumes, np.where(np.arange(cases) % 2, 5.0, 3.0) if several else 2.0
-    )
+    methods = ["T1", "S1 (50 %)", "KD(T1, S1)"] if several else ["T1"]  # the p of few patients is exact, and slow
+    table, known = sized(methods, volumes, np.where(np.arange(cases) % 2, 5.0, 3.0) if several else 2.0)
     figure = failure(table, known)
     check(figure, DOUBLE if several else SINGLE)
     left, groups = figure.axes[0], min(3, max(1, cases // 4))
@@ -456,18 +393,6 @@ def test_failure_of_many_thicknesses_and_of_few_patients_is_exact():
     empty = table.copy()
     empty.loc[(empty["case"] == "case_0") & (empty["metric"] == "truth_volume"), "value"] = 0
     assert "n = 5" in failure(empty, known).get_label()
-
-
-def test_failure_refuses():
-    table, known = sized(["S1"], [50, 60], 3.0)
-    with pytest.raises(InputError, match="no thickness of cases case_1"):
-        failure(table, known.iloc[:1])
-    with pytest.raises(InputError, match="run notebook 00 again"):
-        failure(table, known.drop(columns="thickness (mm)"))
-    with pytest.raises(InputError, match="no method T1"):
-        failure(table, known, ["T1"])
-    with pytest.raises(InputError, match="no patient with a target"):
-        failure(table.assign(value=table["value"].where(table["metric"] == "dice", 0)), known)
 
 
 def binned(methods, cases=6, bins=15, empty=()) -> pd.DataFrame:
@@ -508,10 +433,6 @@ def test_reliability_weighs_cases_alike():
     found = reliability(patients)
     assert found.axes[0].lines[1].get_ydata() == pytest.approx([0.75])
     assert "n = 2 patients with 3 volumes" in found.get_label()
-    with pytest.raises(InputError, match="'S1' has no pixel"):
-        reliability(table.iloc[3:])
-    with pytest.raises(InputError, match="no method"):
-        reliability(table.drop(columns="method"))
 
 
 CLOSE = ["agreement", "band_agreement", "error_overlap", "cka", "ece"]
@@ -543,13 +464,6 @@ def test_teacher_agreement(count):
     assert ("n = 5 to 6" if count > 2 else "n = 6") in figure.get_label()
 
 
-def test_teacher_agreement_refuses():
-    with pytest.raises(InputError, match="no method, value"):
-        teacher_agreement(pd.DataFrame(columns=["metric", "case"]))
-    with pytest.raises(InputError, match="no defined value"):
-        teacher_agreement(closeness(["S1"], ["agreement"]).assign(value=np.nan))
-
-
 # --------------------------------------------------------------------------------------------------------- comparisons
 
 
@@ -567,8 +481,11 @@ def test_ablation(subsets, baseline):
     assert [{y for _, y in line} for line in dark] == [{y} if names else set() for y, names in enumerate(expected)]
 
 
+FEW = SUBSETS[:5]
+
+
 def test_ablation_shows_paired_differences_to_the_student():
-    table = results([distilled("supcon", terms) for terms in SUBSETS], cases=12)
+    table = results([distilled("supcon", terms) for terms in FEW], cases=12)
     table.loc[table["terms"] == "PMD", "value"] -= 0.2
     table = pd.concat([table, results([ALONE], cases=12)])
     verdicts = compare(table, [(method, ALONE["method"]) for method in table["method"].unique()[:-1]])
@@ -580,21 +497,10 @@ def test_ablation_shows_paired_differences_to_the_student():
     expected = verdicts.set_index("a").loc[[method for method in order if method != ALONE["method"]]]
     assert points(beside) == pytest.approx(expected["difference"].tolist())
     assert filled(beside) == (expected["verdict"] != "inconclusive").tolist()
-    assert "Holm's correction for 15 comparisons" in figure.get_label()
-    with pytest.raises(InputError, match="no comparison with the reference"):
-        ablation(table, verdicts.assign(b="S2"))
+    assert f"Holm's correction for {len(FEW)} comparisons" in figure.get_label()
 
 
-def test_ablation_refuses():
-    with pytest.raises(InputError, match="has other terms than E-E"):
-        ablation(results([distilled("at", "E-E"), distilled("reviewkd", "scales")]))
-    with pytest.raises(InputError, match="the terms of another method"):
-        ablation(results([distilled("fitnet", "E-E"), distilled("supcon", "E-E")]))
-    with pytest.raises(InputError, match="several students or teachers"):
-        ablation(results([distilled("fitnet", "E-E"), distilled("fitnet", "B-B", teacher="T2")]))
-
-
-MANY = [ALONE, *(distilled("sp", f"term {number}") for number in range(27)), identity("shuffled teacher")]
+MANY = [ALONE, *(distilled("sp", f"term {number}") for number in range(19)), identity("shuffled teacher")]
 
 
 @pytest.mark.parametrize(
@@ -603,7 +509,7 @@ MANY = [ALONE, *(distilled("sp", f"term {number}") for number in range(27)), ide
 def test_ranking(methods, cases):
     table = results(methods, cases)
     names = list(table["method"].unique())
-    found = ranks(table, resamples=200)
+    found = ranks(table, resamples=100)
     verdicts = compare(table, [(name, "S1 (50 %)") for name in names[1:]])
     figure = ranking(found, "S1 (50 %)", verdicts)
     check(figure, DOUBLE)
@@ -652,17 +558,6 @@ def test_ranking_names_a_far_outlier_at_the_edge_and_the_families():
     assert families == ["predictions", "features", "thesis terms", "controls"]
 
 
-def test_ranking_refuses():
-    table = results(["S1", "S2"])
-    found, verdicts = ranks(table), compare(table, [("S2", "S1")])
-    with pytest.raises(InputError, match="no reference 'T1' among S2, S1"):
-        ranking(found, "T1")
-    with pytest.raises(InputError, match="no comparison with the reference None"):
-        ranking(found, None, verdicts)
-    with pytest.raises(InputError, match="no rank_low"):
-        ranking(found.drop(columns="rank_low"))
-
-
 def steps(changes=(0.03, -0.05, 0.004), verdicts=("better", "worse", "inconclusive"), wide=0.01, n=24) -> pd.DataFrame:
     rows, level = [dict(step="thesis", dice=0.715, verdict="", n=n, interval="")], 0.715
     for number, (change, verdict) in enumerate(zip(changes, verdicts, strict=True), start=1):
@@ -705,17 +600,6 @@ def test_correction_of_one_patient_has_no_intervals():
     figure = cumulative_correction(steps(wide=np.nan, n=1).assign(interval=""))
     check(figure, DOUBLE)
     assert "n = 1" in figure.get_label() and "From start" not in figure.get_label()
-
-
-def test_correction_refuses():
-    with pytest.raises(InputError, match="'corrected' does not add up .*repeats the one before"):
-        cumulative_correction(steps().assign(dice=[0.715, 0.745, 0.695, 0.699, 0.8]))
-    with pytest.raises(InputError, match=r"\(fault 2\)' does not add up .*same cases"):
-        cumulative_correction(steps().assign(difference=[np.nan, 0.03, 0.05, 0.004, 0]))
-    with pytest.raises(InputError, match="its start and its end"):
-        cumulative_correction(steps().iloc[:1])
-    with pytest.raises(InputError, match="no verdict"):
-        cumulative_correction(steps().drop(columns="verdict"))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -776,22 +660,7 @@ def test_qualitative_of_odd_masks(edit):
     assert bool(figure.axes[0].patches) == ("box" in figure.get_label()) == boxed
 
 
-def test_qualitative_refuses():
-    examples = slices(["S1"], "a")
-    with pytest.raises(InputError, match="no example slice of method 'T1' and case 'a'"):
-        qualitative(examples, {"teacher": "T1"}, {"best": "a"})
-    with pytest.raises(InputError, match="at least one"):
-        qualitative(examples, {"student": "S1"}, {})
-
-
 # -------------------------------------------------------------------------------------------------------------- saving
-
-
-@pytest.mark.parametrize("draw", [dice_per_method, ablation])
-def test_empty_tables_are_refused(draw):
-    for table in (pd.DataFrame(), results(["S1"]).iloc[:0], results(["S1"], metric="iou")):
-        with pytest.raises(InputError):
-            draw(table)
 
 
 def test_saved_figures(tmp_path):
@@ -839,5 +708,70 @@ def test_a_line_for_each_way_of_learning_along_an_axis(axis, values):
         drawn = container.lines[0].get_ydata()
         assert drawn == pytest.approx([(1.8 + 2 * value / 10) / 3 for value in values])
     assert figure.axes[0].get_xscale() == "log" and "as a band" in figure.get_label()
-    with pytest.raises(InputError, match="axis 'width' does not exist"):
-        along(tables[0], "width")
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def two_methods():
+    return pd.concat([diagnostics(epochs=2), diagnostics("KD(T2, S1)", epochs=2)])
+
+
+EDGES = [distilled("fitnet", "E-E"), distilled("supcon", "E-E")]
+
+
+def test_tables_without_what_is_drawn_are_refused():
+    nothing = pd.DataFrame()
+    refused = [
+        *((draw, (table,), message) for draw in (training_curves, gradient_diagnostics, gradient_shares)
+          for table, message in ((nothing, "no run, method"), (trainings().iloc[:0], "no rows"))),
+        (training_curves, (trainings(["S1"]), ["B-B"]), "no B-B"),
+        (gradient_shares, (trainings(["S1"]),), "no share/<term>"),
+        (gradient_diagnostics, (two_methods(),), r"method None; choose from KD\(T1, S1\), KD\(T2, S1\)"),
+        (gradient_diagnostics, (two_methods(), "S1"), "method 'S1'"),
+        (gradient_diagnostics, (trainings(["KD(T1, S1)"]),), "no share/<term>, cosine/<term>"),
+        (choose_cases, (results(["S1"]), "T1"), "no method 'T1'"),
+        (efficiency, (results(["S1", "T1"]), costs(["S1"])), "no cost of T1 in size study"),
+        (efficiency, (results(["S1", "T1"]), costs().drop(columns="latency_ms")), "no latency_ms in the table"),
+        (teacher_agreement, (pd.DataFrame(columns=["metric", "case"]),), "no method, value"),
+        (teacher_agreement, (closeness(["S1"], ["agreement"]).assign(value=np.nan),), "no defined value"),
+        (reliability, (binned(["S1"], 1, 2, empty=(0, 1)),), "'S1' has no pixel"),
+        (reliability, (binned(["S1"]).drop(columns="method"),), "no method"),
+        (ablation, (results([distilled("at", "E-E"), distilled("reviewkd", "scales")]),), "has other terms than E-E"),
+        (ablation, (results(EDGES),), "the terms of another method"),
+        (ablation, (results([EDGES[0], distilled("fitnet", "B-B", teacher="T2")]),), "several students or teachers"),
+        (ranking, (ranks(results(["S1", "S2"])), "T1"), "no reference 'T1' among S2, S1"),
+        (ranking, (ranks(results(["S1", "S2"])).drop(columns="rank_low"),), "no rank_low"),
+        (cumulative_correction, (steps().assign(dice=[0.715, 0.745, 0.695, 0.699, 0.8]),),
+         "'corrected' does not add up .*repeats the one before"),
+        (cumulative_correction, (steps().assign(difference=[np.nan, 0.03, 0.05, 0.004, 0]),),
+         r"\(fault 2\)' does not add up .*same cases"),
+        (cumulative_correction, (steps().iloc[:1],), "its start and its end"),
+        (cumulative_correction, (steps().drop(columns="verdict"),), "no verdict"),
+        (qualitative, (slices(["S1"], "a"), {"teacher": "T1"}, {"best": "a"}), "no example slice of method 'T1'"),
+        (qualitative, (slices(["S1"], "a"), {"student": "S1"}, {}), "at least one"),
+        (along, (results(["S1"]), "width"), "axis 'width' does not exist"),
+        *((draw, (table,), ".") for draw in (dice_per_method, ablation)
+          for table in (nothing, results(["S1"]).iloc[:0], results(["S1"], metric="iou"))),
+    ]  # fmt: skip
+    for draw, given, message in refused:
+        with pytest.raises(InputError, match=message):
+            draw(*given)
+
+
+def test_comparisons_and_cases_that_do_not_fit_their_table_are_refused():
+    table = results(["KD(T1, S1)", "S1", "KD(T1, S2)", "S2"], 3)
+    verdicts = compare(table, PAIRS[:2])
+    known, thick = sized(["S1"], [50, 60], 3.0)
+    for draw, given, message in [
+        (slopes, (table[table["method"].isin(["S1", "KD(T1, S1)"])], verdicts), r"no method KD\(T1, S2\), S2 in the"),
+        (slopes, (table, verdicts.iloc[:0]), "no rows"),
+        (ranking, (ranks(table), None, verdicts), "no comparison with the reference None"),
+        (ablation, (results(EDGES[:1]), verdicts), "no comparison with the reference"),
+        (failure, (known, thick.iloc[:1]), "no thickness of cases case_1"),
+        (failure, (known, thick.drop(columns="thickness (mm)")), "run notebook 00 again"),
+        (failure, (known, thick, ["T1"]), "no method T1"),
+        (failure, (known.assign(value=known["value"].where(known["metric"] == "dice", 0)), thick), "no patient with"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            draw(*given)

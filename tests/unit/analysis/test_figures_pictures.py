@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -12,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_tables import identity
+from analysis_tables import check, identity
 
 from kdlib.analysis.figures import DOUBLE, features, qualitative
 from kdlib.config import InputError
@@ -28,26 +26,10 @@ def closed_figures():
     plt.close("all")
 
 
-def check(figure, width) -> None:
-    """At printed width, within the page, without overlaps, empty panels or tiny text."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    assert figure.get_size_inches()[0] == pytest.approx(width)
-    page = figure.bbox.padded(2)
-    boxes = [item.get_window_extent(renderer) for item in figure.legends]
-    boxes += [ax.get_tightbbox(renderer) for ax in figure.axes]
-    for box in boxes:
-        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, "something is cut"
-    for one, two in itertools.combinations(boxes, 2):
-        assert not one.padded(-1).overlaps(two), "panels or legend overlap"
-    assert all(ax.has_data() for ax in figure.axes)
-    assert all(text.get_fontsize() >= 6 for text in figure.findobj(matplotlib.text.Text) if text.get_text())
-
-
 # ------------------------------------------------------------------------------------------------------------- features
 
 
-def sampled(classes=("background", "spleen"), pixels=40, constant=False):
+def sampled(classes=("background", "spleen"), pixels=24, constant=False):
     """Three methods; the classes lie further apart from method to method."""
     random = np.random.default_rng(0)
     names = np.repeat(classes, pixels)
@@ -73,7 +55,7 @@ def similar(scales=("encoder1", "bottleneck", "decoder1", "logits"), more=("enco
 def test_features_by_class_before_and_after(classes):
     samples = sampled(classes)
     figure = features(samples, similar(), ROLES)
-    check(figure, DOUBLE)
+    check(figure, DOUBLE, smallest=6)
     axes = np.array(figure.axes).reshape(3, 3)
     assert [ax.get_title() for ax in axes[0]] == [
         "teacher",

@@ -218,21 +218,6 @@ def test_rounding_in_a_header_is_no_defect(folder):
     assert index(folder).defects.empty
 
 
-def test_any_damaged_header_is_a_defect_or_harmless(folder):
-    """Whatever a header holds, the reader raises nothing of nibabel's or numpy's."""
-    rng = np.random.default_rng(0)
-    path = folder / "imagesTr/a0.nii.gz"
-    clean = gzip.decompress(path.read_bytes())
-    seen = set()
-    for round in range(200):
-        blob = bytearray(clean)
-        for at in rng.integers(*((0, 352) if round % 2 else (40, 80)), 4):  # 40 to 80: shape and type
-            blob[at] = rng.integers(256)
-        path.write_bytes(gzip.compress(bytes(blob), 1))
-        seen |= set(index(folder, on_defect="drop").defects["defect"].str.split(" ").str[0])
-    assert len(seen) > 2
-
-
 def test_nothing_left_after_dropping(folder):
     for path in (folder / "labelsTr").glob("*"):
         write(path, label_array())

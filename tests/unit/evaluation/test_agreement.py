@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import CalibrationErrorMetric, calibration_binning
+from small_training import Reader, boxes, painted
 from torch import nn
 
 from kdlib.analysis.calibration import expected_calibration_error
@@ -28,45 +27,10 @@ from kdlib.training.device import computes_bf16
 SPACING = (1.5, 2.0, 4.0)
 
 
-class Reader(nn.Module):
-    """Finds class k of C where the image is k / C, in slices rolled by `shift` rows; `gain` sets how sure it is."""
-
-    def __init__(self, classes: int, shift: int = 0, gain: float = 50.0):
-        super().__init__()
-        self.classes, self.shift = classes, shift
-        self.gain = nn.Parameter(torch.tensor(gain))
-
-    def forward(self, x, reconstruct=True):
-        assert not self.training and not reconstruct and not torch.is_grad_enabled()
-        level = x[:, :1].roll(self.shift, 2) * self.classes
-        if self.classes == 1:
-            return Output(self.gain * (level - 0.5), None)
-        steps = torch.arange(self.classes + 1, device=x.device).view(1, -1, 1, 1)
-        return Output(-self.gain * (level - steps).abs(), None)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """Two volumes with boxes as organs, stored in different axis orders; the second has no "far"."""
-    root = tmp_path_factory.mktemp("data") / "Task99_Boxes"
-    for name, code in {"box_1": "RAS", "box_2": "PSL"}.items():
-        label = np.zeros((26, 24, 14), np.uint8)
-        label[4:12, 5:20, 3:9], label[15:20, 6:13, 5:12] = 1, 2 * (name == "box_1")
-        own = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(code))
-        for part in ("imagesTr", "labelsTr"):
-            (root / part).mkdir(parents=True, exist_ok=True)
-            volume = nib.Nifti1Image(label.astype(np.int16), np.diag([*SPACING, 1]))
-            nib.save(volume.as_reoriented(own), root / part / f"{name}.nii.gz")
-    listed = [{part: f"./{part}sTr/box_{number}.nii.gz" for part in ("image", "label")} for number in (1, 2)]
-    text = {"name": "Boxes", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "near", "2": "far"}}
-    (root / "dataset.json").write_text(json.dumps(text | {"numTraining": 2, "training": listed}))
-    return index(root)
-
-
-def painted(dataset, target):
-    """A bank whose images are its labels, for `Reader`."""
-    bank = build(dataset, dataset.classes(target), Preprocessing(32))
-    return dataclasses.replace(bank, images=bank.labels * (255 // len(bank.classes)))
+    return index(boxes(tmp_path_factory.mktemp("data") / "Task99_Boxes", SPACING, far=(1,)))
 
 
 def wide(table) -> pd.DataFrame:

@@ -148,20 +148,18 @@ def test_half_precision_loses_nothing_but_its_own_rounding(name, channels, dtype
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("grid", [(4, 4), (2, 2, 2)])
+@pytest.mark.parametrize("channels, grid", [(4, (4, 4)), (1, (2, 2, 2))])
 def test_constant_maps_one_class_and_one_patient_are_finite(name, channels, grid):
     term = make(name, channels, len(grid), steps=2).float()
     for levels in ((0.0, 0.0), (0.0, 1.0), (1e4, -1e4), (6e4, -6e4), (1e-30, 1e-30)):
-        for classes, patients in ((1, PATIENTS), (2, PATIENTS), (2, torch.zeros_like(PATIENTS))):
+        for classes, patients in ((1, PATIENTS), (2, torch.zeros_like(PATIENTS))):
             student, teacher = (torch.full((4, channels, *grid), level, requires_grad=True) for level in levels)
             loss = value(term, student, teacher, labels_like(student, classes), patients=patients)
             assert finite(loss, student, teacher), (levels, classes, patients)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "infonce" not in name])
-@pytest.mark.parametrize("grid", [(4, 4), (1, 1)])
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("grid, label", [((4, 4), 0), ((4, 4), 1), ((1, 1), 1)])
 def test_one_image_of_one_class_and_one_position_are_enough(name, grid, label):
     for term in (make(name), make(name, steps=2)):
         student, teacher = maps(1, 3, *grid)

@@ -13,14 +13,7 @@ from test_common import agree, labels_like, maps
 
 from kdlib.config import InputError
 from kdlib.losses.base import near_boundary
-from kdlib.losses.prediction import (
-    DIST,
-    DKD,
-    BoundaryKL,
-    ChannelWiseDistillation,
-    OneChannelSoftmaxKL,
-    PredictionKL,
-)
+from kdlib.losses.prediction import DIST, DKD, BoundaryKL, ChannelWiseDistillation, OneChannelSoftmaxKL, PredictionKL
 
 SHAPES = [(2, 1, 4, 5), (3, 2, 3, 3), (2, 4, 3, 4), (2, 1, 2, 3, 4), (2, 3, 3, 2, 3)]
 seeds = st.integers(0, 2**31)

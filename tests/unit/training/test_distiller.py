@@ -128,8 +128,9 @@ def test_probing_leaves_the_model_as_it_was():
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("loss", ["infonce", "fitnet", "supcon"])
-@pytest.mark.parametrize("dims, classes, teacher", [(2, 1, "T1"), (2, 2, "T2"), (3, 1, "T1")])
+@pytest.mark.parametrize(
+    "loss, dims, classes, teacher", [("infonce", 2, 1, "T1"), ("supcon", 2, 2, "T2"), ("fitnet", 3, 1, "T1")]
+)
 def test_every_term_is_alive_and_the_teacher_gets_nothing(loss, dims, classes, teacher):
     (student, frozen), channels = pair("S1", teacher, dims, classes)
     recipe = thesis_recipe("S1", loss)
@@ -263,7 +264,7 @@ def test_a_recipe_that_cannot_be_is_one_clear_line(term, message):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dims, classes", [(2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("dims, classes", [(2, 1), (3, 2)])
 def test_every_loss_teaches_through_the_harness(loss, dims, classes):
     """One step of each distiller between two kdlib models: finite, alive, and repeatable."""
     (student, teacher), channels = pair("S1", "T1", dims, classes)
