@@ -155,18 +155,21 @@ def draw(times: pd.DataFrame, cases: pd.DataFrame) -> Figure:
         figure, ax = plt.subplots(figsize=(style.DOUBLE, 80 * style.MM))
         for number, (name, rows) in enumerate(means.iterrows()):
             colour, found = f"C{number}", slices[slices["model"] == name]
-            ax.axhspan(rows["low"], rows["high"], color=colour, alpha=0.07, linewidth=0)
+            fastest = found["p50"].min()
+            spread = [[rows["mean"] - rows["low"]], [rows["high"] - rows["mean"]]]
+            ax.errorbar(fastest, rows["mean"], yerr=spread, color=colour, elinewidth=0.8)
             ax.plot(found["p50"], [rows["mean"]] * len(found), color=colour, linewidth=0.8)
             for variant, row in found.iterrows():
                 ax.plot(row["p50"], rows["mean"], marks[variant], color=colour, markersize=6)
-            at = (found["p50"].min(), rows["mean"])
-            ax.annotate(name, at, (-8, 0), textcoords="offset points", ha="right", va="center", color=colour)
+            place = dict(xytext=(-4, 4), textcoords="offset points", ha="right", color=colour)
+            box = dict(facecolor="white", edgecolor="none", pad=0.5)
+            ax.annotate(name, (fastest, rows["mean"]), bbox=box, **place)
         style.log_axis(ax.xaxis, slices["p50"].min() / 2, slices["p50"].max() * 1.3)
         ax.set(xlabel=f"ms per slice of {times['size'].iloc[0]} x {times['size'].iloc[0]}", ylabel="Dice")
         looks = {name: dict(color=style.DARK, marker=mark) for name, mark in marks.items() if name in slices.index}
         style.legend_below(figure, style.legend_lines(looks, **style.NO_LINE), columns=7)
     note = (
-        f"Median latency on {times['threads'].iloc[0]} threads, batch of 1. Lines and bands: {style.mean_text(means)}"
+        f"Median latency on {times['threads'].iloc[0]} threads, batch of 1. Points and bars: {style.mean_text(means)}"
     )
     figure.set_label(f"{note}, in float32 and at the study's own size.")
     return figure
