@@ -168,7 +168,7 @@ def _reduced(
 
 PROFILES = {  # lengths, sizes and optimisation were chosen on validation patients: docs/recipe.md
     "quick": _reduced(
-        "quick", Preprocessing(64, 5.0), 200, 400, 2, "to try out, not for claims: 64 x 64 slices at 5 mm", batch=8
+        "quick", Preprocessing(64, 5.0), 200, 240, 2, "to try out, not for claims: 64 x 64 slices at 5 mm", batch=8
     ),
     "hippocampus": _reduced(
         "hippocampus", Preprocessing(64, 1.0, "neighbours"), 1200, 1200, 5, "64 x 64 slices at 1 mm (a volume fits)"
