@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from monai.networks.nets import SegResNet
@@ -19,6 +20,7 @@ from kdlib.config import (
     STUDENTS,
     TEACHERS,
     InputError,
+    Optimisation,
     Profile,
     Recipe,
     Run,
@@ -257,18 +259,17 @@ def training_length(
     return runs
 
 
+BASELINE_TRIALS = {"lr": (4e-3, 8e-3, 1.6e-2), "weight_decay": (0.01, 0.05, 0.2)}
+DISTILLED_TRIALS = {"weight": (0.4, 1.6), "balance": (0.5,), "temperature": (1.0, 2.0, 4.0), "warmup": (0.0,)}
+
+
 def sweep(
     setting: Setting,
     student: str = "S1",
     teacher: str = "T1",
     fraction: float = 0.5,
-    lrs: Sequence[float] = (4e-3, 8e-3, 1.6e-2),
-    decays: Sequence[float] = (0.01, 0.05, 0.2),
-    batches: Sequence[int] = (),
-    weights: Sequence[float] = (0.4, 1.6),
-    balances: Sequence[float] = (0.5,),
-    temperatures: Sequence[float] = (1.0, 2.0, 4.0),
-    warmups: Sequence[float] = (0.0,),
+    alone: Mapping[str, Sequence[float]] = MappingProxyType(BASELINE_TRIALS),
+    taught: Mapping[str, Sequence[float]] = MappingProxyType(DISTILLED_TRIALS),
 ) -> list[Run]:
     """As many trials for the student alone as for the distilled one, to choose a recipe on validation patients.
 
@@ -277,28 +278,32 @@ def sweep(
 
     Args:
         fraction: label fraction of all trials.
-        lrs, decays, batches: of the student alone (no batches: the profile's); the distilled one has the profile's.
-        weights, balances, temperatures, warmups: of KL on predictions, see `Recipe`; each warm-up with each weight and
-            each balance.
+        alone: fields of `Optimisation` of the student alone, each with its values, all combined; the distilled one has
+            the profile's.
+        taught: weight and balance of KL on predictions (see `Recipe`), each with every temperature (1) and warmup (0).
 
     Raises:
-        InputError: the baseline and the distilled student get different numbers of trials.
+        InputError: an unknown field, or different numbers of trials of the baseline and of the distilled student.
     """
-    alone = list(product(lrs, decays, batches or [setting.sized.student.batch]))
-    says = [("weight", weight) for weight in weights] + [("balance", share) for share in balances]
-    taught = list(product(says, temperatures, warmups))
-    if len(alone) != len(taught):
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Optimisation))
+    for what, given, known in (("alone", alone, fields), ("taught", taught, DISTILLED_TRIALS)):
+        for name in given:
+            lookup(f"sweep: {what}", name, known)
+    own = [dict(zip(alone, values, strict=True)) for values in product(*alone.values())]
+    says = [(rule, value) for rule in ("weight", "balance") for value in taught.get(rule, ())]
+    trials = list(product(says, taught.get("temperature", [1.0]), taught.get("warmup", [0.0])))
+    if len(own) != len(trials):
         raise InputError(
-            f"sweep: {len(alone)} trials of the student alone and {len(taught)} of the distilled one; the better tuned "
+            f"sweep: {len(own)} trials of the student alone and {len(trials)} of the distilled one; the better tuned "
             "one would win: give both the same number"
         )
     runs = []
-    for lr, decay, batch in alone:
-        how = dataclasses.replace(setting.sized.student, lr=lr, weight_decay=decay, batch=batch)
+    for chosen in own:
+        how = dataclasses.replace(setting.sized.student, **chosen)
         profile = dataclasses.replace(setting.sized, student=how)
-        recipe = dataclasses.replace(BASELINE, name=f"lr {lr:g}, decay {decay:g}, batch {batch}")
+        recipe = dataclasses.replace(BASELINE, name=", ".join(f"{name} {value}" for name, value in chosen.items()))
         runs += setting.everywhere(student, fraction=fraction, recipe=recipe, profile=profile)
-    for (rule, value), temperature, warmup in taught:
+    for (rule, value), temperature, warmup in trials:
         term = Term("PMD", "kl", value if rule == "weight" else 1.0, temperature)
         name = f"{rule} {value:g}, temperature {temperature:g}, warm-up {warmup:g}"
         recipe = Recipe(name, terms=(term,), balance=value if rule == "balance" else None, warmup=warmup)

@@ -93,7 +93,7 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     plan["parameters"] = {"00_data": {}, "01_baseline": small | {"networks": ("T1", "S1")}}
     text = describe(plan)
     assert "00_data: no runs" in text and "01_baseline: 6 runs, 0 of them done" in text
-    times = re.findall(r"^    (.+), fold [01], seed 0: [24]00 steps, (\d+) (?:s|min), runs/\w{16}$", text, re.MULTILINE)
+    times = re.findall(r"^    (.+), fold [01], seed 0: 2[04]0 steps, (\d+) (?:s|min), runs/\w{16}$", text, re.MULTILINE)
     assert [name for name, _ in times] == ["T1", "T1", "S1", "S1", "S1@50", "S1@50"]
     assert all(int(time) for _, time in times), "measured, where there is no similar run"
     assert re.match(
@@ -115,7 +115,11 @@ def test_a_sweep_gives_both_the_same_number_of_trials(tmp_path):
     of_profile = next(run for run in alone if run.optimisation == setting.sized.student)
     assert run_key(of_profile, tmp_path) == run_key(setting.run("S1", fraction=0.5), tmp_path), "trained once"
     with pytest.raises(InputError, match="2 trials of the student alone and 9 of the distilled one"):
-        sweep(setting, lrs=(1e-3, 2e-3), decays=(0.05,))
+        sweep(setting, alone={"lr": (1e-3, 2e-3)})
+    with pytest.raises(InputError, match="sweep: alone 'rate' does not exist: choose from optimiser, lr"):
+        sweep(setting, alone={"rate": (1e-3,)})
+    (one,) = [run for run in sweep(setting, alone={"batch": [4]}, taught={"balance": [0.5]}) if run.teacher]
+    assert one.recipe.balance == 0.5 and one.recipe.terms[0].temperature == 1 and one.recipe.warmup == 0
 
 
 def test_a_teacher_has_seen_no_validation_or_test_patient_of_its_student(tmp_path):
