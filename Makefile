@@ -1,7 +1,7 @@
 # Needs git, make and Python >= 3.11; all else is set up in .venv, at the versions of requirements.lock.
 
 .DEFAULT_GOAL := help
-.PHONY: help study check test lab lock strip clean FORCE
+.PHONY: help study site check test bench lab lock strip clean FORCE
 
 DATA ?= phantom
 TARGET ?= spleen
@@ -18,13 +18,15 @@ STUDY ?=
 ONLY ?=
 DRY ?=
 CORES ?=
+QUICK ?=
+LONG ?=
 CLUSTER ?=
 SNAKEMAKE_ARGS ?=
 LAB ?=
 PYTHON ?=
 
 # Values reach the recipes through the environment, unexpanded: blanks, quotes and $ in a path are plain text.
-VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT GROUP FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES CLUSTER SNAKEMAKE_ARGS LAB PYTHON
+VARIABLES := DATA TARGET PROFILE PROTOCOL CHANGES ON_DEFECT GROUP FOLDS SEEDS DEVICE RESULTS STUDY ONLY DRY CORES QUICK LONG CLUSTER SNAKEMAKE_ARGS LAB PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
@@ -35,8 +37,10 @@ export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
 make study   run every experiment and write report.html; what is finished is kept, so a stopped study resumes
+make site    write the pages of the studies in RESULTS into docs/site, and what they found into README.md and docs/
 make check   run the quick unit tests, in about a minute
 make test    run all tests, and measure which lines they reach
+make bench   measure kdlib against plain ways and other code, into results/benchmarks/ (a quarter of an hour)
 make lab     open notebooks/explore.ipynb in JupyterLab, on 127.0.0.1 and behind a token
 make strip   remove outputs from notebooks/ before a commit
 make lock    regenerate requirements.lock (needs python3.11, the oldest Python that it must serve)
@@ -45,7 +49,7 @@ make clean   remove the environment and caches, never results
 Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3"
   DATA      phantom     a folder in Decathlon layout, or phantom
   TARGET    spleen      label names joined by ",", or all
-  PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, ct96, ct128, thesis
+  PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, hippocampus3d, ct96, ct128, thesis
   PROTOCOL  corrected   corrected, or thesis: with the faults of the published study
   CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
   ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
@@ -60,6 +64,8 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)
   CLUSTER               where the jobs run instead of here: slurm, or another executor plugin of Snakemake
   SNAKEMAKE_ARGS        more options for Snakemake, e.g. SNAKEMAKE_ARGS="--default-resources runtime=600 mem_mb=8000"
+  QUICK                 QUICK=1 tries every benchmark in small, in about a minute
+  LONG                  LONG=1 measures also what takes an hour; with DATA, the time to a Dice on that data set
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef
@@ -103,12 +109,20 @@ study: $(STAMP)
 	    --changes="$$CHANGES" --on-defect="$$ON_DEFECT" --group="$$GROUP" --folds="$$FOLDS" --seeds="$$SEEDS" \
 	    --device="$$DEVICE" --results="$$RESULTS" --study="$$STUDY" $${ONLY:+--only $$ONLY}
 
+site: $(STAMP)
+	@.venv/bin/python -m kdlib site --results="$$RESULTS" --output=docs/site --block README.md answer hippocampus \
+	    --block docs/protocol.md worth phantom-spleen-quick
+
 check: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "not slow" tests/unit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rs --durations=15 -n auto --dist loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rs --durations=15 -n auto --dist loadfile --max-worker-restart=0 \
 	    --cov=kdlib --cov-report=term:skip-covered
+
+bench: $(STAMP)
+	@if [ "$$DATA" != phantom ]; then set -- --data="$$DATA"; else set --; fi; \
+	.venv/bin/python benchmarks --device="$$DEVICE" --output="$$RESULTS/benchmarks" $${QUICK:+--quick} $${LONG:+--long} "$$@"
 
 lab: $(STAMP)
 	@.venv/bin/python -m jupyterlab --ip=127.0.0.1 $$LAB notebooks/explore.ipynb

@@ -19,13 +19,16 @@ FOLDS, SEEDS = SHARED["folds"], SHARED["seeds"]
 TEACHERS = {  # whose runs an experiment builds on; the cumulative correction trains its own at every step
     "01_baseline": ("T1", "T2"),
     "02_distillation": ("T1", "T2"),
+    "02b_controls": ("T1",),
+    "02c_external": ("T1",),
     "03_ablation": ("T1",),
     "04_loss_comparison": ("T1",),
     "07_fractions": ("T1",),
     "08_length": ("T1",),
     "09_sweep": ("T1",),
+    "10_capacity": ("T1",),
 }
-TRAINING = [name for name in EXPERIMENTS if name not in ("00_data", "06_figures")]
+TRAINING = [name for name in EXPERIMENTS if name not in ("00_by_hand", "00_data", "06_figures")]
 GPU = int(SHARED["device"].startswith("cuda") or (SHARED["device"] == "auto" and bool(shutil.which("nvidia-smi"))))
 JOBS_AT_ONCE = max(1, len(TRAINING) * len(FOLDS) * len(SEEDS))
 THREADS = max(1, config["cores"] // (JOBS_AT_ONCE if config["local"] and not GPU else 1))
@@ -36,7 +39,7 @@ RUN = (  # exec: a scheduler's SIGTERM to the shell reaches the notebook
 
 
 wildcard_constraints:
-    experiment=r"0\d_[a-z_]+",
+    experiment=r"\d\d[a-z]?_[a-z_]+",
     teacher="T1|T2",
     fold=r"\d+",
     seed=r"-?\d+",
@@ -67,7 +70,7 @@ def teachers(experiment, folds):
 def runs(wildcards):
     """What an experiment's aggregate notebook waits for."""
     name = wildcards.experiment
-    if len(FOLDS) * len(SEEDS) == 1:
+    if len(FOLDS) * len(SEEDS) == 1 or name not in TRAINING:
         return teachers(name, FOLDS)
     return [f"jobs/{name}-fold{fold}-seed{seed}/done.json" for fold, seed in product(FOLDS, SEEDS)]
 

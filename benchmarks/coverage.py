@@ -84,8 +84,8 @@ def same(count: int, families: int, n: int, generator: np.random.Generator) -> n
 
 
 def false_families(n: int, families: int, comparisons: int = 19) -> float:
-    """Share of families, each of methods that are all the same compared with one of them, with any verdict but
-    inconclusive: as `compare` has it."""
+    """Share of families, each of methods that are all the same compared with one of them, that finds
+    one better or worse: as `compare` has it."""
     dice = same(comparisons + 1, families, n, np.random.default_rng(n))
     difference = (dice[:, :, 1:] - dice[:, :, :1]).round(12)
     found = 0
@@ -129,7 +129,7 @@ def main() -> None:
                 found = coverage(kind, n, seeds, given.studies)
                 row = "".join(f"  {method} {share:6.1%}" for method, share in found.items())
                 print(f"  n {n:3d}, seeds {seeds}:{row}", flush=True)
-    print("\nfamilies in which nothing is different, % with any verdict but inconclusive")
+    print("\nfamilies in which nothing is different, % that find one better or worse")
     for n in (6, 8, 14, 24, 41):
         walks = f"correction of 8 steps {false_corrections(n, given.families // 5):.1%}"
         pooled = f"with pooled voxels {false_corrections(n, given.families // 5, pooled=True):.1%}"

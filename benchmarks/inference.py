@@ -11,7 +11,7 @@ One row per model, variant and task (slice, or volume from file to file). Times 
 also `model_p50` (the network alone); `peak_mb` is the process's largest memory, `file_mb` the weights. A task is
 repeated for `--seconds` in a round, at least once; a volume that would take longer than `--longest` has no row.
 
-    python benchmarks/inference.py --draw inference.csv --cases results/hippocampus/tables/01_baseline_cases.csv
+    python benchmarks/inference.py --draw inference.csv --cases results/hippocampus/tables/02_distillation_cases.csv.gz
 
 draws Dice over latency from such a table and a study's table of cases, beside the first. Dice is that of float32.
 """

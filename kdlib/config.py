@@ -8,37 +8,45 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Literal, get_args
 
 import cattrs
 
+from kdlib.protocol import LOGIT_CUT, PROTOCOLS, PUBLISHED_OPTIMISATION, SWITCHES, Protocol, cumulative_correction
 from kdlib.recipe import BASELINE, SCALES, TEACHER_RECIPE, UNLABELLED, Optimisation, Recipe, Term
 from kdlib.strict import AtLeastOne, InputError, Positive, Range, Seed, TrainingError, check_fields, lookup
 
 __all__ = [  # of other files, but imported from here
-    "BASELINE", "SCALES", "TEACHER_RECIPE", "UNLABELLED", "InputError", "Optimisation", "Recipe", "Term",
-    "TrainingError", "lookup",
+    "BASELINE", "PROTOCOLS", "SCALES", "SWITCHES", "TEACHER_RECIPE", "UNLABELLED", "InputError", "Optimisation",
+    "Protocol", "Recipe", "Term", "TrainingError", "cumulative_correction", "lookup",
 ]  # fmt: skip
 
 STUDENTS = ("S1", "S2", "E1")
 TEACHERS = ("T1", "T2")
+VARIANTS = {  # network of another capacity -> the one that it varies (kdlib/models/registry.py says how)
+    "E1-quarter": "E1", "E1-fourfold": "E1", "E1-30px": "E1", "E1-102px": "E1", "E1-230px": "E1",
+    "T1-quarter": "T1", "T1-pruned": "T1",
+}  # fmt: skip
+PRUNED = ("T1-pruned",)  # of them those that start with the channels of the trained network
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a volume becomes slices.
+    """How a volume becomes slices, or, with three dimensions, patches of a resampled volume.
 
     Args:
-        size: side of the square slice in pixels; a multiple of 16, because the teacher halves it four times.
-        spacing: in-plane spacing in mm that every slice is resampled to; None keeps the volume's own.
+        size: side of the square slice in pixels, or of the cubic patch in voxels; a multiple of 16, because the
+            teacher halves it four times.
+        spacing: in-plane spacing in mm that every slice is resampled to, of volumes along all three axes; None keeps
+            the volume's own.
         channels: "repeat" (the slice three times, as the thesis) or "neighbours" (the slice between its neighbours).
         window: (low, high) in HU that CT is clipped to.
         percentiles: (low, high) of each volume's non-zero voxels that MR is clipped to.
         published: slices as the published code makes them: intensities clipped to 0..255 whatever the modality, the
             whole field of view resized to the slice whatever the spacing, in the file's own axes.
+        dimensions: 2 for slices, 3 for volumes: the one field that makes all networks, losses and augmentation 3D.
     """
 
     size: Annotated[int, Range(16)] = 256
@@ -47,73 +55,36 @@ class Preprocessing:
     window: tuple[float, float] = (-125.0, 275.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
     published: bool = False
+    dimensions: Annotated[int, Range(2, 3)] = 2
 
     def __post_init__(self):
         check_fields(self)
         if self.size % 16:
             why = "the U-Nets halve it four times, so it must be a multiple of 16"
-            raise InputError(f"slice size {self.size}: {why}; try {max(16, round(self.size / 16) * 16)}")
+            what = "slice" if self.dimensions == 2 else "patch"
+            raise InputError(f"{what} size {self.size}: {why}; try {max(16, round(self.size / 16) * 16)}")
+        if self.dimensions == 3:
+            for refused, why in (
+                (self.spacing is None, "volumes need one spacing in mm along all three axes: give it, e.g. 1.0"),
+                (self.channels != "repeat", "channels 'neighbours' are of slices, and volumes have one: give 'repeat'"),
+                (self.published, "the published conversion makes slices: choose a protocol without byte_image"),
+            ):
+                if refused:
+                    raise InputError(f"dimensions 3: {why}")
         if not self.window[0] < self.window[1]:
             raise InputError(f"window {self.window}: the low end must be under the high end (HU)")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise InputError(f"percentiles {self.percentiles}: give low < high between 0 and 100")
 
+    @property
+    def unit(self) -> str:
+        """What a network takes, in the plural."""
+        return "slices" if self.dimensions == 2 else "patches"
 
-@dataclass(frozen=True)
-class Protocol:
-    """How a study is done. Each switch keeps one fault of the published study; `corrected` keeps none.
-
-    Args:
-        redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
-        one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
-        own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, slices drawn at random, and distilled students Dice without cross entropy (fault 4).
-        test_selection: the best epoch is chosen on the test patients (fault 5).
-        pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
-        logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
-        byte_image: intensities are clipped to 0..255 by an image conversion; no window, spacing or orientation (10).
-        unlabelled_contrast: contrast of one vector a slice, without labels (fault 12).
-    """
-
-    name: str
-    redrawn_projectors: bool = False
-    one_channel_softmax: bool = False
-    own_optimisers: bool = False
-    test_selection: bool = False
-    pooled_dice: bool = False
-    logit_threshold: bool = False
-    byte_image: bool = False
-    unlabelled_contrast: bool = False
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-SWITCHES = {  # in the order in which they are corrected -> the corrected state in a few words
-    "own_optimisers": "one optimiser for all",
-    "byte_image": "HU window, spacing",
-    "redrawn_projectors": "learned projectors",
-    "one_channel_softmax": "Bernoulli KL",
-    "unlabelled_contrast": "contrast with labels",
-    "test_selection": "selection on validation",
-    "logit_threshold": "cut at probability 0.5",
-    "pooled_dice": "Dice by volume",
-}
-PROTOCOLS = {"corrected": Protocol("corrected"), "thesis": Protocol("thesis", **dict.fromkeys(SWITCHES, True))}
-LOGIT_CUT = 1 / (1 + math.exp(-0.5))  # probability of a logit of 0.5
-PUBLISHED_OPTIMISATION = {
-    "teacher": Optimisation("adamw", 1e-4, 8, schedule="constant"),
-    "baseline": Optimisation("adamw", 1.5e-4, 16, schedule="constant"),
-    "distilled": Optimisation("rmsprop", 1e-2, 20, weight_decay=0.0, schedule="constant"),
-}
-
-
-def cumulative_correction() -> list[Protocol]:
-    """From `thesis` to `corrected`, one fault at a time; each protocol is named after its last correction."""
-    steps = [PROTOCOLS["thesis"]]
-    for switch, name in SWITCHES.items():
-        steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
-    return steps
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels and sides of what a network takes: (3, size, size) of a slice, (1, size, size, size) of a patch."""
+        return (3 if self.dimensions == 2 else 1, *[self.size] * self.dimensions)
 
 
 @dataclass(frozen=True)
@@ -130,6 +101,7 @@ class Profile:
         reduced_from_thesis: what a reader must know before comparing with the thesis.
         teacher, student: optimisation of all teachers, and of all students whatever they learn from; chosen on
             validation patients (docs/recipe.md).
+        networks: that a study trains where its notebook names none.
         step_cost: time of a step of a distilled student, its teacher's pass included, as a multiple of the same
             student's step without teacher. S1 takes 3.4 times as long under the thesis's recipe, E1 3.2 and S2 1.8
             (benchmarks/training.py --size 64, one core, float32).
@@ -147,6 +119,7 @@ class Profile:
     teacher: Optimisation = Optimisation(lr=2e-3, target_share=0.5)
     student: Optimisation = Optimisation(lr=8e-3, target_share=0.5)
     step_cost: Annotated[float, Range(1)] = 3.5
+    networks: tuple[str, ...] = TEACHERS + STUDENTS
 
     def __post_init__(self):
         check_fields(self)
@@ -168,10 +141,14 @@ def _reduced(
 
 PROFILES = {  # lengths, sizes and optimisation were chosen on validation patients: docs/recipe.md
     "quick": _reduced(
-        "quick", Preprocessing(64, 5.0), 200, 240, 2, "to try out, not for claims: 64 x 64 slices at 5 mm", batch=8
+        "quick", Preprocessing(48, 6.5), 160, 200, 2, "to try out, not for claims: 48 x 48 slices at 6.5 mm", batch=8
     ),
     "hippocampus": _reduced(
         "hippocampus", Preprocessing(64, 1.0, "neighbours"), 1200, 1200, 5, "64 x 64 slices at 1 mm (a volume fits)"
+    ),
+    "hippocampus3d": dataclasses.replace(
+        _reduced("hippocampus3d", Preprocessing(48, 1.0, dimensions=3), 600, 800, 5, "48 x 48 x 48 at 1 mm", batch=2),
+        networks=("T1", "S1", "E1"),
     ),
     "ct96": _reduced("ct96", Preprocessing(96, 4.0, "neighbours"), 1200, 2400, 4, "96 x 96 slices at 4 mm"),
     "ct128": _reduced("ct128", Preprocessing(128, 3.0, "neighbours"), 1200, 2400, 4, "128 x 128 slices at 3 mm"),
@@ -227,6 +204,7 @@ class Run:
         if not 0 <= self.fold < self.profile.folds:
             known = f"profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
             raise InputError(f"fold {self.fold} does not exist: {known}")
+        _ = self.preprocessing  # whatever it refuses
 
     @property
     def name(self) -> str:
@@ -306,6 +284,20 @@ class Run:
                 recipe=BASELINE if peer else TEACHER_RECIPE, seed=seed, teacher_seed=0,
             )  # fmt: skip
         return found
+
+    @property
+    def origin(self) -> Run | None:
+        """The run whose network this one is pruned from, of the same fold and label fraction; None for all others."""
+        if self.model not in PRUNED:
+            return None
+        return dataclasses.replace(
+            self, model=VARIANTS[self.model], teacher=None, recipe=TEACHER_RECIPE, length=1.0, seed=self.teacher_seed,
+            teacher_seed=0,
+        )  # fmt: skip
+
+    def needed_runs(self) -> list[Run]:
+        """What must be done before this run: its teachers, and the network that it is pruned from."""
+        return [*self.teacher_runs().values(), *([self.origin] if self.origin else [])]
 
 
 def to_json(run: Run) -> dict:

@@ -131,6 +131,10 @@ class Optimisation:
         target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
         precision: of networks, in training and evaluation: "bf16", "fp32", or "auto" for bf16 where the processor
             multiplies it natively (then a run's manifest says which it was). Losses are always computed in float32.
+        kernels: "plain", or "fused": batch norms of frozen teachers folded into their convolutions, and the optimiser's
+            fused kernel where it has one (AdamW). The same numbers to rounding.
+        replay: so many batches are drawn, with their augmentation, and come again and again: what the teachers give for
+            them is computed once and kept in half precision. None draws every batch anew.
     """
 
     optimiser: Literal["adamw", "rmsprop"] = "adamw"
@@ -142,6 +146,8 @@ class Optimisation:
     warmup: Annotated[float, Range(0, below=1)] = 0.05
     target_share: Annotated[float, Range(0, 1)] | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    kernels: Literal["plain", "fused"] = "plain"
+    replay: AtLeastOne | None = None
 
     def __post_init__(self):
         check_fields(self)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kdlib.analysis.comparisons import ALPHA
+from kdlib.analysis.comparisons import ALPHA, SAME
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.metrics import METRICS
@@ -189,7 +189,7 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
             for name, taught in (("students", False), ("teachers", True))
         },
         "rules": list(dict.fromkeys(map(_rule, every))),
-        "metrics": _metrics(cases), "alpha": ALPHA, "families": _families(folder),
+        "metrics": _metrics(cases), "alpha": ALPHA, "same": SAME["dice"], "families": _families(folder),
         "intervals": interval_text(summarise(cases, ["run"])["interval"]), "patients": n,
         "machines": _grouped(map(_machine, records)), "code": _grouped(map(_code, records)),
     }  # fmt: skip

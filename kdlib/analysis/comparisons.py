@@ -18,6 +18,7 @@ from kdlib.config import InputError
 
 ALPHA = 0.05
 POWER = 0.8  # of the minimum detectable difference
+SAME = {"dice": 0.01}  # metric -> mean difference that would not matter: half of what distillation is hoped to bring
 COMPARISON_COLUMNS = [  # of `compare`, to print
     "label_a", "label_b", "n", "difference", "low", "high", "p_holm", "smallest_p", "effect", "verdict",
 ]  # fmt: skip
@@ -144,6 +145,24 @@ def verdict(p: float, low: float, high: float, metric: str) -> str:
     return "better" if (low > 0) == METRICS[metric].higher else "worse"
 
 
+def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -> list[tuple[str, str]]:
+    """Every method of these roles with the same student alone: same labels, same length, no teacher.
+
+    Returns: pairs (method, baseline) of values of the column `method`.
+
+    Raises: InputError: the table holds no such pair.
+    """
+    found = methods(table)
+    length = found["length"] if "length" in found else pd.Series(1.0, found.index)
+    place = dict(zip(found.index, zip(found["model"], found["fraction"], length, strict=True), strict=True))
+    alone = {place[name]: name for name in found.index[found["role"] == "baseline"]}
+    others = found.index[found["role"].isin(roles)]
+    pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]
+    if not pairs:
+        raise InputError(f"no {' or '.join(roles)} student with itself alone on the same labels: run notebook 02")
+    return pairs
+
+
 def holm(pvalues: Sequence[float]) -> np.ndarray:
     """p-values adjusted for the number of tests by Holm's step-down (Scand J Stat 1979); a NaN counts as a test."""
     p = np.asarray(pvalues, float)
@@ -155,16 +174,21 @@ def compare(
 ) -> pd.DataFrame:
     """`paired` for every (a, b), with p adjusted by Holm over all of them (`p_holm`) and the verdict from that.
 
+    Where nothing is decided so, the interval of the mean difference lies wholly within `SAME` of 0 (as in a test of
+    equivalence, Schuirmann 1987), and so many patients could have decided otherwise, the verdict is "equivalent".
+
     `label_a` and `label_b` are what a reader sees; `smallest_p` is the least adjusted p that n patients allow. The
     minimum detectable difference is that of Holm's first step, at 0.05 / number of pairs. Of 2000 simulated families
-    of 19 methods no different from their reference, at most 4.0 % (14, 24 and 41 patients) hold a verdict other than
-    inconclusive; at 8 patients and fewer none can (`benchmarks/coverage.py`).
+    of 19 methods no different from their reference, at most 4.0 % (14, 24 and 41 patients) find one better or
+    worse; at 8 patients and fewer none can (`benchmarks/coverage.py`).
     """
     if not pairs:
         raise InputError("no pairs to compare: give at least one (a, b)")
     found = pd.DataFrame([paired(table, a, b, metric, by, len(pairs)) for a, b in pairs])
     found = _adjusted(found, labels_of(table, by))
-    return found.assign(verdict=[verdict(row.p_holm, row.low, row.high, metric) for row in found.itertuples()])
+    decided = pd.Series([verdict(row.p_holm, row.low, row.high, metric) for row in found.itertuples()], found.index)
+    same = found["low"].gt(-SAME.get(metric, 0)) & found["high"].lt(SAME.get(metric, 0)) & (found["smallest_p"] < ALPHA)
+    return found.assign(verdict=decided.mask(same & (decided == "inconclusive"), "equivalent"))
 
 
 def _adjusted(found: pd.DataFrame, labels: dict[object, str]) -> pd.DataFrame:

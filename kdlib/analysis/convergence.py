@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from kdlib.analysis.labels import method_labels
 from kdlib.config import InputError
 
 TOLERATED_GAIN = 0.01  # Dice that the last fifth of a training may still gain
@@ -22,8 +23,8 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
         history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`.
         by: columns that make a method.
 
-    Returns: a table with columns `by`, runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice) and converged (the
-        gain is at most 0.01).
+    Returns: a table with columns `by`, label (of methods), runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice)
+        and converged (the gain is at most 0.01).
 
     Raises: InputError: the history holds no validation Dice.
     """
@@ -40,4 +41,7 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
     groups = table.groupby(list(by), sort=False)
     found = groups[["dice_25", "dice_50", "dice_100", "last_fifth"]].mean()
     found.insert(0, "runs", groups.size())
-    return found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()
+    found = found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()
+    if list(by) == ["method"]:
+        found.insert(1, "label", found["method"].map(method_labels(history)))
+    return found

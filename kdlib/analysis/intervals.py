@@ -25,8 +25,8 @@ class Interval(NamedTuple):
 
 
 def interval_text(kinds: Iterable[str]) -> str:
-    """The intervals that a table or figure holds, in words for a caption."""
-    names = [name for name in dict.fromkeys(kinds) if name]
+    """The intervals that a table or figure holds, in words for a caption; a single patient has none ("", or NaN)."""
+    names = [name for name in dict.fromkeys(kinds) if isinstance(name, str) and name]
     return f"95 % {' or '.join(names)} interval" if names else "no interval, which takes two patients"
 
 

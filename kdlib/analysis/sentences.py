@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 NOT_CONVERGED = "not converged"
 VERDICTS = {
-    "better": "does better than", "worse": "does worse than", "inconclusive": "differs inconclusively from",
-    NOT_CONVERGED: "cannot be compared yet with",
+    "better": "does better than", "worse": "does worse than", "equivalent": "is equivalent to",
+    "inconclusive": "differs inconclusively from", NOT_CONVERGED: "cannot be compared yet with",
 }  # fmt: skip
 
 
@@ -23,6 +24,17 @@ def withhold(verdicts: pd.DataFrame, convergence: pd.DataFrame, by: str = "metho
     rising = set(convergence.loc[~convergence["converged"], by])
     unfinished = verdicts["a"].isin(rising) | verdicts["b"].isin(rising)
     return verdicts.assign(verdict=verdicts["verdict"].mask(unfinished, NOT_CONVERGED))
+
+
+def signed(text: str) -> str:
+    """With a minus that is one."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def interval_of(value: float, low: float, high: float, sign: str = "+") -> str:
+    """A value with its interval as text, e.g. "+0.012 [-0.003, +0.027]"; no interval where there is none."""
+    text = f"{value:{sign}.3f}"
+    return signed(text if np.isnan(low) else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
 def comparison_sentences(
@@ -45,14 +57,185 @@ def comparison_sentences(
     return sentences
 
 
-def convergence_sentence(convergence: pd.DataFrame, labels: Mapping[str, str]) -> str:
+def verdict_sentence(verdicts: pd.DataFrame) -> str:
+    """What a table of comparisons decides: how many are better, worse or open, and what it could have shown.
+
+    Args:
+        verdicts: from `statistics.compare`.
+    """
+    count = len(verdicts)
+    parts = []
+    for word in ("better", "worse", "equivalent", "inconclusive", NOT_CONVERGED):
+        rows = verdicts[verdicts["verdict"] == word]
+        names = rows["label_a"] if verdicts["label_a"].nunique() > 1 else "than " + rows["label_b"]
+        named = f" ({listed(names)})" if word in ("better", "worse") and 0 < len(rows) <= 6 else ""
+        if len(rows):
+            parts.append(f"{len(rows)} {word}{named}")
+    text = f"Of {count} comparison{'s' * (count != 1)}: {', '.join(parts)}."
+    if (verdicts["verdict"] == "inconclusive").any():
+        least = verdicts["minimum_detectable"].median()
+        unseen = "no difference, whatever its size" if np.isinf(least) else f"differences of about {least:.3f} or more"
+        text += f" So many patients could have shown {unseen} (80 % power): inconclusive is not equal."
+    return text
+
+
+def means_sentence(means: pd.DataFrame) -> str:
+    """Highest and lowest mean of a table of `statistics.summarise`, and whether their intervals overlap."""
+    best, worst = means.loc[means["mean"].idxmax()], means.loc[means["mean"].idxmin()]
+    parts = [f"{row['label']} {interval_of(*row[['mean', 'low', 'high']], sign='')}" for row in (best, worst)]
+    text = f"The highest mean is that of {parts[0]}, the lowest that of {parts[1]}"
+    if pd.isna(best["low"]) or pd.isna(worst["low"]):
+        return f"{text}."
+    return f"{text}; their intervals {'overlap' if worst['high'] >= best['low'] else 'do not overlap'}."
+
+
+def non_inferiority_sentence(table: pd.DataFrame) -> str:
+    """Which students are not worse than their teachers by the margin of `statistics.non_inferiority`."""
+    good = table.loc[table["verdict"] == "non-inferior", "label_a"]
+    margin = f"{table['margin'].iloc[0]:g} Dice"
+    open_ = f"the other {len(table) - len(good)}" if len(good) else f"all {len(table)}"
+    parts = [f"Not worse than the teacher by {margin}: {listed(good)}."] if len(good) else []
+    return " ".join([*parts, *([f"Not shown for {open_}."] if len(good) < len(table) else [])])
+
+
+def ranks_sentence(ranks: pd.DataFrame) -> str:
+    """How sure the first place of a ranking (`statistics.ranks`) is."""
+    first = ranks.iloc[0]
+    low, high = int(first["rank_low"]), int(first["rank_high"])
+    text = f"{first['label']} has the highest mean ({first['mean']:.3f}); over resampled patients its rank goes from"
+    return f"{text} {low} to {high} of {len(ranks)}" + (", so the order is not settled." if high > 1 else ".")
+
+
+def diagnostics_sentence(signal: pd.DataFrame) -> str:
+    """Which distillation terms act, from `statistics.gradient_diagnostics`."""
+    idle = signal[signal["active"] != "yes"]
+    if idle.empty:
+        low, high = signal["share"].min(), signal["share"].max()
+        return f"Every term is active: its share of the gradient on the student is {low:.0%} to {high:.0%}."
+    named = [f"{row.term} of {row.label} ({row.active})" for row in idle.itertuples()]
+    return f"{len(idle)} of {len(signal)} terms pass no gradient: {listed(named)}."
+
+
+def agreement_sentence(means: pd.DataFrame, student: str, distilled: str) -> str:
+    """Whether a distilled student agrees more with its teacher than the student alone does.
+
+    Args:
+        means: mean agreement ("agreement", a Dice) by label.
+        student, distilled: labels.
+    """
+    before, after = means.loc[[student, distilled], "agreement"]
+    word = "more" if after > before + 0.0005 else "less" if after < before - 0.0005 else "as much"
+    than = "than" if word != "as much" else "as"
+    return (
+        f"{distilled} agrees {word} with its teacher {than} {student} does (Dice of the two masks {after:.3f} and "
+        f"{before:.3f}); a gain without more agreement does not come from imitating the teacher."
+    )
+
+
+def cost_sentence(costs: pd.DataFrame) -> str:
+    """What a student costs beside its teacher, and where a shrunk teacher costs less than S2."""
+    own = costs[costs["size"] == "study"].set_index("model")
+    part = own.loc["S1", "inference_parameters"] / own.loc["T1", "inference_parameters"]
+    pace = own.loc["S1", "latency_ms"] / own.loc["T1", "latency_ms"]
+    text = f"As trained here S1 has {part:.1%} of T1's parameters and takes {pace:.0%} of its time on a CPU."
+    cheap = [name for name in ("T1", "T2") if own.loc[name, "latency_ms"] < own.loc["S2", "latency_ms"]]
+    if cheap:
+        text += (
+            f" {listed(cheap)}, narrower here than in the thesis, {'are' if len(cheap) > 1 else 'is'} faster than S2."
+        )
+    return text
+
+
+def correction_sentence(changes: pd.DataFrame) -> str:
+    """What the cumulative correction changed, from `statistics.step_changes`."""
+    whole = changes.iloc[-1]
+    steps = changes.iloc[1:-1]
+    decided = steps[steps["verdict"].isin(["better", "worse"])]
+    most = steps.loc[steps["difference"].abs().idxmax()]
+    text = "From the published to the corrected protocol Dice changes by "
+    text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']}); "
+    text += f"the largest single change is {interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}."
+    named = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else ""
+    return f"{text} {len(decided)} of {len(steps)} steps are decided{named}."
+
+
+def gains_sentence(gains: pd.DataFrame) -> str:
+    """What distillation is worth in the first and the last stage of the correction, from `statistics.gains`."""
+    parts = []
+    for reference, rows in gains.groupby("label_b", sort=False):
+        ends = [
+            f"{interval_of(*row[['difference', 'low', 'high']])} ({row['verdict']}) in {row['stage']!r}"
+            for _, row in rows.iloc[[0, -1]].iterrows()
+        ]
+        parts.append(f"against {reference} {' and '.join(ends)}")
+    return f"The distilled student changes Dice {'; '.join(parts)}."
+
+
+def convergence_sentence(convergence: pd.DataFrame) -> str:
     """Which trainings have converged, in one sentence."""
     rising = convergence[~convergence["converged"]]
     if rising.empty:
         most = f"{convergence['last_fifth'].max():.3f} Dice"
         return f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most}."
-    parts = [f"{labels.get(row.method, row.method)} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
+    parts = [f"{row.label} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
     return (
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "
         f"training still gained more than 0.01 Dice for {', '.join(parts)}."
+    )
+
+
+def sweep_sentence(trials: pd.DataFrame) -> str:
+    """Which trial of the student alone and of the distilled one is best on the validation patients, and what the choice
+    is worth.
+
+    Args:
+        trials: trial (its settings), teacher ("" alone) and dice_100, the validation Dice.
+    """
+    parts = []
+    for taught, rows in trials.groupby(trials["teacher"].ne(""), sort=True):
+        best, worst = rows.loc[rows["dice_100"].idxmax()], rows["dice_100"].min()
+        who = "the distilled student" if taught else "the student alone"
+        dice = f"validation Dice {best['dice_100']:.3f} (the worst {worst:.3f})"
+        parts.append(f"{who}, {len(rows)} trials: {best['trial']}, {dice}")
+    return f"Best of {'; of '.join(parts)}."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def gap_sentence(means: pd.DataFrame) -> str:
+    """How far the students on half of the labels stay behind the best teacher, from `statistics.summarise`."""
+    teachers, half = means[means["role"] == "teacher"], means[(means["role"] == "baseline") & (means["fraction"] < 1)]
+    if teachers.empty or half.empty:
+        return means_sentence(means)
+    best = teachers.loc[teachers["mean"].idxmax()]
+    gaps = [signed(f"{row.model} {row.mean - best['mean']:+.3f}") for row in half.itertuples()]
+    return (
+        f"The better teacher, {best['label']}, reaches a Dice of {best['mean']:.3f}; alone, on half of the labels, the "
+        f"students differ from it by: {listed(gaps)}. That is what distillation may close."
+    )
+
+
+def controls_sentence(verdicts: pd.DataFrame) -> str:
+    """What the negative controls say of a distilled student, from `statistics.compare` of it with each of them."""
+    name = verdicts["label_a"].iloc[0]
+    beaten = verdicts.loc[verdicts["verdict"] == "better", "label_b"]
+    if len(beaten) == len(verdicts):
+        return f"{name} does better than every one of its {len(verdicts)} controls."
+    open_ = verdicts.loc[verdicts["verdict"] != "better", "label_b"]
+    than = f"does better than {listed(beaten)}, but is" if len(beaten) else "is"
+    return (
+        f"{name} {than} not shown to do better than {listed(open_)}: what it gains, if anything, cannot be put down to "
+        "the teacher's knowledge alone."
+    )
+
+
+def folds_sentence(parts: pd.DataFrame) -> str:
+    """That folds are by patient, and how many patients (and volumes) their test parts hold, from `split_table`."""
+    return (
+        f"{len(parts)} folds by patient; their test parts hold {listed(parts['test'])} patients (volumes), each "
+        "patient in one of them."
     )

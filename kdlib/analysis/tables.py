@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_numeric_dtype
+from pandas.api.types import is_numeric_dtype, is_object_dtype
+from pandas.io.formats.style import Styler
 
 from kdlib.analysis.comparisons import ALPHA, with_identity
 from kdlib.analysis.intervals import interval, interval_text, seed_noise
 from kdlib.analysis.labels import IDENTITY, method_labels, methods
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
+from kdlib.analysis.sentences import signed
 from kdlib.files import write, write_text
 
 DECIDED = ("better", "non-inferior")  # verdicts that a printed table sets in bold
@@ -24,7 +26,15 @@ HEADINGS = {  # column -> heading of a printed table
     "label": "method", "label_a": "method", "label_b": "compared with", "p_holm": "adjusted p",
     "p_adjusted": "adjusted p", "smallest_p": "smallest possible p", "rank_low": "rank, low", "rank_high": "rank, high",
     "minimum_detectable": "minimum detectable", "infonce_over_chance": "InfoNCE / chance",
-    "projector_change": "projector change",
+    "projector_change": "projector change", "share": "share of the gradient", "n": "patients", "mean": "mean Dice",
+    "sd": "SD", "dice": "Dice", "dice_25": "Dice at 25 % of the steps", "dice_50": "at 50 %", "dice_100": "at 100 %",
+    "last_fifth": "gain in the last fifth", "effect": "effect (rank-biserial)", "first": "share of first places",
+    "beats": "share above the reference", "inference_parameters": "parameters", "gflops": "GFLOP per slice",
+    "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
+    "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
+    "change": "change [95 % interval]", "gain": "patients that gain", "dice_teacher": "teacher's Dice",
+    "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
+    "error_overlap": "overlap of errors (Dice)", "ece": "calibration error",
 }  # fmt: skip
 # columns of a CSV that a printed table leaves out: ids and what a label or the caption says
 UNPRINTED = {*IDENTITY, "run", "method", "reference", "a", "b", "volumes", "interval"}
@@ -74,6 +84,13 @@ def all_means(table: pd.DataFrame) -> pd.DataFrame:
     known = {name: metric.heading for name, metric in METRICS.items() if (table["metric"] == name).any()}
     columns = {heading: summarise(table, metric=name).set_index("label")["mean"] for name, heading in known.items()}
     return pd.DataFrame(columns).assign(n=summarise(table).set_index("label")["n"]).rename_axis(None)
+
+
+def by_class(table: pd.DataFrame, metric: str = "dice") -> pd.DataFrame:
+    """Mean over patients of each method (rows, by label) and target class (columns)."""
+    means = summarise(table, ["method", "class"], metric).pivot(index="method", columns="class", values="mean")
+    labels = method_labels(table)
+    return means.loc[list(labels)].rename(index=labels).rename_axis(None).rename_axis(None, axis="columns")
 
 
 def thesis_row(method: pd.Series | Mapping[str, object]) -> pd.Series:
@@ -153,7 +170,7 @@ def caption_note(table: pd.DataFrame) -> str:
         return ""
     parts = [patients_text(table["n"].dropna(), table["volumes"].dropna() if "volumes" in table else ())]
     if "interval" in table:
-        parts.append(interval_text(table["interval"].fillna("")))
+        parts.append(interval_text(table["interval"]))
     return "; ".join(parts) + "." + (f" {note}" if (note := small_sample_note(table)) else "")
 
 
@@ -174,59 +191,87 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _headed(table: pd.DataFrame) -> pd.DataFrame:
+    """A table under readers' headings, its two limits as one column."""
+    if {"low", "high"} <= set(table) and not is_object_dtype(table["low"]):
+        sign = "+" if "difference" in table else ""
+        limits = [_limits(low, high, sign) for low, high in zip(table["low"], table["high"], strict=True)]
+        table = table.assign(low=limits).drop(columns="high").rename(columns={"low": "95 % interval"})
+    table = table.assign(**{name: table[name].map({True: "yes", False: "no"}) for name in table.select_dtypes(bool)})
     return table.rename(columns={column: name for column, name in HEADINGS.items() if name not in table})
 
 
-def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str, bold: Sequence[str] = ()) -> Path:
-    """Writes a booktabs table; text is escaped, so cells, headings and caption are plain text.
+def _limits(low: float, high: float, sign: str) -> str:
+    return "" if np.isnan(low) else signed(f"[{low:{sign}.3f}, {high:{sign}.3f}]")
+
+
+def styled(table: pd.DataFrame, bold: Sequence[str] = (), latex: bool = False) -> Styler:
+    """A table as it is printed: the same headings, digits and bold cells in a notebook, a page and LaTeX.
 
     Bold are the name and the difference of rows with a verdict for them ("better", "non-inferior"), never a row for
-    being the largest: an inconclusive lead is none.
+    being the largest: an inconclusive lead is none. Text is plain text, and escaped.
 
     Args:
         bold: names (of the index, else of the first column) to set in bold in a table without verdicts.
+        latex: escaped and marked for LaTeX, else for HTML.
     """
     table = _headed(table)
+    escape, mark = ("latex", BOLD) if latex else ("html", "font-weight: bold")
     named = not isinstance(table.index, pd.RangeIndex)
     names = table.index.to_series() if named else table.iloc[:, 0]
     won = (names.isin(bold) | table.get("verdict", names).isin(DECIDED)).to_numpy()
     marks = pd.DataFrame("", index=table.index, columns=table.columns)
-    marks.loc[won, [column for column in table if column == "difference" or not named and column == names.name]] = BOLD
+    for column in table:
+        if column == "difference" or not named and column == names.name:
+            marks[column] = np.where(won, mark, "")
     whole = [c for c in table if is_numeric_dtype(table[c]) and (table[c].dropna() % 1 == 0).all()]
-    style = table.style.format(_cell, na_rep="--", escape="latex").format("{:.0f}", subset=whole, na_rep="--")
     tests = [c for c in table if c == "p" or c in ("adjusted p", "smallest possible p")]
-    style = style.format(_p_cell, subset=tests, na_rep="--")
-    style = style.apply(lambda _: marks, axis=None).format_index(escape="latex", axis=1)
-    style = style.format_index(escape="latex", axis=0).apply_index(lambda index: np.where(won, BOLD, ""), axis=0)
-    style = style.hide(axis="index", names=named)  # their names, or all of it
+    missing = "--" if latex else "\N{EN DASH}"
+    style = table.style.format(lambda value: _cell(value, latex), na_rep=missing, escape=escape)
+    style = style.format("{:.0f}", subset=whole, na_rep=missing)
+    style = style.format(lambda value: _p_cell(value, latex), subset=tests, na_rep=missing)
+    style = style.apply(lambda _: marks, axis=None).format_index(escape=escape, axis=1)
+    style = style.format_index(escape=escape, axis=0).apply_index(lambda index: np.where(won, mark, ""), axis=0)
+    return style.hide(axis="index", names=named)  # their names, or all of it
+
+
+def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str, bold: Sequence[str] = ()) -> Path:
+    """Writes a booktabs table, see `styled`; cells, headings and caption are plain text."""
     escaped = caption.translate({ord(sign): f"\\{sign}" for sign in "%&_#$"})
-    write_text(Path(path), style.to_latex(hrules=True, caption=escaped, label=label, position_float="centering"))
+    text = styled(table, bold, latex=True).to_latex(
+        hrules=True, caption=escaped, label=label, position_float="centering"
+    )
+    write_text(Path(path), text)
     return Path(path)
 
 
-def _cell(value: object) -> object:
-    """A cell of a LaTeX table: numbers with three digits and a minus that is one."""
+def _cell(value: object, latex: bool) -> object:
+    """A cell: numbers with three digits and a minus that is one."""
     if not isinstance(value, float):
         return value
-    return "$\\infty$" if np.isinf(value) else f"{value:.3f}".replace("-", "$-$")
+    if np.isinf(value):
+        return "$\\infty$" if latex else "\N{INFINITY}"
+    return f"{value:.3f}".replace("-", "$-$") if latex else signed(f"{value:.3f}")
 
 
-def _p_cell(value: float) -> str:
-    return "$<$0.001" if value < 0.0005 else f"{value:.3f}"
+def _p_cell(value: float, latex: bool) -> str:
+    return ("$<$0.001" if latex else "&lt;0.001") if value < 0.0005 else f"{value:.3f}"
 
 
 def save_table(
     table: pd.DataFrame, folder: Path | str, name: str, caption: str, columns: Sequence[str] | None = None,
-    bold: Sequence[str] = (),
+    bold: Sequence[str] = (), latex: bool = True,
 ) -> list[Path]:  # fmt: skip
-    """Writes `<name>.csv` with all columns and `<name>.tex` with those in `columns`; returns both paths.
+    """Writes `<name>.csv` with all columns and `<name>.tex` with those in `columns`; returns the paths.
 
     Args:
         caption: what the table shows; patients, interval and smallest p (`caption_note`) are added to it.
         columns: of the printed table; None: all but ids and identity columns where labels name the rows.
-        bold: see `to_latex`, which takes them from a column `verdict` too.
+        bold: see `styled`, which takes them from a column `verdict` too.
+        latex: False for a table that is not printed: then there is no `<name>.tex`.
     """
     csv, tex = (Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "tex"))
     write(csv, lambda path: table.to_csv(path, index=not isinstance(table.index, pd.RangeIndex)))
+    if not latex:
+        return [csv]
     chosen = printed(table) if columns is None else table[list(columns)]
     return [csv, to_latex(chosen, tex, f"{caption} {caption_note(table)}".strip(), f"tab:{name}", bold)]

@@ -15,8 +15,9 @@ from kdlib.apps.importing import add_import, run_import
 from kdlib.apps.jobs import recorded
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
 from kdlib.apps.predicting import add_predict, run_predict
+from kdlib.apps.site import add_site, run_site
 from kdlib.apps.study import plan, run_study
-from kdlib.config import InputError, TrainingError, from_json
+from kdlib.config import PROFILES, InputError, TrainingError, from_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ def parser() -> Parser:
     study = argparse.ArgumentParser(add_help=False)
     study.add_argument("--data", default="phantom", help="folder in Decathlon layout, or 'phantom'")
     study.add_argument("--target", default="spleen", help="label names joined by ',', or 'all'")
-    study.add_argument("--profile", default="quick", help="quick, hippocampus, ct96, ct128 or thesis")
+    study.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
     study.add_argument("--protocol", default="corrected", help="corrected or thesis")
     study.add_argument("--changes", default="{}", help="fields of the profile to change, as JSON")
     study.add_argument("--on-defect", default="raise", help="raise: stop at defective cases; drop: leave them out")
@@ -61,6 +62,7 @@ def parser() -> Parser:
     add_import(commands)
     add_predict(commands)
     add_export(commands)
+    add_site(commands)
     report = commands.add_parser("report", help="write report.html and a page per chapter")
     report.add_argument("folder", type=Path, help="the study's folder, e.g. results/phantom-spleen-quick")
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
@@ -136,7 +138,7 @@ def main(command: Sequence[str]) -> int:
         if options.command == "study":
             return run_study(options, command)
         commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}
-        commands |= {"predict": run_predict, "export": run_export, "import": run_import}
+        commands |= {"predict": run_predict, "export": run_export, "import": run_import, "site": run_site}
         return commands[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended

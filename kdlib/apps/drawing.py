@@ -42,7 +42,7 @@ def draw_slice(seen: CaseView, number: int) -> Figure:
     axes = figure.subplots(2, columns, squeeze=False)
     image = geometry.orient(seen.image)[number]
     aspect = geometry.factor[0] / geometry.factor[1]
-    for row, (panels, colours) in enumerate(zip(rows, (COLOURS, tuple(c for c, _, _ in ERRORS)), strict=True)):
+    for row, (panels, colours) in enumerate(zip(rows, (COLOURS, tuple(c for c, _ in ERRORS)), strict=True)):
         for ax, (name, mask) in zip(axes[row], panels.items(), strict=False):
             ax.imshow(image, cmap="gray", vmin=seen.shown[0], vmax=seen.shown[1], aspect=aspect)
             _paint(ax, geometry.orient(mask)[number], colours, 0.5, aspect=aspect)
@@ -50,7 +50,7 @@ def draw_slice(seen: CaseView, number: int) -> Figure:
     for ax in axes.flat:
         ax.set_axis_off()
     classes = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(seen.classes)]
-    errors = [Patch(color=colour, label=kind) for colour, _, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]]
+    errors = [Patch(color=colour, label=kind) for colour, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]]
     figure.legend(handles=[*classes, *errors], loc="outside lower center", ncols=6)
     figure.suptitle(f"{seen.case}, slice {number} of 0 to {len(geometry.orient(seen.image)) - 1}", fontsize=9)
     return figure

@@ -140,6 +140,8 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
         instead = "no folder is given" if data == "phantom" else f"{data} holds {found}"
         raise InputError(f"{method} ({key}) was trained on {name!r}, {instead}: give that data set's folder as data")
     run = from_json(record["run"] | {"data": str(data)})
+    if run.preprocessing.dimensions == 3:
+        raise InputError(f"{method} ({key}) is a run of volumes, and the explorer shows slices: choose a 2D study")
     source = run_source(run, results)
     if source.digest != record["data"]["digest"]:
         raise InputError(f"{method} ({key}) was trained on other files or folds than {data} has now: restore them")

@@ -20,8 +20,8 @@ from kdlib.data.sampling import batch_indices
 from kdlib.record import verified
 from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import autocast
+from kdlib.training.frozen import teacher_forward
 from kdlib.training.hooks import FeatureHooks, scales_of
-from kdlib.training.loop import teacher_forward
 from kdlib.training.state import RunState, new_state
 
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other

@@ -46,7 +46,7 @@ def recorded(done: Path | None, folder: Path) -> Iterator[None]:
         write_text(failed, json.dumps({"cause": cause, "status": 2 if isinstance(error, InputError) else 1}))
         raise
     print(f"== {name} took {time.perf_counter() - begin:.0f} s")
-    own = "[a-z]*" if name == "06_figures" else f"{name[:3]}*"  # experiments side by side write into one folder
+    own = f"{name.partition('_')[0]}_*"  # experiments side by side write into one folder
     made = [path for part in ("tables", "figures", "slices") for path in folder.glob(f"{part}/{own}")]
     made += folder.glob("report.html") if name == "report" else []
     write_text(

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -216,6 +216,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
                 cwd=notebook.resolve().parent, progress_bar=False, stdout_file=sys.stdout,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # the kernel's own log tells a reader nothing
             )  # fmt: skip
+        _fold(partial)
         os.replace(partial, output)
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
@@ -234,6 +235,20 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
         raise Stopped(asked[0])
 
 
+def _fold(path: Path) -> None:
+    """Hides parameters and logs of an executed notebook, for JupyterLab as its pages do; a click opens them."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        hidden = {}
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            hidden["source_hidden"] = True
+        if cell.get("outputs") and all(output.output_type == "stream" for output in cell.outputs):
+            hidden["outputs_hidden"] = True
+        if hidden:
+            cell.metadata["jupyter"] = hidden
+    nbformat.write(notebook, path)
+
+
 def _failure(notebook: Path, error: PapermillExecutionError, failed: Path) -> Exception:
     known = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
     if error.ename in known:
@@ -243,33 +258,50 @@ def _failure(notebook: Path, error: PapermillExecutionError, failed: Path) -> Ex
     return NotebookError("\n".join([*lines, f"executed so far: {failed}"]))
 
 
-def render(folder: Path) -> list[Path]:
+def render(folder: Path, leave_out: Sequence[str] = ()) -> list[Path]:
     """Writes a study's executed notebooks as pages: `report.html`, and one in `notebooks/` for each chapter.
 
     A page loads nothing, from this machine or from elsewhere, and runs no script; its code is folded away.
 
     Args:
         folder: of the study; its `notebooks/` hold the executed copies.
+        leave_out: chapters that get no page.
 
     Returns: the pages, the report first where there is one.
     """
     from nbconvert import HTMLExporter  # half a second that only this needs
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     paths = sorted(folder.glob("notebooks/[a-z0-9]*.ipynb"), key=lambda path: (path.stem != "report", path.stem))
-    chapters = {path: read_notebook(path) for path in paths if not path.stem.endswith(".failed")}
+    chapters = {
+        path: read_notebook(path) for path in paths if not path.stem.endswith(".failed") and path.stem not in leave_out
+    }
     titles = {path: _title(notebook, path.stem) for path, notebook in chapters.items()}
     pages = {path: folder / "report.html" if path.stem == "report" else path.with_suffix(".html") for path in chapters}
     exporter = HTMLExporter(
         template_file=str(Path(__file__).with_name("chapter.html.j2")), embed_images=True, exclude_input_prompt=True,
         exclude_output_prompt=True, exclude_anchor_links=True,
     )  # fmt: skip
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # one log for each cell, not a line each
     for path, notebook in chapters.items():
         paths_to = {other: os.path.relpath(page, pages[path].parent) for other, page in pages.items()}
         links = [(paths_to[other], title, other == path) for other, title in titles.items()]
         facts = {"title": titles[path], "study": folder.resolve().name, "links": links}
-        text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}} | facts)
+        for cell in notebook.cells:  # nbconvert embeds only pictures below the folder that it is given
+            cell.source = cell.source.replace("](../", "](") if cell.cell_type == "markdown" else cell.source
+        about = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS.parent)}}
+        text, _ = exporter.from_notebook_node(_answer_first(notebook), about | facts)
         write_text(pages[path], text)
     return list(pages.values())
+
+
+def _answer_first(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """With the cell that is tagged "answer" moved up to below the chapter's title and question."""
+    for number, cell in enumerate(notebook.cells):
+        if "answer" in cell.metadata.get("tags", []):
+            notebook.cells.insert(1, notebook.cells.pop(number))
+            break
+    return notebook
 
 
 def _title(notebook: nbformat.NotebookNode, otherwise: str) -> str:

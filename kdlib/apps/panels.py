@@ -257,10 +257,10 @@ class Viewer(widgets.VBox):
             cal_min=seen.shown[0], cal_max=seen.shown[1],
         )  # fmt: skip
         colours = [explore.COLOURS[i % len(explore.COLOURS)] for i in range(len(seen.classes))]
-        errors = {kind: colour for colour, _, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]}
+        errors = {kind: colour for colour, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]}
         self.legend.value = _legend(dict(zip(seen.classes, colours, strict=True)) | errors)
         layers = {name: _volume(name, mask, seen.affine, colours, seen.classes) for name, mask in seen.masks.items()}
-        wrong = [[colour for colour, _, _ in ERRORS], [kind for _, _, kind in ERRORS]]
+        wrong = [[colour for colour, _ in ERRORS], [kind for _, kind in ERRORS]]
         layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
         self.volume.load_volumes([image, *layers.values()])
         shown = [box.value for box in self.masks.children]  # the same ones as before, whatever the run is called

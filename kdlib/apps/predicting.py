@@ -25,7 +25,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     line.add_argument("--results", default="results", help="folder that trained runs are kept in")
     line.add_argument("--data", help="data set of a run of an older version, which did not record CT or MR")
     line.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    line.add_argument("--batch", type=int, default=32, help="slices that pass the network at once")
+    line.add_argument("--batch", type=int, default=32, help="slices that pass the network at once (eight: a patch)")
 
 
 def run_predict(options: argparse.Namespace) -> int:

@@ -24,10 +24,10 @@ from kdlib.files import check_study, write_text
 
 ROOT = NOTEBOOKS.parent
 ORDER = (
-    "00_data", "01_baseline", "02_distillation", "03_ablation", "04_loss_comparison", "05_correction", "07_fractions",
-    "08_length", "09_sweep", "06_figures",
+    "00_by_hand", "00_data", "01_baseline", "02_distillation", "02b_controls", "02c_external", "03_ablation",
+    "04_loss_comparison", "05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity", "06_figures",
 )  # fmt: skip
-ON_REQUEST = ("05_correction", "07_fractions", "08_length", "09_sweep")  # they train most
+ON_REQUEST = ("05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity")  # they train most
 EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix

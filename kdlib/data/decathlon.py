@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import warnings
 from collections import defaultdict
@@ -70,6 +71,12 @@ class Case:
     voxels: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
 
+def credit(root: Path) -> tuple[str, str]:
+    """Licence and attribution, as a data set's dataset.json has them; "" where it says nothing."""
+    about = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    return str(about.get("licence", about.get("license", ""))), str(about.get("reference", ""))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """An indexed folder.
@@ -97,6 +104,11 @@ class Dataset:
     )
     grouping: str = EACH_CASE
     on_defect: str = "raise"
+
+    @property
+    def credit(self) -> tuple[str, str]:
+        """Its licence and attribution, see `credit`."""
+        return credit(self.root)
 
     def case(self, name: str) -> Case:
         """The case called `name`. Raises: InputError where there is none."""

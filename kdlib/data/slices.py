@@ -1,5 +1,8 @@
 """Volumes as one tensor of axial slices, and the way back from slices to a volume's own grid.
 
+The same functions resample a volume along all three axes, where the preprocessing has three dimensions: see
+`kdlib.data.volumes`.
+
 A slice is laid out as radiologists see it: row 0 is anterior, column 0 is the patient's right; slices go from
 inferior to superior. Slices are resampled in the plane only, by the exact factor, then padded or cropped about their
 centre. Nothing is stretched to fit (except where a protocol keeps the published conversion), and z is never resampled.
@@ -8,10 +11,12 @@ centre. Nothing is stretched to fit (except where a protocol keeps the published
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,28 +34,47 @@ SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one file's volume became slices: all that `restore` needs to invert it.
+    """How one file's volume became slices, or a volume of another spacing: all that `restore` needs to invert it.
 
     Args:
         shape: of the file's volume, in its own axes.
         affine: of the file, voxel to world in mm (RAS), row by row.
-        factor: slice pixels per volume voxel, along rows and columns (volume spacing / slice spacing).
-        start: row and column of the slice where the resampled volume begins; negative where it is cropped.
-        size: side of the slice in pixels.
+        factor: slice pixels per volume voxel (volume spacing / slice spacing) along rows and columns; of a volume along
+            slices, rows and columns.
+        start: row and column of the slice where the resampled volume begins, negative where it is cropped; of a volume
+            also its first slice, and never negative.
+        size: side of the slice in pixels, or of a patch in voxels.
         canonical: whether the slices are turned as radiologists see them, or left in the file's own axes [Z,X,Y].
     """
 
     shape: tuple[int, int, int]
     affine: tuple[tuple[float, ...], ...]
-    factor: tuple[float, float]
-    start: tuple[int, int]
+    factor: tuple[float, ...]
+    start: tuple[int, ...]
     size: int
     canonical: bool = True
 
     @property
     def depth(self) -> int:
-        """Number of slices."""
-        return self.shape[[axis for axis, _ in self._to_slices()].index(0)]
+        """Number of slices of the file."""
+        return self.oriented_shape[0]
+
+    @property
+    def oriented_shape(self) -> tuple[int, ...]:
+        """Voxels of the file along slices, rows and columns."""
+        return tuple(self.shape[list(self._to_slices()[:, 0]).index(axis)] for axis in range(3))
+
+    @property
+    def resampled(self) -> tuple[int, ...]:
+        """Pixels that the file's volume covers along the axes of `factor`."""
+        return tuple(map(_pixels, self.oriented_shape[-len(self.factor) :], self.factor))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Slices, rows and columns of what became of the volume: a volume smaller than a patch is padded to it."""
+        if len(self.factor) == 2:
+            return self.depth, self.size, self.size
+        return tuple(max(self.size, pixels) for pixels in self.resampled)
 
     def _to_slices(self) -> np.ndarray:
         if not self.canonical:
@@ -58,16 +82,21 @@ class Geometry:
         own = orientations.io_orientation(np.array(self.affine))
         return orientations.ornt_transform(own, orientations.axcodes2ornt(SLICE_AXES)).astype(int)
 
-    def positions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the voxels of each row and column lie in the slice, in pixels; 0 is its first pixel's centre."""
-        to_slices = self._to_slices()
-        voxels = [self.shape[list(to_slices[:, 0]).index(axis)] for axis in (1, 2)]
-        axes = zip(voxels, self.factor, self.start, strict=True)
+    def positions(self) -> tuple[np.ndarray, ...]:
+        """Where the voxels along each axis of `factor` lie in `grid`, in pixels; 0 is its first pixel's centre."""
+        axes = zip(self.oriented_shape[-len(self.factor) :], self.factor, self.start, strict=True)
         return tuple((np.arange(count) + 0.5) * factor - 0.5 + start for count, factor, start in axes)
 
-    def in_view(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows and columns of the oriented volume the slices show."""
-        return tuple((position >= -0.5) & (position < self.size - 0.5) for position in self.positions())
+    def in_view(self) -> tuple[np.ndarray, ...]:
+        """Which voxels of the oriented volume are in `grid`, along each axis of `factor`."""
+        sides = self.grid[-len(self.factor) :]
+        pairs = zip(self.positions(), sides, strict=True)
+        return tuple((position >= -0.5) & (position < side - 0.5) for position, side in pairs)
+
+    def show(self, volume: np.ndarray) -> np.ndarray:
+        """The part of [D,H,W], oriented as `orient` does, that is in `grid`."""
+        inside = self.in_view()
+        return volume[np.ix_(*map(np.arange, volume.shape[: 3 - len(inside)]), *inside)]
 
     def orient(self, volume: np.ndarray) -> np.ndarray:
         """The file's array [X,Y,Z] as slices [D,H,W], in its own spacing."""
@@ -99,6 +128,7 @@ class SliceBank:
     channels: str
     geometry: dict[str, Geometry]
     patients: tuple[int, ...]
+    dims: ClassVar[int] = 2
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,11 +142,7 @@ class SliceBank:
 
         Raises: InputError: no case given, one given twice, or one that the bank does not hold.
         """
-        unknown = [name for name in cases if name not in self.geometry]
-        if unknown:
-            raise InputError(f"cases {', '.join(unknown)} are not in the slice bank: it holds {', '.join(self.cases)}")
-        if not cases or len(set(cases)) < len(cases):
-            raise InputError(f"cases {list(cases)}: select at least one case of the slice bank, and each only once")
+        check_selection(self.cases, cases)
         parts = [torch.nonzero(self.case_index == self.cases.index(name)).flatten() for name in cases]
         index = torch.cat(parts)
         moved = torch.full_like(self.case_index, -1)  # old slice number -> new slice number
@@ -127,6 +153,11 @@ class SliceBank:
             geometry={name: self.geometry[name] for name in cases},
             patients=tuple(self.patients[self.cases.index(name)] for name in cases),
         )  # fmt: skip
+
+    def volume(self, case: str) -> tuple[Tensor, Tensor]:
+        """Image and label of one case, [D,H,W] uint8 each."""
+        own = self.case_index == self.cases.index(case)
+        return self.images[own], self.labels[own]
 
     def hide_labels(self, cases: Iterable[str]) -> SliceBank:
         """The bank with the labels of these cases replaced by `UNLABELLED`: what was never there cannot be read."""
@@ -159,6 +190,15 @@ class SliceBank:
         return images, self.labels[index].long()
 
 
+def check_selection(known: Sequence[str], cases: Sequence[str]) -> None:
+    """Raises: InputError: no case given, one given twice, or one that is not known."""
+    unknown = [name for name in cases if name not in known]
+    if unknown:
+        raise InputError(f"cases {', '.join(unknown)} are not in the bank: it holds {', '.join(known)}")
+    if not cases or len(set(cases)) < len(cases):
+        raise InputError(f"cases {list(cases)}: select at least one case of the bank, and each only once")
+
+
 def stack_channels(images: Tensor, index: Tensor, neighbours: Tensor, channels: str) -> Tensor:
     """What a network takes of slices [N,H,W] uint8: those of `index` as [B,3,H,W] float32 in 0..1.
 
@@ -188,53 +228,63 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
 
     Raises: InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
     """
-    if not dataset.cases:
-        raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
-    images, labels, geometry = [], [], {}
-    for case in dataset.cases:
-        geometry[case.name], image, label = _case_slices(case, dataset.modality, classes, preprocessing)
-        images.append(image)
-        labels.append(label)
+    geometry, images, labels = read_cases(dataset, classes, preprocessing)
     depths = [len(image) for image in images]
     ends = np.cumsum(depths)
     number = np.arange(ends[-1])
-    people = sorted({case.group for case in dataset.cases})
     first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
     neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
     arrays = np.concatenate(images), np.concatenate(labels), np.repeat(np.arange(len(depths)), depths), neighbours
     return SliceBank(
         *map(torch.from_numpy, arrays), cases=tuple(geometry), classes=tuple(classes), channels=preprocessing.channels,
-        geometry=geometry, patients=tuple(people.index(case.group) for case in dataset.cases),
+        geometry=geometry, patients=patient_numbers(dataset),
     )  # fmt: skip
 
 
-def restore(scores: Tensor, geometry: Geometry) -> Tensor:
-    """Scores of one case's slices, back on its file's own grid and in its own orientation.
+def patient_numbers(dataset: Dataset) -> tuple[int, ...]:
+    """Of each case the number of its patient."""
+    people = sorted({case.group for case in dataset.cases})
+    return tuple(people.index(case.group) for case in dataset.cases)
 
-    Bilinear in the plane, by the inverse of the factor the slices were made with. Outside the slices' field of view
-    no network has looked: scores are 0 there, and 1 for channel 0 (background) if there are several channels, so that
-    both a threshold and an argmax give background.
+
+def read_cases(
+    dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing
+) -> tuple[dict[str, Geometry], list[np.ndarray], list[np.ndarray]]:
+    """How each case's volume became slices, its images and its labels, [D,H,W] uint8 each; see `build`."""
+    if not dataset.cases:
+        raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
+    found = {case.name: _case_slices(case, dataset.modality, classes, preprocessing) for case in dataset.cases}
+    geometry = {name: placed for name, (placed, _, _) in found.items()}
+    return geometry, [image for _, image, _ in found.values()], [label for _, _, label in found.values()]
+
+
+def restore(scores: Tensor, geometry: Geometry) -> Tensor:
+    """Scores of one case's slices, or of its volume, back on its file's own grid and in its own orientation.
+
+    Bilinear in the plane (trilinear of a volume), by the inverse of the factor the slices were made with. Outside the
+    slices' field of view no network has looked: scores are 0 there, and 1 for channel 0 (background) if there are
+    several channels, so that both a threshold and an argmax give background.
 
     Args:
-        scores: [C,D,H,W] probabilities of the slices, from inferior to superior.
+        scores: [C,D,H,W] probabilities on `geometry.grid`, slices from inferior to superior.
         geometry: of the case.
 
     Returns: [C,X,Y,Z], on the device and of the type of `scores`.
 
     Raises: InputError: the scores are not of this case's number and size of slices.
     """
-    expected = (geometry.depth, geometry.size, geometry.size)
-    if tuple(scores.shape[1:]) != expected:
-        raise InputError(f"scores of shape {tuple(scores.shape)}: this case's slices have [D, H, W] = {list(expected)}")
+    grid = geometry.grid
+    if tuple(scores.shape[1:]) != grid:
+        raise InputError(f"scores of shape {tuple(scores.shape)}: this case's slices have [D, H, W] = {list(grid)}")
     to_slices = geometry._to_slices()
     inside = [torch.from_numpy(mask).to(scores.device) for mask in geometry.in_view()]
-    for dim, position in zip((2, 3), geometry.positions(), strict=True):
-        position = torch.from_numpy(position).to(scores.device).clamp(0, geometry.size - 1)
+    for dim, position in enumerate(geometry.positions(), 4 - len(inside)):
+        position = torch.from_numpy(position).to(scores.device).clamp(0, grid[dim - 1] - 1)
         low = position.long()
-        high = (low + 1).clamp(max=geometry.size - 1)
+        high = (low + 1).clamp(max=grid[dim - 1] - 1)
         share = (position - low).to(scores).view(-1, *[1] * (3 - dim))
         scores = torch.lerp(scores.index_select(dim, low), scores.index_select(dim, high), share)
-    outside = ~(inside[0][:, None] & inside[1])
+    outside = ~functools.reduce(lambda seen, side: seen[..., None] & side, inside)
     scores = scores.masked_fill(outside, 0)
     if len(scores) > 1:
         scores[0].masked_fill_(outside, 1)
@@ -243,29 +293,30 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
 
 
 def place_slices(shape: Sequence[int], affine: np.ndarray, preprocessing: Preprocessing) -> Geometry:
-    """How a volume of this shape and affine, in its file's own axes, becomes slices."""
-    axes = tuple(map(tuple, affine.tolist()))
-    placed = Geometry(tuple(shape), axes, (1.0, 1.0), (0, 0), preprocessing.size, not preprocessing.published)
+    """How a volume of this shape and affine, in its file's own axes, becomes slices, or a volume."""
+    axes, size, dims = tuple(map(tuple, affine.tolist())), preprocessing.size, preprocessing.dimensions
+    placed = Geometry(tuple(shape), axes, (1.0,) * dims, (0,) * dims, size, not preprocessing.published)
     order = np.argsort(placed._to_slices()[:, 0])
-    voxels, spacing = np.array(shape)[order][1:], voxel_sizes(affine)[order][1:]
-    factor = (1.0, 1.0) if preprocessing.spacing is None else tuple((spacing / preprocessing.spacing).tolist())
+    voxels, spacing = np.array(shape)[order][-dims:], voxel_sizes(affine)[order][-dims:]
+    if preprocessing.spacing is not None:
+        placed = dataclasses.replace(placed, factor=tuple((spacing / preprocessing.spacing).tolist()))
     if preprocessing.published:
-        factor = tuple((preprocessing.size / voxels).tolist())
-    start = tuple((preprocessing.size - _pixels(n, f)) // 2 for n, f in zip(voxels.tolist(), factor, strict=True))
-    return dataclasses.replace(placed, factor=factor, start=start)
+        placed = dataclasses.replace(placed, factor=tuple((size / voxels).tolist()))
+    start = tuple((side - pixels) // 2 for side, pixels in zip(placed.grid[-dims:], placed.resampled, strict=True))
+    return dataclasses.replace(placed, start=start)
 
 
 def image_slices(
     image: np.ndarray, affine: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path
 ) -> tuple[Geometry, np.ndarray]:
-    """How a volume XYZ of scaled intensities becomes slices, and these: [D,H,W] uint8; see `build`.
+    """How a volume XYZ of scaled intensities becomes slices (or a volume), and these: [D,H,W] uint8; see `build`.
 
     Raises: InputError for an MR volume that is constant, named by its path.
     """
     placed = place_slices(image.shape, affine, preprocessing)
     image = placed.orient(_unit_range(image, modality, preprocessing, path))
     image = np.rint(_resample(image, placed.factor) * 255).clip(0, 255).astype(np.uint8)
-    return placed, _pad_or_crop(image, placed.start, preprocessing.size)
+    return placed, _pad_or_crop(image, placed)
 
 
 def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
@@ -276,7 +327,7 @@ def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessi
     values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
     values[list(classes.values())] = np.arange(1, len(classes) + 1)
     label = _resample_labels(placed.orient(values[label]), placed.factor)
-    return placed, image, _pad_or_crop(label, placed.start, preprocessing.size)
+    return placed, image, _pad_or_crop(label, placed)
 
 
 def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +357,11 @@ def _pixels(voxels: int, factor: float) -> int:
     return math.ceil(round(voxels * factor, 4))
 
 
-def _resample(image: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
-    """Antialiased bilinear resampling of [D,H,W] by exactly `factor`."""
+def _resample(image: np.ndarray, factor: tuple[float, ...]) -> np.ndarray:
+    """Antialiased bilinear resampling of [D,H,W] by exactly `factor`, along the last two axes or all three."""
+    if len(factor) == 3:  # the kernel is separable: along rows and columns, then along slices
+        image = _resample(image, factor[1:])
+        return np.moveaxis(_resample(np.moveaxis(image, 0, 1), (factor[0], 1.0)), 1, 0)
     if factor == (1.0, 1.0):
         return image
     pixels = [_pixels(voxels, f) for voxels, f in zip(image.shape[1:], factor, strict=True)]
@@ -319,19 +373,16 @@ def _resample(image: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
     return slices[0, :, : pixels[0], : pixels[1]].numpy()
 
 
-def _resample_labels(label: np.ndarray, factor: tuple[float, float]) -> np.ndarray:
+def _resample_labels(label: np.ndarray, factor: tuple[float, ...]) -> np.ndarray:
     """The nearest voxel to each pixel's centre, on the grid of `_resample`."""
-    axes = zip(label.shape[1:], factor, strict=True)
-    rows, columns = (((np.arange(_pixels(n, f)) + 0.5) / f).astype(int).clip(max=n - 1) for n, f in axes)
-    return label[:, rows[:, None], columns]
+    axes = zip(label.shape, (1.0,) * (3 - len(factor)) + factor, strict=True)
+    return label[np.ix_(*(((np.arange(_pixels(n, f)) + 0.5) / f).astype(int).clip(max=n - 1) for n, f in axes))]
 
 
-def _pad_or_crop(slices: np.ndarray, start: tuple[int, int], size: int) -> np.ndarray:
-    """[D,h,w] on a [D,size,size] canvas of 0, beginning at `start`."""
-    canvas = np.zeros((len(slices), size, size), slices.dtype)
-    (to_rows, from_rows), (to_columns, from_columns) = (
-        (slice(max(s, 0), max(s, 0) + size), slice(max(-s, 0), max(-s, 0) + size - max(s, 0))) for s in start
-    )
-    part = slices[:, from_rows, from_columns]
-    canvas[:, to_rows, to_columns][:, : part.shape[1], : part.shape[2]] = part
+def _pad_or_crop(volume: np.ndarray, placed: Geometry) -> np.ndarray:
+    """A resampled volume on a canvas of 0, of `placed.grid`, beginning at `placed.start`."""
+    canvas = np.zeros(placed.grid, volume.dtype)
+    start = (0,) * (3 - len(placed.start)) + placed.start
+    part = volume[tuple(slice(max(-s, 0), side - s) for s, side in zip(start, placed.grid, strict=True))]
+    canvas[tuple(slice(max(s, 0), max(s, 0) + n) for s, n in zip(start, part.shape, strict=True))] = part
     return canvas

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import torch
 from nibabel.orientations import io_orientation
 
 from kdlib.config import Preprocessing
 from kdlib.data.decathlon import Dataset
 from kdlib.data.roundtrip import best_dice, target_in_view
-from kdlib.data.slices import SliceBank
 from kdlib.data.splits import Fold, split_warnings
+from kdlib.data.volumes import Bank
 
 
 def case_table(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing | None = None) -> pd.DataFrame:
@@ -58,11 +59,23 @@ def split_table(folds: Sequence[Fold]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def largest_slices(bank: SliceBank, count: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def largest_slice(labels: torch.Tensor, size: int) -> tuple[int | slice, ...]:
+    """Where in [D,H,W] the slice with the most target is, cut to a window of `size` about the target's middle."""
+    area = (labels > 0).sum((1, 2))
+    number = int(area.argmax())
+    seen, place = (labels[number] > 0).nonzero().double(), [number]
+    for axis, side in enumerate(labels.shape[1:]):
+        middle = seen[:, axis].mean().item() if len(seen) else side / 2
+        first = min(max(round(middle - size / 2), 0), side - size)
+        place.append(slice(first, first + size))
+    return tuple(place)
+
+
+def largest_slices(bank: Bank, count: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The slice with the most target of each of the first `count` cases: images, labels (uint8 NHW) and case names."""
-    names, chosen = list(bank.cases[:count]), []
-    area = (bank.labels > 0).sum((1, 2))
-    for number in range(len(names)):
-        own = (bank.case_index == number).nonzero()[:, 0]
-        chosen.append(int(own[area[own].argmax()]))
-    return bank.images[chosen].cpu().numpy(), bank.labels[chosen].cpu().numpy(), names
+    names, cut = list(bank.cases[:count]), []
+    for name in names:
+        image, labels = bank.volume(name)
+        place = largest_slice(labels, bank.geometry[name].size)
+        cut.append((image[place].cpu().numpy(), labels[place].cpu().numpy()))
+    return *map(np.stack, zip(*cut, strict=True)), names

@@ -13,13 +13,13 @@ import pandas as pd
 from torch import nn
 
 from kdlib.data.decathlon import Dataset
-from kdlib.data.slices import SliceBank
+from kdlib.data.volumes import Bank
 from kdlib.evaluation.cases import TOLERANCE
 from kdlib.evaluation.masks import on_file_grid, predict_cases, surface_band, true_mask
 
 
 def agreement(
-    student: nn.Module, teacher: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str],
+    student: nn.Module, teacher: nn.Module, bank: Bank, dataset: Dataset, cases: Sequence[str],
     threshold: float = 0.5,
 ) -> pd.DataFrame:  # fmt: skip
     """How alike student and teacher segment each of `cases`, class by class, in the grid of the label files.

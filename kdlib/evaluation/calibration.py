@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.data.slices import SliceBank
+from kdlib.data.volumes import Bank
 from kdlib.evaluation.masks import grown_box, predict_cases
 
 
-def calibration(model: nn.Module, bank: SliceBank, bins: int = 15) -> pd.DataFrame:
+def calibration(model: nn.Module, bank: Bank, bins: int = 15) -> pd.DataFrame:
     """How often a class is there where the model gives it a probability, for every case and class of the bank.
 
     Each class against the rest, on the pixels of the slices, in `bins` equal bins of probability ([low, high), the last
@@ -36,7 +36,7 @@ def calibration(model: nn.Module, bank: SliceBank, bins: int = 15) -> pd.DataFra
         part = bank.select([name])
         scores = predict_cases(model, part)[name].cpu()
         for value, label in enumerate(bank.classes, start=1):
-            truth = (part.labels == value).cpu()
+            truth = (part.volume(name)[1] == value).cpu()
             box = grown_box(truth.numpy())
             found = _binned(scores[value if len(scores) > 1 else 0][box], truth[box], bins)
             tables.append(found.assign(case=name, **{"class": label}))

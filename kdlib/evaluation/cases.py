@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
-from monai.metrics.utils import get_edge_surface_distance
 from torch import nn
 
 from kdlib.config import InputError
 from kdlib.data.decathlon import Dataset
-from kdlib.data.slices import SliceBank
+from kdlib.data.summary import largest_slice
+from kdlib.data.volumes import Bank
 from kdlib.evaluation.masks import bounding_box, class_indices, on_file_grid, predict_cases, true_mask
 
 METRICS = ("dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error", "truth_volume")  # in this order
@@ -67,6 +66,9 @@ def case_metrics(
 
 def _mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: list[float]) -> dict[str, float]:
     """The metrics of two boolean XYZ masks; see `case_metrics`."""
+    from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix  # slow to import
+    from monai.metrics.utils import get_edge_surface_distance
+
     ml = float(np.prod(spacing)) / 1000
     predicted, true = np.count_nonzero(prediction), np.count_nonzero(truth)
     volumes = {"volume_error": (predicted - true) * ml, "truth_volume": true * ml}
@@ -94,17 +96,18 @@ def _mask_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: list[float
 
 
 def evaluate(
-    model: nn.Module, bank: SliceBank, dataset: Dataset, cases: Sequence[str], threshold: float = 0.5
+    model: nn.Module, bank: Bank, dataset: Dataset, cases: Sequence[str], threshold: float = 0.5
 ) -> tuple[pd.DataFrame, list[dict]]:
     """Metrics of `cases` in the grid of their label files, which the truth is read from.
 
     Args:
-        bank: slices of at least these cases.
+        bank: slices or volumes of at least these cases.
         dataset: where the label files and their spacing are.
         threshold: probability above which a voxel of a one-channel model is foreground.
 
     Returns: a table with columns case, class, metric and value; and for every case the slice (in the slice grid) with
-        the largest true area, as a dict of name, and image, truth and prediction (uint8 HW).
+        the largest true area, as a dict of name, and image, truth and prediction (uint8 HW, of a slice's or patch's
+        size).
 
     Raises: InputError: a case that the bank or the data set does not hold.
     """
@@ -115,8 +118,9 @@ def evaluate(
         prediction, truth = on_file_grid(scores, part, name, threshold), true_mask(dataset, name, bank.classes)
         table = case_metrics(prediction, truth, bank.classes, dataset.case(name).spacing)
         tables.append(table.assign(case=name))
-        largest = int((part.labels > 0).sum((1, 2)).argmax())
-        guess = class_indices(scores[:, largest], threshold)
-        shown = dict(image=part.images[largest], truth=part.labels[largest], prediction=guess)
+        shown = dict(zip(("image", "truth"), part.volume(name), strict=True))
+        shown |= {"prediction": class_indices(scores, threshold)}
+        place = largest_slice(shown["truth"], part.geometry[name].size)
+        shown = {key: value[place] for key, value in shown.items()}
         examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})
     return pd.concat(tables, ignore_index=True)[["case", "class", "metric", "value"]], examples

@@ -11,7 +11,8 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor, nn
 
 from kdlib.data.decathlon import Dataset
-from kdlib.data.slices import SliceBank, restore
+from kdlib.data.slices import restore
+from kdlib.data.volumes import Bank
 from kdlib.losses import probabilities
 from kdlib.training.validation import inference, slice_logits
 
@@ -34,18 +35,20 @@ def class_indices(scores: Tensor, threshold: float = 0.5) -> Tensor:
     return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()
 
 
-def predict_cases(model: nn.Module, bank: SliceBank, batch: int = 32) -> dict[str, Tensor]:
-    """Probabilities of every case of the bank: name -> [C,D,H,W] in the slice grid, on the model's device.
+def predict_cases(model: nn.Module, bank: Bank, batch: int = 32) -> dict[str, Tensor]:
+    """Probabilities of every case of the bank: name -> [C,D,H,W] in its slice grid, on the model's device.
 
     C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
     """
+    parts: dict[str, list[Tensor]] = {case: [] for case in bank.cases}
     with inference(model) as device:
-        scores = torch.cat([probabilities(logits) for logits, *_ in slice_logits(model, bank, device, batch)])
-    owner = bank.case_index.to(scores.device)
-    return {case: scores[owner == number].transpose(0, 1) for number, case in enumerate(bank.cases)}
+        for logits, _, owner in slice_logits(model, bank, device, batch):
+            for number in owner.unique().tolist():
+                parts[bank.cases[number]].append(probabilities(logits[owner == number]))
+    return {case: torch.cat(scores).transpose(0, 1) for case, scores in parts.items()}
 
 
-def on_file_grid(scores: Tensor, bank: SliceBank, name: str, threshold: float = 0.5) -> np.ndarray:
+def on_file_grid(scores: Tensor, bank: Bank, name: str, threshold: float = 0.5) -> np.ndarray:
     """Class indices XYZ on the grid of a case's label file, of its probabilities [C,D,H,W] in the slice grid.
 
     Probabilities, not labels, go back to the file's grid, and are cut there.

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.data.slices import SliceBank
+from kdlib.data.volumes import Bank
 from kdlib.losses import SupervisedContrastiveLoss
+from kdlib.models import CHANNELS_LAST
 from kdlib.training.hooks import FeatureHooks
 from kdlib.training.validation import inference
 
@@ -38,7 +39,7 @@ def cka(x: Tensor, y: Tensor) -> float:
 
 
 def scale_similarity(
-    student: nn.Module, teacher: nn.Module, bank: SliceBank, positions: int = 2000, seed: int = 0
+    student: nn.Module, teacher: nn.Module, bank: Bank, positions: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """`cka` of every scale of the student and every scale of the teacher, at random points of the bank's slices.
 
@@ -62,7 +63,7 @@ def scale_similarity(
     generator = torch.Generator().manual_seed(seed)
     each = -(-positions // len(bank))
     index = torch.randperm(len(bank), generator=generator)[: -(-positions // each)]
-    points = torch.rand(len(index), each, 2, generator=generator) * 2 - 1
+    points = torch.rand(len(index), each, bank.dims, generator=generator) * 2 - 1
     found = [features_at(model, bank, index, points) for model in (student, teacher)]
     rows = [
         dict(scale_student=a, scale_teacher=b, value=cka(x[:positions], y[:positions]))
@@ -73,28 +74,29 @@ def scale_similarity(
 
 
 def features_at(
-    model: nn.Module, bank: SliceBank, index: Tensor, points: Tensor, batch: int = 32,
+    model: nn.Module, bank: Bank, index: Tensor, points: Tensor, batch: int = 32,
     scales: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Scale -> [points, channels] on the CPU, at `points` ([N,K,2], x and y in -1..1 over a slice) of the slices."""
+    """Scale -> [points, channels] on the CPU, at `points` ([N,K,2 or 3], x, y (, z) in -1..1) of the slices."""
     taps = FeatureHooks(model, model.scales, scales or model.scales)
     parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
     try:
         with inference(model) as device:
             for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
-                images, _ = bank.batch(chosen.to(bank.images.device))
-                _, features = taps(images.to(device, memory_format=torch.channels_last), reconstruct=False)
+                images, _ = bank.batch(chosen.to(bank.images[0].device))
+                images = images.to(device, memory_format=CHANNELS_LAST[bank.dims])
+                _, features = taps(images, reconstruct=False)
+                grid = places.view(len(places), *[1] * (bank.dims - 1), *places.shape[1:]).to(device)
                 for name, maps in features.items():
-                    grid = places[:, None].to(device)
                     read = F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
-                    parts[name].append(read[:, :, 0].transpose(1, 2).flatten(0, 1).cpu())
+                    parts[name].append(read.flatten(2).transpose(1, 2).flatten(0, 1).cpu())
     finally:
         taps.close()
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
 def sample_features(
-    models: Mapping[str, nn.Module], bank: SliceBank, scale: str = "decoder1", positions: int = 600, slices: int = 32,
+    models: Mapping[str, nn.Module], bank: Bank, scale: str = "decoder1", positions: int = 600, slices: int = 32,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Features of the same pixels in several models, in equal number of every class, to look at in two dimensions.
@@ -114,18 +116,19 @@ def sample_features(
     Raises: InputError: no slice shows a class, or a model without that scale.
     """
     generator = torch.Generator().manual_seed(seed)
-    shown = (bank.labels > 0).flatten(1).any(1).nonzero()[:, 0].cpu()
+    shown = bank.holds_target.nonzero()[:, 0].cpu()
     if not len(shown):
-        raise InputError(f"no slice of {', '.join(bank.cases)} shows {', '.join(bank.classes)}: give other cases")
+        cases, classes = ", ".join(bank.cases), ", ".join(bank.classes)
+        raise InputError(f"no slice or patch of {cases} shows {classes}: give other cases")
     index = shown[torch.randperm(len(shown), generator=generator)[:slices]].sort().values
-    labels = bank.labels.cpu()[index].long()
+    labels = bank.batch(index.to(bank.images[0].device))[1].cpu()
     drawn = SupervisedContrastiveLoss(samples=positions).draw(labels, generator).sort().values  # slice by slice
     image, pixel = drawn // labels[0].numel(), drawn % labels[0].numel()
-    sides = torch.tensor([labels.shape[2], labels.shape[1]])
-    points = (2 * torch.stack([pixel % sides[0], pixel // sides[0]], 1) + 1) / sides - 1
+    sides = torch.tensor(labels.shape[:0:-1])
+    points = (2 * torch.stack(torch.unravel_index(pixel, labels.shape[1:])[::-1], 1) + 1) / sides - 1
     each = image.bincount(minlength=len(index))
     taken = torch.arange(int(each.max())) < each[:, None]  # slices with fewer points than the fullest are padded
-    grid = torch.zeros(*taken.shape, 2)
+    grid = torch.zeros(*taken.shape, len(sides))
     grid[taken] = points
     names = np.array(["background", *bank.classes])
     found = {

@@ -12,13 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from monai.networks.nets import SegResNet
-
 from kdlib.config import (
     BASELINE,
     PROTOCOLS,
     STUDENTS,
     TEACHERS,
+    VARIANTS,
     InputError,
     Optimisation,
     Profile,
@@ -102,6 +101,16 @@ class Setting:
         return override_profile(self.profile, dict(self.changes))
 
     @property
+    def teachers(self) -> list[str]:
+        """Those that the profile's studies train."""
+        return [model for model in self.sized.networks if model in TEACHERS]
+
+    @property
+    def students(self) -> list[str]:
+        """Those that the profile's studies train."""
+        return [model for model in self.sized.networks if model not in TEACHERS]
+
+    @property
     def classes(self) -> list[str]:
         """Names of the target classes; reads the data set."""
         return list(run_source(self.run("S1"), self.results).classes)
@@ -136,8 +145,13 @@ def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
     return [setting.run(model, fold=fold) for fold in setting.folds for model in models]
 
 
-def baseline(setting: Setting, networks: Sequence[str] = TEACHERS + STUDENTS) -> list[Run]:
-    """Teachers, and students without distillation on all and on half of the labels."""
+def baseline(setting: Setting, networks: Sequence[str] = ()) -> list[Run]:
+    """Teachers, and students without distillation on all and on half of the labels.
+
+    Args:
+        networks: names in `kdlib.models.MODELS`; none: the profile's.
+    """
+    networks = networks or setting.sized.networks
     for model in networks:
         lookup("network", model, MODELS)
     students = [model for model in networks if model not in TEACHERS]
@@ -145,19 +159,29 @@ def baseline(setting: Setting, networks: Sequence[str] = TEACHERS + STUDENTS) ->
     return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
 
 
-def pairs(setting: Setting, students: Sequence[str] = STUDENTS) -> list[Run]:
-    """The thesis's recipe for every teacher and student, on half of the labels."""
+def pairs(setting: Setting, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> list[Run]:
+    """The thesis's recipe for every teacher and student (none named: the profile's), on half of the labels."""
     return [
         run
-        for teacher in TEACHERS
-        for model in students
+        for teacher in teachers or setting.teachers
+        for model in students or setting.students
         for run in setting.everywhere(model, fraction=0.5, teacher=teacher, recipe=thesis_recipe(model))
     ]
 
 
-def distillation(setting: Setting) -> list[Run]:
-    """The thesis's Table 4.2: teachers, students, and every teacher with every student."""
-    return baseline(setting) + pairs(setting)
+def distillation(setting: Setting, teachers: Sequence[str] = ()) -> list[Run]:
+    """The thesis's Table 4.2: teachers (none named: the profile's), students, and each of the teachers with each of
+    these."""
+    teachers = teachers or setting.teachers
+    for name in teachers:
+        lookup("teacher", name, dict.fromkeys(TEACHERS))
+    return baseline(setting, (*teachers, *setting.students)) + pairs(setting, teachers=teachers)
+
+
+def agreement_runs(setting: Setting, teacher: str = "T1") -> list[Run]:
+    """Students on half of the labels, alone and distilled from one teacher, to compare with that teacher."""
+    alone = [run for model in setting.students for run in setting.everywhere(model, fraction=0.5)]
+    return alone + pairs(setting, teachers=[teacher])
 
 
 def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
@@ -169,6 +193,12 @@ def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1"
     for fold, seed in setting.places:
         runs += controls(student, teacher, fold=fold, seed=seed, **half, **setting.fields)
     return runs
+
+
+def controls_and_agreement(setting: Setting, teacher: str = "T1") -> list[Run]:
+    """The negative controls of S1, and all students on half of the labels beside their teacher."""
+    runs = teachers(setting, [teacher]) + negative_controls(setting, teacher=teacher)
+    return list(dict.fromkeys(runs + agreement_runs(setting, teacher)))
 
 
 def ablation(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
@@ -259,6 +289,37 @@ def training_length(
     return runs
 
 
+def capacity(
+    setting: Setting,
+    students: Sequence[str] = (),
+    teacher: str = "T1",
+    fractions: Sequence[float] = (1.0, 0.25),
+) -> list[Run]:
+    """What are network, labels and teacher worth? Networks of several sizes and receptive fields, each alone and
+    distilled on every label fraction, and the teacher.
+
+    Args:
+        students: names in `STUDENTS` and `VARIANTS` of `kdlib.config`; none: all.
+
+    Raises: InputError: another name, one given twice, or a study of volumes.
+    """
+    if setting.sized.preprocessing.dimensions == 3:
+        raise InputError("10_capacity: its networks and their receptive fields are of slices; choose a 2D profile")
+    known = dict.fromkeys((*STUDENTS, *VARIANTS))
+    students = tuple(students or known)
+    for model in students:
+        lookup("student", model, known)
+    lookup("teacher", teacher, dict.fromkeys(TEACHERS))
+    for name, given in (("students", students), ("fractions", fractions)):
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"{name} {list(given)}: give at least one, and each once")
+    runs = teachers(setting, [teacher])
+    for model, fraction in product(students, fractions):
+        runs += setting.everywhere(model, fraction=fraction)
+        runs += setting.everywhere(model, fraction=fraction, teacher=teacher, recipe=prediction_recipe())
+    return runs
+
+
 BASELINE_TRIALS = {"lr": (4e-3, 8e-3, 1.6e-2), "weight_decay": (0.01, 0.05, 0.2)}
 DISTILLED_TRIALS = {"weight": (0.4, 1.6), "balance": (0.5,), "temperature": (1.0, 2.0, 4.0), "warmup": (0.0,)}
 
@@ -316,6 +377,8 @@ def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
     layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
 
     def build(dims: int, channels: int, classes: int) -> ExternalModel:
+        from monai.networks.nets import SegResNet  # seconds that only this needs
+
         return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
 
     MODELS.setdefault("SegResNet", build)
@@ -339,19 +402,19 @@ def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:
     for key in own:
         lookup(f"parameter of {name}", key, dict.fromkeys([*fields, *known]))
     runs = EXPERIMENTS[name](setting, **own)
-    teachers = [teacher for run in runs for teacher in run.teacher_runs().values()]
-    return list(dict.fromkeys(teachers + runs))
+    return list(dict.fromkeys([needed for run in runs for needed in run.needed_runs()] + runs))
 
 
 EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
     "01_baseline": baseline,
-    "02_distillation": lambda setting: list(
-        dict.fromkeys(distillation(setting) + negative_controls(setting) + external_network(setting))
-    ),
+    "02_distillation": distillation,
+    "02b_controls": controls_and_agreement,
+    "02c_external": external_network,
     "03_ablation": ablation,
     "04_loss_comparison": loss_comparison,
     "05_correction": correction,
     "07_fractions": label_fractions,
     "08_length": training_length,
     "09_sweep": sweep,
+    "10_capacity": capacity,
 }

@@ -18,6 +18,7 @@ from kdlib.experiments.designs import requested_runs
 from kdlib.experiments.runner import cohorts
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import is_done, read_manifest, run_key
+from kdlib.models import CHANNELS_LAST
 from kdlib.training.device import pick_device, precision
 from kdlib.training.loop import train_cohort
 from kdlib.training.schedule import epochs_of, steps_per_epoch
@@ -32,9 +33,11 @@ def steps_of(run: Run, results: Path) -> int:
 
 
 def slices_of(run: Run, results: Path) -> int:
-    """Slices of all training patients, by the headers of the scans."""
+    """Slices of all training patients, by the headers of the scans; or patches of them."""
     found = run_source(run, results)
     train = set(found.folds[run.fold].train)
+    if run.preprocessing.dimensions == 3:
+        return len(run_bank(run, results).select(list(train)))
     return sum(case.shape[2] for case in found.dataset.cases if case.name in train)
 
 
@@ -51,7 +54,7 @@ def past_runs(results: Path) -> pd.DataFrame:
         rows.append(
             dict(
                 model=run.model, distilled=run.teacher is not None, method=run.method, device=record["device"],
-                size=run.preprocessing.size, width=run.profile.width,
+                size=run.preprocessing.size, dims=run.preprocessing.dimensions, width=run.profile.width,
                 pace=cores * record["seconds"]["training"] / steps,
                 evaluation=record["seconds"]["evaluation"],
             )
@@ -69,6 +72,7 @@ def seconds_of(run: Run, past: pd.DataFrame, steps: int, device: str) -> float |
     like = past[
         (past["model"] == run.model) & (past["size"] == run.profile.preprocessing.size) & (past["device"] == device)
     ]
+    like = like[like["dims"] == run.profile.preprocessing.dimensions]
     like = like[(like["width"] == run.profile.width) & (like["distilled"] == (run.teacher is not None))]
     same = like[like["method"] == run.method]
     like = same if len(same) else like
@@ -84,7 +88,7 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
     if run.recipe.unlabelled:
         train = train.hide_labels(set(fold.train) - set(fold.subset(run.fraction)))
     teachers = {
-        name: new_model(teacher, len(bank.classes)).to(device, memory_format=torch.channels_last).eval()
+        name: new_model(teacher, len(bank.classes)).to(device, memory_format=CHANNELS_LAST[bank.dims]).eval()
         for name, teacher in run.teacher_runs().items()
     }
 

@@ -56,6 +56,8 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     labelled = [term for term in run.effective_recipe.terms if term.loss == "supcon"]
     if not labelled:
         raise InputError(f"{run.method} has no supervised contrastive loss, so it has no pairs to show")
+    if run.preprocessing.dimensions == 3:
+        raise InputError(f"{run.method} is a run of volumes, and pairs are shown on slices: give a run of a 2D profile")
     results = Path(results).resolve()
     fold = run_source(run, results).folds[run.fold]
     bank = run_bank(run, results).select(fold.subset(run.fraction))

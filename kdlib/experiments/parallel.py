@@ -39,7 +39,7 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
         InputError: too few GPUs, a batch that cannot be divided, or whatever `kdlib.study` refuses.
         TrainingError: some runs failed, or a process died; what was finished before is kept.
     """
-    place, everything = pick_device(device), [*(t for run in runs for t in run.teacher_runs().values()), *runs]
+    place, everything = pick_device(device), [*(each for run in runs for each in run.needed_runs()), *runs]
     check(everything)
     if processes < 1:
         raise InputError(f"{processes} processes: give at least 1")

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from kdlib.config import InputError, Run, TrainingError, lookup
-from kdlib.data import SliceBank
+from kdlib.data import Bank
 from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.source import TrainingData, run_bank, run_source
 from kdlib.experiments.store import (
@@ -34,7 +34,8 @@ from kdlib.experiments.store import (
 )  # fmt: skip
 from kdlib.experiments.tables import Results, collect
 from kdlib.files import remove_partial_files, write_arrays, write_csv
-from kdlib.models import MODELS, count_parameters
+from kdlib.models import CHANNELS_LAST, MODELS, count_parameters
+from kdlib.models.pruning import check_smaller, prune_into
 from kdlib.training.checkpoint import CODE_HASH, Checkpoint, save_tensors
 from kdlib.training.device import pick_device, precision
 from kdlib.training.distiller import check_recipe
@@ -59,7 +60,7 @@ def study(
     """
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
     place = pick_device(device)
-    teachers = list(dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values()))
+    teachers = list(dict.fromkeys(needed for run in runs for needed in run.needed_runs()))
     check(teachers + runs)
     check_names(runs)
     failures: list[str] = []
@@ -76,7 +77,7 @@ def study(
 
 
 def check(runs: Iterable[Run]) -> None:
-    """Raises InputError where a run names a model, a distiller or a scale that does not exist."""
+    """Raises InputError where a run names a model, a distiller or a scale that does not exist, or cannot be pruned."""
     scales = {}
     for run in runs:
         for model in (run.model, *run.teacher_runs()):
@@ -85,6 +86,9 @@ def check(runs: Iterable[Run]) -> None:
                 with torch.device("meta"):
                     scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
         check_recipe(run.effective_recipe)
+        if run.origin:
+            with torch.device("meta"):
+                check_smaller(new_model(run.origin, 1), new_model(run, 1), f"{run.model}, profile {run.profile.name}")
         for models, side in (([run.model], "student"), (run.teacher_runs(), "teacher")):
             for model in models:
                 for scale in scales_of([run.effective_recipe], side):
@@ -123,9 +127,12 @@ def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
             run.recipe.budget,
             run.recipe.unlabelled,
             run.length,
+            run.origin,
             how.batch,
             how.target_share,
             how.precision,
+            how.kernels,
+            how.replay,
             alone,
         )
         groups.setdefault(key, []).append(run)
@@ -169,8 +176,8 @@ def _train_free(
             (run_folder(run, results) / "checkpoint.safetensors").unlink()
     if not missing:
         return [], []
-    if not all(is_done(teacher, results) for teacher in group[0].teacher_runs().values()):
-        return [f"{run.method}: its teacher {run.teacher} has no result" for run in missing.values()], []
+    if lost := [needed.model for needed in group[0].needed_runs() if not is_done(needed, results)]:
+        return [f"{run.method}: its teacher {'+'.join(lost)} has no result" for run in missing.values()], []
     with ExitStack() as locks:
         mine = {key for key in sorted(missing) if locks.enter_context(locked(missing[key], results))}
         busy = [run for key, run in missing.items() if key not in mine]
@@ -200,7 +207,7 @@ def train_missing(
         return [failure for some in (group[:half], group[half:]) for failure in train_missing(some, results, device)]
     run = group[0]
     batch, parts = run.optimisation.batch, 2 * parts
-    text = f"{run.method}: batches of {2 * batch // parts} slices do not fit into memory ({cause})"
+    text = f"{run.method}: batches of {2 * batch // parts} {run.preprocessing.unit} do not fit into memory ({cause})"
     if batch // parts >= 2:  # a contrast needs two images
         print(f"{text}: split into {parts} parts, whose losses are not those of the whole", flush=True)
         return train_missing(group, results, device, parts)
@@ -229,10 +236,14 @@ def train_group(
     teachers = {}
     for name, teacher_run in run.teacher_runs().items():
         if run.recipe.teacher == "random":
-            teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=torch.channels_last)
+            teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=CHANNELS_LAST[bank.dims])
             teachers[name] = teacher.eval().requires_grad_(False)
         else:
             teachers[name] = trained(teacher_run, len(bank.classes), results, device)
+    initial = {}
+    if run.origin:
+        larger = trained(run.origin, len(bank.classes), results, device)
+        initial = {each: prune_into(larger, new_model(each, len(bank.classes))).state_dict() for each in group}
     with precision(run.optimisation.precision):
         return train_cohort(
             group,
@@ -245,6 +256,7 @@ def train_group(
             [dataclasses.replace(checkpoint_of(run, results), read_only=read_only) for run in group],
             parts,
             processes=processes,
+            initial=initial,
         )
 
 
@@ -277,7 +289,7 @@ def _train(
 
 
 def _finish(
-    state: RunState, checkpoint: Checkpoint, record: dict, bank: SliceBank, found: TrainingData
+    state: RunState, checkpoint: Checkpoint, record: dict, bank: Bank, found: TrainingData
 ) -> TrainingError | None:
     """Saves a trained run, or its failure."""
     folder = checkpoint.folder
@@ -302,7 +314,7 @@ def _finish(
     return None
 
 
-def save_run(state: RunState, bank: SliceBank, found: TrainingData, record: dict, folder: Path) -> None:
+def save_run(state: RunState, bank: Bank, found: TrainingData, record: dict, folder: Path) -> None:
     """Evaluates the best weights on the test patients and writes the run folder, its manifest last.
 
     Raises:

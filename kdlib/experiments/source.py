@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdlib.config import Preprocessing, Run
-from kdlib.data import Dataset, Fold, SliceBank, build_bank, check_view, index, make_phantom, split_file, splits
+from kdlib.data import Bank, Dataset, Fold, build_bank, check_view, index, make_phantom, split_file, splits
 from kdlib.files import sha256, write_error
 
 
@@ -39,7 +39,7 @@ def source(
 
 
 @functools.lru_cache(maxsize=1)
-def _bank(preprocessing: Preprocessing, *source_of: object) -> SliceBank:
+def _bank(preprocessing: Preprocessing, *source_of: object) -> Bank:
     found = source(*source_of)
     return build_bank(found.dataset, found.classes, preprocessing)
 
@@ -49,8 +49,8 @@ def run_source(run: Run, results: Path | str) -> TrainingData:
     return source(*_source_of(run, results))
 
 
-def run_bank(run: Run, results: Path | str) -> SliceBank:
-    """All slices of a run's data set; kept for the next cohort of the same process."""
+def run_bank(run: Run, results: Path | str) -> Bank:
+    """All slices or volumes of a run's data set; kept for the next cohort of the same process."""
     return _bank(run.preprocessing, *_source_of(run, results))
 
 

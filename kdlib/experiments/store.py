@@ -31,7 +31,7 @@ from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, loo
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
-from kdlib.models import MODELS
+from kdlib.models import CHANNELS_LAST, MODELS
 from kdlib.record import FORMAT, read_manifest
 from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint, load_weights
 from kdlib.training.device import precision_on
@@ -54,8 +54,8 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
 
     That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
     evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
-    teachers. Device and versions stand in the manifest instead: a run made elsewhere is not trained again; neither is
-    one of precision "auto", which is what its machine computes fast.
+    teachers and of the network that it is pruned from. Device and versions stand in the manifest instead: a run made
+    elsewhere is not trained again; neither is one of precision "auto", which is what its machine computes fast.
     """
     profile, protocol = run.profile, run.protocol
     length = [profile.teacher_epochs, profile.teacher_steps]
@@ -70,14 +70,14 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
         "recipe": _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""},
-        "preprocessing": dataclasses.asdict(run.preprocessing),
+        "preprocessing": _chosen(run.preprocessing, dimensions=2),
         "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
         "network": _architecture(run.model),
-        "optimisation": _chosen(run.optimisation, precision="auto"),
+        "optimisation": _chosen(run.optimisation, precision="auto", kernels="plain", replay=None),
         "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
         "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
-    }
+    } | ({"origin": run_key(run.origin, results)} if run.origin else {})
 
 
 def _chosen(description: object, **later: object) -> dict[str, object]:
@@ -123,7 +123,7 @@ def manifest(run: Run, results: Path | str = "results") -> dict:
 
 
 def manifests(keys: Iterable[str], results: Path | str) -> dict[str, dict]:
-    """Key -> manifest of finished runs, then those of the teachers that they learned from.
+    """Key -> manifest of finished runs, then those of the teachers that they learned from or were pruned from.
 
     Raises:
         InputError: runs without a manifest of a finished training, all named; or what `read_manifest` refuses.
@@ -136,8 +136,8 @@ def manifests(keys: Iterable[str], results: Path | str) -> dict[str, dict]:
             f"{len(missing)} of {len(found)} runs are not finished in {folder} ({', '.join(missing[:8])}): bring their "
             "folders back, or run the study again"
         )
-    teachers = {key: None for record in list(found.values()) for key in record["teachers"].values() if key not in found}
-    records = {key: read_manifest(folder / key) for key in teachers}
+    needed = [key for each in found.values() for key in [*each["teachers"].values(), each.get("origin")]]
+    records = {key: read_manifest(folder / key) for key in dict.fromkeys(needed) if key and key not in found}
     return found | {key: record for key, record in records.items() if record.get("status") == "done"}
 
 
@@ -154,6 +154,7 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
         "effective_recipe": dataclasses.asdict(run.effective_recipe),
         "seeds": {"run": run.seed, "teacher": run.teacher_seed},
         "teachers": {name: run_key(teacher, results) for name, teacher in run.teacher_runs().items()},
+        "origin": run_key(run.origin, results) if run.origin else None,
         "data": {
             "digest": found.digest,
             "fold_digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
@@ -230,7 +231,7 @@ def trained(run: Run, classes: int, results: Path, device: torch.device) -> nn.M
     """The network of a finished run with its best weights, frozen, in eval mode."""
     model = new_model(run, classes)
     load_weights(model, run_folder(run, results) / "best.safetensors")
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device, memory_format=CHANNELS_LAST[run.preprocessing.dimensions]).eval().requires_grad_(False)
 
 
 def checkpoint_of(run: Run, results: Path) -> Checkpoint:

@@ -31,7 +31,7 @@ class Results:
     Args:
         cases: tidy, one row per run, case, class and metric: with patient, case, class, metric and value.
         history: tidy, one row per run, epoch and name.
-        runs: one row per run: parameters, best epoch and its validation Dice, seconds, device.
+        runs: one row per run: parameters, best epoch and its validation Dice, seconds, device, data set and its credit.
         examples: one row per run and case, with the slice of most truth: image, truth and prediction (HW).
     """
 
@@ -71,9 +71,11 @@ def collect(runs: Sequence[Run], results: Path) -> Results:
         label = _columns(run, results)
         cases.append(read_csv(verified(folder / "metrics.csv")).assign(**label))
         history.append(read_csv(verified(folder / "history.csv")).assign(**label))
+        dataset = run_source(run, results).dataset
         rows.append(
             label | {"parameters": record["parameters"]} | record["best"]
             | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
+            | {"data": dataset.name, "credit": ", ".join(filter(None, dataset.credit))}
         )  # fmt: skip
         examples.append(read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"}).assign(**label))
     order = [*label, "patient", "case", "class", "metric", "value"]
@@ -119,7 +121,9 @@ def teacher_agreement(
 
 def _read(path: Path) -> pd.DataFrame:
     table = read_csv(path)
-    texts = [name for name in ("teacher", "terms", "loss", "loss_label", "family", "control") if name in table]
+    texts = [
+        name for name in ("teacher", "terms", "loss", "loss_label", "family", "control", "credit") if name in table
+    ]
     return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
 
 

@@ -1,9 +1,12 @@
-"""One function for each format of a student: from slices to logits."""
+"""One function for each format of a student: from slices or patches to logits."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -12,12 +15,13 @@ from torch import Tensor, nn
 
 from kdlib.config import InputError
 from kdlib.inference.student import Student
-from kdlib.models import build_model
+from kdlib.models import CHANNELS_LAST, build_model
 from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import pick_device
 from kdlib.training.validation import inference
 
-Backend = Callable[[Tensor], Tensor]  # images [B,3,H,W] float32 in 0..1 on the CPU -> logits [B,K,H,W] float32
+# images [B,3,H,W] or [B,1,D,H,W] float32 in 0..1 on the CPU -> logits [B,K,...] float32 of the same grid
+Backend = Callable[[Tensor], Tensor]
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # of OpenVINO, whose default is bf16 on some CPUs
 
 
@@ -45,18 +49,20 @@ def load_backend(folder: Path, student: Student, device: str = "auto") -> Backen
 
 def load_network(folder: Path, student: Student) -> nn.Module:
     """The network of a student of format "torch", on the CPU in eval mode; see `load_backend`."""
-    model = build_model(student.model, classes=len(student.classes), width=student.width)
+    view = student.preprocessing
+    model = build_model(student.model, view.dimensions, view.input_shape[0], len(student.classes), student.width)
     released = folder / "model.safetensors"
     load_weights(model, released if released.is_file() else folder / "best.safetensors")
     return model.eval()
 
 
 def _torch(folder: Path, student: Student, device: str) -> Backend:
-    model = load_network(folder, student).to(pick_device(device), memory_format=torch.channels_last)
+    layout = CHANNELS_LAST[student.preprocessing.dimensions]
+    model = load_network(folder, student).to(pick_device(device), memory_format=layout)
 
     def run(images: Tensor) -> Tensor:
         with inference(model) as place:
-            images = images.to(place, memory_format=torch.channels_last)
+            images = images.to(place, memory_format=layout)
             return model(images, reconstruct=False).segmentation.float().cpu()
 
     return run
@@ -74,6 +80,31 @@ def _openvino(folder: Path, student: Student, device: str) -> Backend:
     return openvino_backend(library("openvino").Core().read_model(folder / "model.xml"))
 
 
+class SignalStack(ctypes.Structure):
+    """`stack_t` of signal.h: the memory in which this thread's signals are handled."""
+
+    _fields_ = (("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """The thread has the signal stack afterwards that it had before.
+
+    OpenVINO's plugin for CPUs gives the thread a stack of its own for signals. Of several plugins that live at once it
+    frees one that is still in use: the next signal, be it Ctrl-C, would end the process without a word.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc, before = ctypes.CDLL(None), SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
+@same_signal_stack()
 def openvino_backend(model) -> Backend:
     """An `openvino.Model` on the CPU, in float32 where it is not int8."""
     openvino = library("openvino")

@@ -19,7 +19,7 @@ from kdlib.evaluation.cases import case_metrics
 from kdlib.evaluation.masks import true_mask
 from kdlib.files import sha256, write_json, write_text
 from kdlib.inference import FORMATS
-from kdlib.inference.backends import Backend, library, load_network, openvino_backend
+from kdlib.inference.backends import Backend, library, load_network, openvino_backend, same_signal_stack
 from kdlib.inference.card import licence_text, model_card
 from kdlib.inference.predict import mask_of, segment
 from kdlib.inference.scans import read_scan
@@ -89,14 +89,18 @@ def export(folder: Path, to: str, out: Path, data: str | Path | None = None, ove
 
 
 def save_onnx(network: nn.Module, student: Student, made: Path) -> None:
-    """Writes `model.onnx`: `images` [B,3,H,W] -> `logits` [B,K,H,W], batch and size free, weights inside the file."""
+    """Writes `model.onnx`: `images` [B,3,H,W] -> `logits` [B,K,H,W], batch and size free, weights inside the file.
+
+    Of volumes, `images` are patches [B,1,S,S,S] and only the batch is free: `kdlib predict` slides the window.
+    """
     library("onnxscript")  # the exporter's; torch would name it in a trace
-    size, free = student.preprocessing.size, torch.export.Dim.DYNAMIC
+    shape, free = student.preprocessing.input_shape, torch.export.Dim.DYNAMIC
+    axes = (0, 2, 3) if student.preprocessing.dimensions == 2 else (0,)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch to its own authors
         program = torch.onnx.export(
-            Logits(network), (torch.zeros(2, 3, size, size),), dynamo=True, verbose=False,
-            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: free, 2: free, 3: free},),
+            Logits(network), (torch.zeros(2, *shape),), dynamo=True, verbose=False,
+            input_names=["images"], output_names=["logits"], dynamic_shapes=(dict.fromkeys(axes, free),),
         )  # fmt: skip
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with paths of this machine
@@ -135,12 +139,13 @@ def quantise(model, images: list[Tensor]):
     """An `openvino.Model` in int8, by NNCF's post-training quantisation (min-max ranges, bias correction).
 
     Args:
-        images: slices [1,3,H,W] that the ranges of activations are measured on.
+        images: slices [1,3,H,W], or patches [1,1,S,S,S], that the ranges of activations are measured on.
     """
     os.environ.setdefault("NNCF_CI", "1")  # it reports its use to its authors otherwise
     nncf = library("nncf")
     nncf.set_log_level(40)
-    return nncf.quantize(model, nncf.Dataset([image.numpy() for image in images]), subset_size=len(images))
+    with same_signal_stack():
+        return nncf.quantize(model, nncf.Dataset([image.numpy() for image in images]), subset_size=len(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -170,7 +175,8 @@ def training_data(student: Student, data: str | Path) -> Dataset:
 
 
 def calibration_slices(student: Student, dataset: Dataset, count: int = CALIBRATION) -> list[Tensor]:
-    """Slices [1,3,H,W] of the student's own training cases, drawn with a fixed seed; no other case is read."""
+    """Slices [1,3,H,W] (or patches [1,1,S,S,S]) of the student's own training cases, drawn with a fixed seed; no other
+    case is read."""
     cases = tuple(dataset.case(name) for name in student.facts["split"]["train"])
     classes = {name: dataset.labels[name] for name in student.classes}
     bank = build_bank(replace(dataset, cases=cases), classes, student.preprocessing)
@@ -233,13 +239,15 @@ INFERENCE = {
 
 def _metadata(student: Student) -> dict:
     """metadata.json by MONAI's schema."""
-    size, channels = student.preprocessing.size, len(student.classes) + (len(student.classes) > 1)
+    channels, (planes, *sides) = len(student.classes) + (len(student.classes) > 1), student.preprocessing.input_shape
+    patch = student.preprocessing.dimensions == 3
     names = student.classes if channels == 1 else ("background", *student.classes)
     image = {"type": "image", "format": "magnitude" if student.modality == "MR" else "hounsfield", "dtype": "float32",
-             "modality": student.modality, "num_channels": 3, "spatial_shape": [size, size], "value_range": [0, 1],
-             "is_patch_data": False, "channel_def": {str(i): "slice" for i in range(3)}}  # fmt: skip
+             "modality": student.modality, "num_channels": planes, "spatial_shape": sides, "value_range": [0, 1],
+             "is_patch_data": patch,
+             "channel_def": {str(i): "image" if patch else "slice" for i in range(planes)}}  # fmt: skip
     logits = {"type": "image", "format": "segmentation", "dtype": "float32", "num_channels": channels,
-              "spatial_shape": [size, size], "value_range": [], "is_patch_data": False,
+              "spatial_shape": sides, "value_range": [], "is_patch_data": patch,
               "channel_def": {str(i): name for i, name in enumerate(names)}}  # fmt: skip
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"

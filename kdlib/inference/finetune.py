@@ -18,15 +18,17 @@ from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrize
 
 from kdlib.config import Run, derive_seed
-from kdlib.data import SliceBank
+from kdlib.data import Bank
 from kdlib.data.sampling import batch_indices
 from kdlib.training.batch import load_batch
 from kdlib.training.device import seeded_rng
+from kdlib.training.frozen import teacher_forward
 from kdlib.training.hooks import FeatureHooks, scales_of
-from kdlib.training.loop import teacher_forward, training_step
+from kdlib.training.loop import training_step
 from kdlib.training.state import new_state
 
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 class RoundedWeight(nn.Module):
@@ -49,7 +51,7 @@ def rounded(network: nn.Module) -> Iterator[None]:
     layers = [module for module in network.modules() if isinstance(module, CONVOLUTIONS)]
     handles = []
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", RoundedWeight(int(isinstance(layer, nn.ConvTranspose2d))))
+        parametrize.register_parametrization(layer, "weight", RoundedWeight(int(isinstance(layer, TRANSPOSED))))
         handles.append(layer.register_forward_pre_hook(_rounded_input(layer.weight.device)))
     try:
         yield
@@ -67,7 +69,7 @@ def _rounded_input(device: torch.device) -> Callable:
 def finetune(
     run: Run,
     network: nn.Module,
-    train: SliceBank,
+    train: Bank,
     steps: int,
     teachers: Mapping[str, nn.Module] | None = None,
     slowdown: float = 100.0,

@@ -12,12 +12,14 @@ from scipy import ndimage
 from torch import Tensor
 
 from kdlib.data import DataWarning
+from kdlib.data.roundtrip import too_small
 from kdlib.data.slices import Geometry, image_slices, restore, stack_channels
 from kdlib.evaluation.masks import class_indices
 from kdlib.inference.backends import Backend, load_backend
 from kdlib.inference.scans import Scan, on_grid, read_scan
 from kdlib.inference.student import Student, find_student, load_student
 from kdlib.losses import probabilities
+from kdlib.training.validation import volume_logits
 
 NEGATIVE = {"CT": (0.1, 1.0), "MR": (0.0, 0.0)}  # share of negative voxels where training scans are not known
 
@@ -39,7 +41,7 @@ def predict(
         results: folder that trained runs are kept in.
         data: the data set of a run of an older version; see `student_of_run`.
         device: "auto", "cpu" or "cuda".
-        batch: slices that pass the network at once.
+        batch: slices that pass the network at once, eight for each patch of a volume.
         postprocess: keep the largest connected component of each class.
 
     Raises:
@@ -59,6 +61,9 @@ def segment(student: Student, backend: Backend, scan: Scan, batch: int = 32) -> 
     for text in oddities(student, scan, geometry):
         warnings.warn(f"{scan.path}: {text}", DataWarning, stacklevel=2)
     images, number = torch.from_numpy(slices), torch.arange(len(slices))
+    if student.preprocessing.dimensions == 3:
+        logits = volume_logits(backend, images, student.preprocessing.size, batch)
+        return restore(probabilities(logits).transpose(0, 1), geometry)
     neighbours = torch.stack([number - 1, number + 1], 1).clamp(0, len(slices) - 1)
     channels = student.preprocessing.channels
     scores = [
@@ -98,6 +103,8 @@ def oddities(student: Student, scan: Scan, geometry: Geometry) -> list[str]:
             f"{negative:.0%} of its intensities are negative ({usual}): is it {other}, or another scale, and not the "
             f"{student.modality} that {student.name} was trained on?"
         )
+    if text := too_small(geometry, student.preprocessing):
+        found.append(text)
     seen = [float(side.mean()) for side in geometry.in_view()]
     if min(seen) < 0.5:  # a margin of air is no loss
         found.append(

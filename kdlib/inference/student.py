@@ -47,7 +47,7 @@ class Student:
         width: factor on a teacher's channels; students keep theirs.
         classes: names of the foreground classes; the mask's values 1..C in this order.
         modality: "CT" (intensities in HU) or "MR".
-        preprocessing: how a volume becomes slices.
+        preprocessing: how a volume becomes slices, or patches.
         threshold: probability above which a voxel is foreground, of one class.
         format: which library runs it; a key of `WEIGHTS`.
         facts: where it comes from (JSON values): data_set, run, method, teacher, fold, seed, training_cases, dice
@@ -223,11 +223,11 @@ def _dataset_of(run: Run, data: str | Path, train: list[str]) -> Dataset:
 
 
 def _data_facts(dataset: Dataset, train: list[str]) -> Mapping[str, object]:
-    about = json.loads((dataset.root / "dataset.json").read_text(encoding="utf-8"))
+    licence, attribution = dataset.credit
     negative = [float(np.mean(read_case_file(dataset.case(name).image, np.float32)[1] < 0)) for name in train]
     return {
         "training_patients": len({dataset.case(name).group for name in train}),
-        "licence": str(about.get("licence", about.get("license", ""))),
-        "attribution": str(about.get("reference", "")),
+        "licence": licence,
+        "attribution": attribution,
         "negative": [min(negative), max(negative)],
     }

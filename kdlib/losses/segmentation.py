@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import nn
 
 from kdlib.config import InputError
@@ -51,6 +50,8 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, cross_entropy: bool, smoothing: float = 0.0, ignore_index: int | None = None):
         super().__init__()
+        from monai.losses import DiceLoss  # seconds that only a training needs
+
         self.cross_entropy, self.smoothing, self.ignore_index = cross_entropy, smoothing, ignore_index
         # MONAI's default Dice of soft targets is not least at the target itself
         soft = dict(batch=True, soft_label=smoothing > 0)

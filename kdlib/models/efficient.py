@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.networks.layers.factories import Conv, Norm, Pool
 from torch import nn
 
-from kdlib.models.unet import UNet
+from kdlib.models.unet import CONV, NORM, POOL, UNet
 
 
 class SeparableBlock(nn.Module):
@@ -20,7 +19,7 @@ class SeparableBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, channels: int, kernel: int):
         super().__init__()
-        conv, norm = Conv["conv", spatial_dims], Norm["batch", spatial_dims]
+        conv, norm = CONV[spatial_dims], NORM[spatial_dims]
         self.depthwise = conv(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
         self.norm1 = norm(channels)
         self.pointwise = conv(channels, channels, 1, bias=False)
@@ -33,8 +32,8 @@ class SeparableBlock(nn.Module):
 
 def _widen(spatial_dims: int, in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
     """A convolution to other channels, batch norm and ReLU."""
-    conv = Conv["conv", spatial_dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, Norm["batch", spatial_dims](out_channels), nn.ReLU(inplace=True))
+    conv = CONV[spatial_dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, NORM[spatial_dims](out_channels), nn.ReLU(inplace=True))
 
 
 class EfficientDecoder(nn.Module):
@@ -52,7 +51,7 @@ class EfficientDecoder(nn.Module):
             self.decoder[str(i)] = (
                 SeparableBlock(spatial_dims, width, kernel) if i > 1 else _widen(spatial_dims, width, width, kernel)
             )
-        self.head = Conv["conv", spatial_dims](widths[0], out_channels, 1)
+        self.head = CONV[spatial_dims](widths[0], out_channels, 1)
 
     def forward(self, x: torch.Tensor, skips: Sequence[torch.Tensor]) -> torch.Tensor:
         for narrow, stage, skip in zip(self.narrow.values(), self.decoder.values(), reversed(skips), strict=True):
@@ -87,7 +86,7 @@ class EfficientUNet(UNet):
             entry = _widen(spatial_dims, widths[i - 1] if i else in_channels, width, 1 if i else 3)
             stages.append(nn.Sequential(entry, *(SeparableBlock(spatial_dims, width, kernel) for _ in range(count))))
         self.encoder = nn.ModuleDict({str(i): stage for i, stage in enumerate(stages[:-1], start=1)})
-        self.pool = Pool["max", spatial_dims](2)
+        self.pool = POOL[spatial_dims](2)
         self.bottleneck = stages[-1]
         self.segmentation = EfficientDecoder(spatial_dims, widths, out_channels, kernel=3)
         levels = range(1, self.depth + 1)

@@ -40,6 +40,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "S1": partial(UNet, widths=(16, 32, 64), convs=1, reconstruct=False),
     "S2": partial(UNet, widths=(32, 64, 128), convs=1, reconstruct=False),
     "E1": partial(EfficientUNet, widths=(16, 24, 32, 48, 72), blocks=(0, 1, 1, 2, 3)),
+    # a quarter of E1's arithmetic, and four times as much
+    "E1-quarter": partial(EfficientUNet, widths=(7, 12, 16, 24, 36), blocks=(0, 1, 1, 2, 3)),
+    "E1-fourfold": partial(EfficientUNet, widths=(32, 56, 80, 112, 160), blocks=(0, 1, 1, 2, 3)),
+    # E1's arithmetic (314 px) with kernel and depth traded; named after the receptive field, a side in pixels
+    "E1-30px": partial(EfficientUNet, widths=(16, 28, 48), blocks=(0, 1, 2), kernel=3),
+    "E1-102px": partial(EfficientUNet, widths=(16, 24, 32, 48), blocks=(0, 1, 1, 1), kernel=7),
+    "E1-230px": partial(EfficientUNet, widths=(16, 24, 32, 48, 72), blocks=(0, 1, 2, 3, 4), kernel=3),
+    # T1 as a student at a quarter of the thesis's channels, and pruned to E1's arithmetic
+    "T1-quarter": partial(UNet, widths=(16, 32, 64, 128, 256), convs=2, reconstruct=False),
+    "T1-pruned": partial(UNet, widths=(5, 9, 18, 36, 72), convs=2, reconstruct=False),
 }
 
 
@@ -52,8 +62,8 @@ def build_model(
     T2 121,801,668 (109,609,153), S1 57,297, S2 227,233.
 
     Args:
-        name: a key of `MODELS`: "T1" (multi-task U-Net), "T2" (multi-task TransUNet), "S1" or "S2" (small U-Nets) or
-            "E1" (an efficient U-Net of S1's budget).
+        name: a key of `MODELS`: "T1" (multi-task U-Net), "T2" (multi-task TransUNet), "S1" or "S2" (small U-Nets),
+            "E1" (an efficient U-Net of S1's budget), or one of `kdlib.config.VARIANTS`.
         spatial_dims: 2 or 3.
         in_channels: channels of the images.
         classes: foreground classes; one gives one channel of logits, several give one more than that (0 background).

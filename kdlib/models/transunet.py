@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.factories import Conv
 from torch import nn
 
-from kdlib.models.unet import UNet, conv_stage
+from kdlib.models.unet import CONV, UNet, conv_stage
 
 HEAD_DIM = 64  # of ViT-B: 768 channels in 12 heads
 
@@ -29,7 +28,7 @@ class TransformerBottleneck(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, hidden: int, layers: int, grid: int):
         super().__init__()
-        self.embed = Conv["conv", spatial_dims](in_channels, hidden, 1)
+        self.embed = CONV[spatial_dims](in_channels, hidden, 1)
         self.position = nn.Parameter(torch.empty(1, hidden, *[grid] * spatial_dims))
         nn.init.trunc_normal_(self.position, std=0.02)
         # not nn.TransformerEncoder: it copies one layer, so that all would start from the same weights

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from monai.networks.layers.factories import Conv, Norm, Pool
 from torch import nn
 
 from kdlib.config import InputError
+
+# layers by the number of spatial dimensions
+CONV, UPCONV = {2: nn.Conv2d, 3: nn.Conv3d}, {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORM, POOL = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}, {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+# how maps lie in memory, what CPUs and GPUs convolve fastest
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class Output(NamedTuple):
@@ -31,8 +37,8 @@ def conv_stage(spatial_dims: int, in_channels: int, out_channels: int, convs: in
     layers = OrderedDict()
     for i in range(1, convs + 1):
         channels = in_channels if i == 1 else out_channels
-        layers[f"conv{i}"] = Conv["conv", spatial_dims](channels, out_channels, 3, padding=1)
-        layers[f"norm{i}"] = Norm["batch", spatial_dims](out_channels)
+        layers[f"conv{i}"] = CONV[spatial_dims](channels, out_channels, 3, padding=1)
+        layers[f"norm{i}"] = NORM[spatial_dims](out_channels)
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)
 
@@ -50,9 +56,9 @@ class Decoder(nn.Module):
         self.up, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         for i in range(len(widths) - 1, 0, -1):  # deepest level first, the order in which they run
             width = widths[i - 1]
-            self.up[str(i)] = Conv["convtrans", spatial_dims](widths[i], width, 2, stride=2)
+            self.up[str(i)] = UPCONV[spatial_dims](widths[i], width, 2, stride=2)
             self.decoder[str(i)] = conv_stage(spatial_dims, 2 * width, width, convs)
-        self.head = Conv["conv", spatial_dims](widths[0], out_channels, 1)
+        self.head = CONV[spatial_dims](widths[0], out_channels, 1)
 
     def forward(self, x: torch.Tensor, skips: Sequence[torch.Tensor]) -> torch.Tensor:
         for up, stage, skip in zip(self.up.values(), self.decoder.values(), reversed(skips), strict=True):
@@ -89,7 +95,7 @@ class UNet(nn.Module):
         self.depth = len(widths) - 1
         sides = enumerate(zip([in_channels, *widths], widths[:-1], strict=False), start=1)
         self.encoder = nn.ModuleDict({str(i): conv_stage(spatial_dims, *side, convs) for i, side in sides})
-        self.pool = Pool["max", spatial_dims](2)
+        self.pool = POOL[spatial_dims](2)
         if bottleneck is None:
             bottleneck = conv_stage(spatial_dims, widths[-2], widths[-1], convs)
         self.bottleneck = bottleneck

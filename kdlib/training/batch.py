@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from kdlib.config import UNLABELLED, derive_seed
-from kdlib.data import SliceBank, augment
+from kdlib.data import Bank, VolumeBank, augment
+from kdlib.data.augment import per_image
+from kdlib.models import CHANNELS_LAST
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of slices, and what the teachers give for it.
+    """A batch of slices or patches, and what the teachers give for it.
 
     Args:
-        images: B3HW in 0..1; labels: BHW class indices; patients: [B] numbers of the images' patients.
+        images: B3HW or B1DHW in 0..1; labels: BH[WD] class indices; patients: [B] numbers of the images' patients.
         labelled: [B] bool; labels of other images are `UNLABELLED` throughout.
         step: number of the step, for the terms that draw pixels.
         teachers: teacher -> its features and logits on the same images; empty without a teacher.
@@ -46,11 +48,18 @@ class Batch:
         ]
 
 
-def load_batch(bank: SliceBank, index: Tensor, seed: int, step: int) -> Batch:
-    """Slices `index` [B] of the bank, augmented by the step's own draws; without what the teachers give."""
-    images, labels = bank.batch(index)
-    images, labels = augment(images, labels, torch.Generator().manual_seed(derive_seed(seed, "augment", step)))
-    images = images.contiguous(memory_format=torch.channels_last)
+def load_batch(bank: Bank, index: Tensor, seed: int, step: int, replay: int | None = None) -> Batch:
+    """Slices or patches `index` [B] of the bank, augmented by the step's own draws; without what the teachers give.
+
+    Args:
+        replay: batches after which the same draws come again; None draws anew at every step.
+    """
+    drawn = step % replay if replay else step
+    moves, changes = (torch.Generator().manual_seed(derive_seed(seed, what, drawn)) for what in ("patches", "augment"))
+    images, labels = bank.batch(index, moves) if isinstance(bank, VolumeBank) else bank.batch(index)
+    images, labels = augment(images, labels, changes)
+    images = images.contiguous(memory_format=CHANNELS_LAST[bank.dims])
     labelled = bank.labelled[index]
-    labels = labels.masked_fill(~labelled[:, None, None], UNLABELLED)  # also where the augmentation moved a border in
+    # also where the augmentation moved a border in
+    labels = labels.masked_fill(~per_image(labelled, labels), UNLABELLED)
     return Batch(images, labels, labelled, bank.patient_of(index), step, {})

@@ -30,7 +30,7 @@ TENSOR = "tensor of this file"  # key that stands in the JSON for a tensor, with
 # what a training or its evaluation passes through; drawing, statistics and notebooks read finished tables alone, and
 # recipes are part of a run's key
 SOURCES = (
-    "config.py", "recipe.py", "strict.py", "data/*.py", "evaluation/*.py", "experiments/runner.py",
+    "config.py", "recipe.py", "protocol.py", "strict.py", "data/*.py", "evaluation/*.py", "experiments/runner.py",
     "experiments/source.py", "losses/*.py", "models/*.py", "training/*.py",
 )  # fmt: skip
 
@@ -64,6 +64,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     differ = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     faults = [*sorted(own.keys() ^ weights.keys()), *sorted(differ)]
+    turned = [(own[name].dim(), weights[name].dim()) for name in differ if own[name].dim() != weights[name].dim()]
+    if turned and set(turned[0]) == {4, 5}:
+        kinds = {4: "slices (2D)", 5: "volumes (3D)"}
+        raise InputError(
+            f"weights {path} are of {kinds[turned[0][1]]}, and this {type(model).__name__} takes "
+            f"{kinds[turned[0][0]]}: use the weights of a run whose profile has the same dimensions"
+        )
     if faults:
         raise InputError(
             f"weights {path} do not fit {type(model).__name__}: {len(faults)} tensors are missing, unknown or of "

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kdlib.config import Run, TrainingError
 from kdlib.training.distiller import Distiller
 
+UNMOVED = 1e-4  # of a projector's norm: what rounding makes of a parameter that weight decay alone has shrunk
 INACTIVE = ("softmax_kl",)  # published losses that are exactly zero, and that a protocol keeps nevertheless
 
 
@@ -44,7 +45,7 @@ class EpochDiagnostics:
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.steps = 0
         self.balanced = False  # whether the weights of this epoch are set, where the recipe balances them
-        self.decay = 0.0  # how far weight decay alone shrinks a parameter in this epoch, relative to its norm
+        self.decay = 0.0  # by exp(-decay) weight decay alone shrinks a parameter in this epoch
         # a gradient of 0 is measured again, but for a term that is known to have no other
         self.gradient_seen = {name for name, term in self.terms.items() if term.loss in INACTIVE}
         self.projectors = {name: [p.detach().clone() for p in distiller.learned(name)] for name in self.terms}
@@ -58,7 +59,7 @@ class EpochDiagnostics:
     def add(self, losses: Mapping[str, Tensor], gradients: Mapping[str, Tensor], decay: float) -> None:
         """Takes in a step: its losses, the gradients that were measured, and learning rate times weight decay."""
         self.steps += 1
-        self.decay += decay
+        self.decay -= math.log1p(-decay)
         for name, value in losses.items():
             self.losses[name] += value.detach()
             self.magnitude[name] += value.detach().abs()
@@ -77,8 +78,8 @@ class EpochDiagnostics:
 
         Raises:
             TrainingError: a loss that is not finite; a distillation term that was exactly zero or passed no gradient to
-                the student in any step of the epoch; or one of whose learned projectors did not change (further than
-                weight decay alone would).
+                the student in any step of the epoch; or one of whose learned projectors did nothing but shrink by
+                weight decay.
         """
         values = {name: float(total) / self.steps for name, total in self.losses.items()}
         for name, value in values.items():
@@ -110,9 +111,10 @@ class EpochDiagnostics:
         pairs = list(zip(self.distiller.learned(name), self.projectors[name], strict=True))
         if pairs:
             # biases are left out: a loss may be invariant to a shift, as CWD is
-            changes = [float((now.detach() - then).norm() / then.norm()) for now, then in pairs if now.dim() > 1]
-            found[f"projector_change/{name}"] = min(changes)
-            if weight and min(changes) <= 2 * self.decay:
+            kept = math.exp(-self.decay)
+            moves = [(now.detach(), then) for now, then in pairs if now.dim() > 1]
+            found[f"projector_change/{name}"] = min(float((now - then).norm() / then.norm()) for now, then in moves)
+            if weight and min(float((now - kept * then).norm() / then.norm()) for now, then in moves) < UNMOVED:
                 fault = fault or "did not change one of its learned projectors"
         if fault and term.loss not in INACTIVE:
             raise TrainingError(f"{self.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")

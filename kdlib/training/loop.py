@@ -7,6 +7,7 @@ on who else is in the cohort.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib.config import Run, TrainingError, derive_seed
-from kdlib.data import SliceBank
+from kdlib.data import Bank
+from kdlib.data.augment import per_image
 from kdlib.data.sampling import batch_indices
 from kdlib.losses import most_probable, probabilities
 from kdlib.training.batch import Batch, load_batch
@@ -26,6 +28,7 @@ from kdlib.training.checkpoint import Checkpoint
 from kdlib.training.device import autocast, seeded_rng
 from kdlib.training.diagnostics import gradient_of
 from kdlib.training.fabric import ALONE, Processes, check_batch
+from kdlib.training.frozen import FrozenTeachers, folded, teacher_forward
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.interrupt import InterruptHandler
 from kdlib.training.progress import Clock, Progress, summary
@@ -37,14 +40,6 @@ CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
-@torch.no_grad()
-def teacher_forward(hooks: FeatureHooks, images: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
-    """A frozen network's features and logits of images."""
-    with autocast(images.device):
-        output, features = hooks(processes.share(images), reconstruct=False)
-    return {name: processes.gather(maps) for name, maps in (features | {"logits": output.segmentation}).items()}
-
-
 def student_losses(state: RunState, batch: Batch, processes: Processes = ALONE) -> dict[str, Tensor]:
     """The forward pass of a run: every unweighted loss by name."""
     run, recipe, labels, teachers = state.run, state.run.effective_recipe, batch.labels, batch.teachers
@@ -54,7 +49,7 @@ def student_losses(state: RunState, batch: Batch, processes: Processes = ALONE) 
         features = {name: processes.gather(maps) for name, maps in features.items()} | {"logits": logits}
         if recipe.pseudo_labels:
             mean = torch.stack([probabilities(maps["logits"].float()) for maps in teachers.values()]).mean(0)
-            labels = torch.where(batch.labelled[:, None, None], labels, most_probable(mean))
+            labels = torch.where(per_image(batch.labelled, labels), labels, most_probable(mean))
         known = (logits, labels)
         if recipe.unlabelled and not recipe.pseudo_labels:
             known = (logits[batch.labelled], labels[batch.labelled])
@@ -117,14 +112,15 @@ def training_step(state: RunState, batch: Batch, processes: Processes = ALONE) -
             for name, value in values.items():
                 totals[name] += share * value.detach()
     processes.average_gradients(p for group in state.optimiser.param_groups for p in group["params"])
+    group = state.optimiser.param_groups[0]
+    decay = group["lr"] * group["weight_decay"]  # of this step
     state.optimiser.step()
     state.schedule.step()
     state.step += 1
-    group = state.optimiser.param_groups[0]
-    diagnostics.add(mean_losses, mean_gradients, group["lr"] * group["weight_decay"])
+    diagnostics.add(mean_losses, mean_gradients, decay)
 
 
-def end_epoch(state: RunState, val: SliceBank, epoch: int, interrupts: InterruptHandler) -> None:
+def end_epoch(state: RunState, val: Bank, epoch: int, interrupts: InterruptHandler) -> None:
     """Diagnostics, validation, and the weights of the best epoch."""
     run = state.run
     try:
@@ -144,8 +140,8 @@ def end_epoch(state: RunState, val: SliceBank, epoch: int, interrupts: Interrupt
 
 def train_cohort(
     runs: Sequence[Run],
-    train: SliceBank,
-    val: SliceBank,
+    train: Bank,
+    val: Bank,
     steps: int,
     device: torch.device,
     teachers: Mapping[str, nn.Module] | None = None,
@@ -154,6 +150,7 @@ def train_cohort(
     micro_batches: int = 1,
     on_epoch: Callable[[list[RunState]], None] | None = None,
     processes: Processes = ALONE,
+    initial: Mapping[Run, Mapping[str, Tensor]] | None = None,
 ) -> list[RunState]:
     """Trains runs that share data, fold, seed and batch size on one pass of each frozen teacher.
 
@@ -163,7 +160,7 @@ def train_cohort(
 
     Args:
         runs: of one cohort (see `kdlib.experiments.runner.cohorts`).
-        train: slices of the training subset, on `device`; val: of the validation part. No test patient is in either.
+        train: of the training subset, on `device`; val: of the validation part. No test patient is in either.
         steps: optimiser steps per epoch.
         device: where the banks are.
         teachers: by name, frozen, in eval mode, on `device`; None for teachers and baselines.
@@ -173,6 +170,7 @@ def train_cohort(
         micro_batches: parts that every batch is split into, where memory does not hold it (see `training_step`).
         on_epoch: is called after each epoch with the runs that continue.
         processes: that train these runs together.
+        initial: of runs that do not start with weights of their seed, those that they start with.
 
     Raises:
         InputError: a checkpoint cannot be saved, or a batch cannot be divided among the processes.
@@ -184,12 +182,23 @@ def train_cohort(
     epochs = epochs or (profile.teacher_epochs if first_run.is_teacher else profile.student_epochs)
     parts = len(train.classes), epochs * steps, device, teachers, train.patients, micro_batches, processes
     states = [new_state(run, *parts) for run in runs]
+    for state in states:
+        if state.run in (initial or {}):
+            state.model.load_state_dict(initial[state.run])
     for state, checkpoint in zip(states, checkpoints, strict=bool(checkpoints)):
         state.resume(checkpoint, epochs * steps, processes.size)
     layers = scales_of((run.effective_recipe for run in runs), "teacher")
+    if how.kernels == "fused":
+        teachers = {name: folded(teacher) for name, teacher in teachers.items()}
     teacher_hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
+    taught = FrozenTeachers(teacher_hooks, how.replay, processes)
     labelled = train.labelled.cpu() if first_run.effective_recipe.unlabelled else None
     batches = batch_indices(train.holds_target.cpu(), how.batch, seed, how.target_share, labelled)
+    if how.replay:
+        batches = itertools.cycle(itertools.islice(batches, how.replay))
+        if teachers and processes.rank == 0:
+            size = taught.size(how.batch, first_run.preprocessing.input_shape)
+            print(f"{first_run.teacher}: its pass over {how.replay} batches takes {size / 1e9:.2f} GB", flush=True)
     first = min((state.step for state in states if state.failure is None), default=0)
     for _ in range(first):
         next(batches)
@@ -213,11 +222,8 @@ def train_cohort(
                     due = [state for state in states if state.failure is None and state.step == step]
                     if not due:
                         continue
-                    batch = load_batch(train, index, seed, step)
-                    seen = {
-                        name: teacher_forward(each, batch.images, processes) for name, each in teacher_hooks.items()
-                    }
-                    batch = replace(batch, teachers=seen)
+                    batch = load_batch(train, index, seed, step, how.replay)
+                    batch = replace(batch, teachers=taught(batch.images, step))
                     for state in due:
                         with interrupts.deferred(), seeded_rng(derive_seed(seed, "layers", step), device):
                             training_step(state, batch, processes)

@@ -50,7 +50,8 @@ def optimiser_of(
     """Optimiser and schedule of the learning rate for a training of `steps` optimiser steps."""
     how = run.optimisation
     if how.optimiser == "adamw":
-        optimiser = torch.optim.AdamW(parameters, how.lr, how.betas, weight_decay=how.weight_decay)
+        fused = how.kernels == "fused" or None  # None is torch's own choice
+        optimiser = torch.optim.AdamW(parameters, how.lr, how.betas, weight_decay=how.weight_decay, fused=fused)
     else:
         optimiser = torch.optim.RMSprop(parameters, how.lr, weight_decay=how.weight_decay)
     warmup = max(1, round(how.warmup * steps))

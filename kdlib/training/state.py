@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdlib.config import InputError, Run, TrainingError, derive_seed
 from kdlib.losses import SegmentationLoss
-from kdlib.models import build_model
+from kdlib.models import CHANNELS_LAST, build_model
 from kdlib.training.checkpoint import Checkpoint
 from kdlib.training.diagnostics import EpochDiagnostics
 from kdlib.training.distiller import Distiller
@@ -24,7 +24,8 @@ def new_model(run: Run, classes: int) -> nn.Module:
     """The run's model with its initial weights: the same for every recipe of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, "weights", run.model))
-        return build_model(run.model, classes=classes, width=run.profile.width)
+        view = run.preprocessing
+        return build_model(run.model, view.dimensions, view.input_shape[0], classes, run.profile.width)
 
 
 @dataclass
@@ -189,17 +190,18 @@ def new_state(
         patients: numbers of the patients of the training part, whose features alone may enter a memory.
         micro_batches: parts that every batch is split into; processes: that train the run.
     """
-    model, recipe, size = new_model(run, classes), run.effective_recipe, run.preprocessing.size
+    model, recipe, view = new_model(run, classes), run.effective_recipe, run.preprocessing
+    dims, shape = view.dimensions, dict(channels=view.input_shape[0], dims=view.dimensions, size=view.size)
     model = processes.whole_batch_norm(model)
     layers, distiller = scales_of([recipe]), None
     if recipe.terms:
-        shapes = probe(model, model.scales, layers, size=size)
+        shapes = probe(model, model.scales, layers, **shape)
         read = scales_of([recipe], "teacher")
-        of_teachers = {name: probe(teacher, teacher.scales, read, size=size) for name, teacher in teachers.items()}
+        of_teachers = {name: probe(teacher, teacher.scales, read, **shape) for name, teacher in teachers.items()}
         if run.teacher == "self":
             of_teachers = {"self": shapes}
-        distiller = Distiller(recipe, shapes, of_teachers, run.seed, patients=patients).to(device)
-    model = model.to(device, memory_format=torch.channels_last)
+        distiller = Distiller(recipe, shapes, of_teachers, run.seed, dims, patients).to(device)
+    model = model.to(device, memory_format=CHANNELS_LAST[dims])
     parameters = [*model.parameters(), *(distiller.parameters() if distiller is not None else ())]
     hooks = FeatureHooks(model, model.scales, layers)
     segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)

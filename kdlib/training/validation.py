@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from kdlib.data import SliceBank
+from kdlib.data import Bank, VolumeBank
 from kdlib.losses import predict
+from kdlib.models import CHANNELS_LAST
 from kdlib.training.device import autocast
 
 
@@ -26,20 +27,44 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 
 
 def slice_logits(
-    model: nn.Module, bank: SliceBank, device: torch.device, batch: int = 32
+    model: nn.Module, bank: Bank, device: torch.device, batch: int = 32
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits [B,C,H,W] float32, labels [B,H,W] and case numbers [B] of all slices in their order, on `device`."""
+    """Logits [B,C,H,W] float32, labels [B,H,W] and case numbers [B] of all slices in their order, on `device`; volumes
+    come one after the other, each by `volume_logits`."""
+
+    def run(images: Tensor) -> Tensor:
+        images = images.to(device, memory_format=CHANNELS_LAST[images.dim() - 2])
+        return model(images, reconstruct=False).segmentation.float()
+
+    if isinstance(bank, VolumeBank):
+        for number, (image, labels) in enumerate(zip(bank.images, bank.labels, strict=True)):
+            logits = volume_logits(run, image.to(device), bank.size, batch)
+            yield logits, labels.to(device), torch.full((len(image),), number, device=device)
+        return
     slices = torch.arange(len(bank), device=bank.images.device)
     for index in slices.split(batch) if len(slices) else ():
         images, labels = bank.batch(index)
-        images = images.to(device, memory_format=torch.channels_last)
-        logits = model(images, reconstruct=False).segmentation.float()
-        yield logits, labels.to(device), bank.case_index[index].to(device)
+        yield run(images), labels.to(device), bank.case_index[index].to(device)
 
 
-def volume_dice(
-    model: nn.Module, bank: SliceBank, batch: int = 32, threshold: float = 0.5, pooled: bool = False
-) -> float:
+def volume_logits(network: Callable[[Tensor], Tensor], image: Tensor, size: int, batch: int = 32) -> Tensor:
+    """Logits of a volume, slice by slice, [D,C,H,W] float32: MONAI's sliding window, half of it overlapping.
+
+    Where windows overlap, their logits are averaged with a Gaussian weight that falls off from each window's centre.
+
+    Args:
+        network: images [B,1,S,S,S] in 0..1 -> logits [B,C,S,S,S] float32.
+        image: [D,H,W] uint8, no axis shorter than a window.
+        size: side of the window.
+        batch: slices that pass a network at once; of windows an eighth of it.
+    """
+    from monai.inferers import sliding_window_inference  # seconds that only volumes need
+
+    volume, windows = image[None, None].float() / 255, max(1, batch // 8)
+    return sliding_window_inference(volume, (size,) * 3, windows, network, 0.5, "gaussian")[0].transpose(0, 1)
+
+
+def volume_dice(model: nn.Module, bank: Bank, batch: int = 32, threshold: float = 0.5, pooled: bool = False) -> float:
     """Dice of every volume and class in the slice grid, then their mean; 1 where prediction and truth are empty.
 
     Args:

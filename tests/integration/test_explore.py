@@ -227,7 +227,7 @@ def test_a_baseline_shows_the_prediction_term_and_a_teacher_is_refused(find):
 
 @pytest.mark.parametrize(
     "number, region, message",
-    [(99, None, "slice 99: case .* has 0 to"), (3, (5, 5, 0, 9), "region"), (3, (0, 9, 0, 999), "from 0 to 64")],
+    [(99, None, "slice 99: case .* has 0 to"), (3, (5, 5, 0, 9), "region"), (3, (0, 9, 0, 999), "from 0 to 48")],
 )
 def test_a_slice_or_region_that_is_not_there_is_refused(find, number, region, message):
     student, teachers = find("S1", FULL)

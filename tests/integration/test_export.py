@@ -160,6 +160,29 @@ def test_int8_rounds_a_network_of_known_ranges():
     assert 0 < error < 0.05 * exact(drawn[0]).max()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not the environment of the plugin's signal stack")
+def test_a_signal_still_reaches_its_handler_after_openvino():
+    """In a process of its own: it died there without a word, for the plugin freed the stack of the signal."""
+    script = """
+import gc, signal
+import numpy as np, openvino, torch
+import openvino.opset13 as ops
+from kdlib.inference.backends import openvino_backend
+from kdlib.inference.export import quantise
+images = ops.parameter([-1, 3, -1, -1], np.float32)
+layer = ops.convolution(images, np.ones((4, 3, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
+model, drawn = openvino.Model([ops.relu(layer)], [images]), [torch.rand(1, 3, 16, 16) for _ in range(4)]
+first, second = openvino_backend(model), openvino_backend(quantise(model, drawn))
+first(drawn[0]), second(drawn[0])
+del first, second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda number, frame: print("stopped", number))
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["stopped 15"]), done.stderr[-500:]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 

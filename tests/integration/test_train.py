@@ -17,8 +17,9 @@ from kdlib.losses import LOSSES
 from kdlib.training import batch
 from kdlib.training import loop as training
 from kdlib.training.batch import Batch
+from kdlib.training.frozen import teacher_forward
 from kdlib.training.hooks import FeatureHooks
-from kdlib.training.loop import teacher_forward, train_cohort, training_step
+from kdlib.training.loop import train_cohort, training_step
 from kdlib.training.schedule import epochs_of, steps_per_epoch
 from kdlib.training.state import new_model, new_state
 
@@ -157,6 +158,14 @@ def test_a_learned_projector_that_does_not_change_stops_its_run(monkeypatch):
     monkeypatch.setattr(training, "new_state", without_gradient)
     failure = train_one(distilled(("B-B",)), frozen_teacher()).failure
     assert "B-B (supcon) did not change one of its learned projectors in epoch 1" in str(failure)
+
+
+def test_a_projector_that_moves_less_than_weight_decay_shrinks_it_is_no_failure():
+    """As in long epochs: the decay of all their steps together is larger than the way between two of their ends."""
+    run = distilled(("B-B",))
+    how = dataclasses.replace(run.profile.student, weight_decay=0.3 / run.profile.student.lr)
+    state = train_one(dataclasses.replace(run, profile=dataclasses.replace(run.profile, student=how)), frozen_teacher())
+    assert state.failure is None
 
 
 @pytest.mark.parametrize("kind", ["frozen", "redrawn"])

@@ -134,11 +134,14 @@ def test_the_notebook_runs_in_jupyterlab_and_the_viewer_shows_the_volume(lab, ch
     before = shown(page, canvas, 20)
     keep(page, "volume")
     page.get_by_label("truth", exact=True).check()
-    page.wait_for_timeout(1000)
-    assert (pixels(canvas.screenshot()) != before).any(), "the truth is laid over the image"
+    for _ in range(120):  # a processor that draws in a graphics card's place takes its time
+        if laid_over := (pixels(canvas.screenshot()) != before).any():
+            break
+        page.wait_for_timeout(500)
+    assert laid_over, "the truth is laid over the image"
     centre = canvas.bounding_box()
     canvas.click(position={"x": centre["width"] * 0.25, "y": centre["height"] * 0.7})
-    readout = page.locator(".widget-readout", has_text="24 – 40")  # of a region about the slice's middle
+    readout = page.locator(".widget-readout", has_text="16 – 32")  # of a region about the slice's middle
     playwright.expect(readout).not_to_have_count(2)
     page.get_by_role("button", name="show gradients").click()
     playwright.expect(page.get_by_text("fitting projectors")).to_have_count(0, timeout=600_000)

@@ -248,7 +248,8 @@ def test_executed_notebooks_become_pages_that_load_nothing_and_hide_their_code(t
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     for name, title in (("report", "The study"), ("02_distillation", "2 · Does it <help>?")):
         data = {"image/png": png, "text/html": "<script>alert(1)</script><table></table>"}
-        outputs = [v4.new_output("display_data", data), v4.new_output("display_data", {"image/png": png})]
+        outputs = [v4.new_output("stream", name="stdout", text=f"epoch {epoch}\n") for epoch in range(5)]
+        outputs += [v4.new_output("display_data", data), v4.new_output("display_data", {"image/png": png})]
         cells = [v4.new_markdown_cell(f"# {title}\n\nWords."), v4.new_code_cell("secret = 1", outputs=outputs)]
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
         nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
@@ -261,6 +262,7 @@ def test_executed_notebooks_become_pages_that_load_nothing_and_hide_their_code(t
         assert "default-src 'none'" in page and "data:image/png;base64," in page
         assert not re.search(r'(src|href)="(https?:|//)', page) and "<script src" not in page
         assert re.search(r"<details><summary>code</summary>\s*<pre>secret = 1", page)
+        assert page.count("<summary>log</summary>") == 1 and "epoch 4" in page, "one log, whatever it was written in"
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -159,6 +159,7 @@ def test_failures_hold_up_nothing_else_and_the_same_command_does_what_is_missing
     assert main(command) == 1
     printed, errors = capfd.readouterr()
     first = {"00_data", "teacher-T1-fold0", "teacher-T2-fold0", "03_ablation"}
+    first |= {"00_by_hand", "02b_controls", "02c_external"}
     assert set(jobs(printed)) == first | {"06_figures", "report"}, "a retry, and figures and report of what there is"
     failed = [line for line in errors.splitlines() if line.startswith("failed")]
     assert failed[:2] == ["failed: 01_baseline: loss became nan", f"failed: 02_distillation: {KILLED}"]

@@ -4,17 +4,17 @@ Every figure carries a note on n and its intervals as its label, which `save_fig
 """
 
 # ruff: noqa: F401
-from kdlib.analysis.figures.comparisons import ablation, cumulative_correction, ranking
+from kdlib.analysis.figures.capacity import capacity
+from kdlib.analysis.figures.comparisons import cumulative_correction, forest
 from kdlib.analysis.figures.failure import failure
-from kdlib.analysis.figures.pictures import features, pairs, qualitative, slice_montage
+from kdlib.analysis.figures.pictures import features, overview, pairs, qualitative, slice_montage, step
 from kdlib.analysis.figures.results import (
     along,
     choose_cases,
     dice_per_method,
     efficiency,
     reliability,
-    slopes,
     teacher_agreement,
 )
 from kdlib.analysis.figures.style import DOUBLE, SINGLE, method_styles, save_figure
-from kdlib.analysis.figures.training import gradient_diagnostics, gradient_shares, training_curves
+from kdlib.analysis.figures.training import gradient_diagnostics, learning_curves

@@ -8,43 +8,145 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
+from kdlib.analysis.comparisons import SAME
 from kdlib.analysis.figures import style
+from kdlib.analysis.figures.results import choose_cases
+from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import method_labels
+from kdlib.analysis.patients import patients_text, per_patient
+from kdlib.analysis.sentences import interval_of, signed
+from kdlib.analysis.tables import small_sample_note
 from kdlib.config import InputError
 
 SHORT = {"encoder": "E", "bottleneck": "B", "decoder": "D", "logits": "L"}  # scales, in the order of a forward pass
 
 
 @plt.rc_context(style.STYLE)
-def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mapping[str, str]) -> Figure:
-    """The slice with most truth of chosen cases: input, truth, and each method's contours and errors.
+def overview(
+    table: pd.DataFrame, examples: pd.DataFrame, verdicts: pd.DataFrame, chosen: Mapping[str, str], data: str = "",
+    tests: int | None = None,
+) -> Figure:  # fmt: skip
+    """The one picture: what the networks draw on a scan, and what distillation changes for every patient.
+
+    Left: the distilled student's median volume (`choose_cases`), the slice with most truth: contours of the truth and
+    of each method. Right: a panel per comparison, every patient's Dice from the student alone to the distilled one;
+    below it the mean paired difference with its interval, in the colour and the word of the verdict.
+
+    Args:
+        table: tidy.
+        examples: `Results.examples`, see `qualitative`.
+        verdicts: from `kdlib.analysis.statistics.compare`: a the distilled student, b the student alone.
+        chosen: role -> method: three roles to print, e.g. "teacher", "student alone" and "distilled".
+        data: what the scan is of, for the note, e.g. a licence asks for it.
+        tests: number of comparisons that the verdicts are adjusted for, where more than are drawn.
+
+    Raises: InputError: no verdicts, or a method without example or Dice.
+    """
+    needed = ["a", "b", "n", "difference", "low", "high", "interval", "verdict"]
+    style.need_columns(verdicts, needed, "overview", "kdlib.analysis.statistics.compare")
+    tests = tests or len(verdicts)
+    labels, cases = method_labels(table), choose_cases(table, list(chosen.values())[-1])
+    case = cases.get("median", cases["best"])
+    values = per_patient(table).pivot(index="patient", columns="method", values="value")
+    figure = plt.figure(figsize=(style.DOUBLE, 88 * style.MM))
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 0.42 + 0.3 * len(verdicts)])
+    pictures = left.subplots(2, 2).flat
+    shown = {role: _example(examples, method, case) for role, method in chosen.items()}
+    first = next(iter(shown.values()))
+    rows, columns = _crop(np.any([first["truth"] > 0, *(each["prediction"] > 0 for each in shown.values())], axis=0))
+    for ax, role in zip(pictures, [None, *chosen], strict=True):
+        ax.imshow(first["image"][rows, columns], cmap="gray", vmin=0, vmax=255)
+        _contours(ax, first["truth"][rows, columns], *style.OUTLINES[0][:2])
+        title = "scan and truth"
+        if role is not None:
+            _contours(ax, shown[role]["prediction"][rows, columns], *style.OUTLINES[1][:2])
+            title = f"{role}, Dice {volume_dice(table, chosen[role], case):.3f}"
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize=8)
+        ax.spines[:].set_visible(False)
+    sizes = dict(height_ratios=[2.4, 1], sharex="row", sharey="row", squeeze=False)
+    panels = right.subplots(2, len(verdicts), **sizes)
+    # a difference that does not matter must not fill its panel
+    largest = max(SAME["dice"], verdicts[["difference", "low", "high"]].abs().max(axis=None))
+    edge, widest = float(f"{largest:.0e}"), 1.15 * largest
+    for (top, bottom), row in zip(panels.T, verdicts.itertuples(), strict=True):
+        pairs = values[[row.b, row.a]].dropna()
+        change = (pairs[row.a] - pairs[row.b]).round(12)
+        for look, some in ((style.DIRECTIONS["loses"], change < 0), (style.DIRECTIONS["gains"], change >= 0)):
+            top.plot([0, 1], pairs[some].T, **look)
+        top.plot([0, 1], pairs.mean(), color="black", linewidth=2.2, marker="o", zorder=3)
+        top.set(xticks=[0, 1], xlim=(-0.25, 1.25))
+        top.set_xticklabels(["alone", "distilled" if len(verdicts) < 4 else "KD"])
+        top.set_title(f"{labels[row.a]}\n{(change > 0).sum()} of {len(change)} gain", fontsize=8)
+        top.grid(axis="y")
+        look = style.verdict_look(row.verdict) | dict(markersize=6, elinewidth=1.6)
+        style.draw_interval(bottom, 0, row.difference, row.low, row.high, **look)
+        bottom.axvline(0, color="black", linewidth=0.6, zorder=1)
+        bottom.set(yticks=[], ylim=(-1, 1))
+        bottom.set_xlim(-widest, widest)
+        if len(verdicts) < 4:
+            bottom.xaxis.get_major_locator().set_params(nbins=3)
+        else:  # there is room for two
+            bottom.set_xticks([-edge, edge], [signed(f"{side:g}") for side in (-edge, edge)])
+        colour = look["color"] if row.verdict in ("better", "worse") else "black"
+        words = interval_of(row.difference, row.low, row.high).replace(" [", "\n[")
+        bottom.set_title(f"{words}\n{row.verdict}", fontsize=8, color=colour)
+        bottom.grid(axis="x")
+    panels[0, 0].set_ylabel("Dice of a patient")
+    right.supxlabel("distilled minus alone (Dice)", fontsize=9)
+    handles = style.legend_lines(
+        {label: dict(color=colour, linestyle=look) for colour, look, label in style.OUTLINES}, path_effects=style.HALO
+    )
+    mean = {"mean of the patients": dict(color="black", linewidth=2.2, marker="o")}
+    handles += style.legend_lines(style.DIRECTIONS | mean)
+    style.legend_below(figure, handles, columns=5)
+    counts, bars = patients_text(verdicts["n"], verdicts.get("volumes", ())), interval_text(verdicts["interval"])
+    note = (
+        f"Left: {case}{f', {data}' if data else ''}: the volume at the median Dice of the distilled student, its slice "
+    )
+    note += "with the largest true area; Dice is of the volume. "
+    note += f"Right: each line is a patient ({counts}), seeds averaged; below, the mean paired difference with its "
+    note += f"{bars} and the verdict (Wilcoxon's signed-rank test after Holm's correction for {tests} "
+    figure.set_label(f"{note}comparison{'s' * (tests > 1)}). {small_sample_note(verdicts)}".strip())
+    return figure
+
+
+def volume_dice(table: pd.DataFrame, method: str, case: str) -> float:
+    """Dice of a volume, mean over its classes and the seeds of a method."""
+    rows = table[(table["method"] == method) & (table["case"] == case) & (table["metric"] == "dice")]
+    return float(rows["value"].mean())
+
+
+@plt.rc_context(style.STYLE)
+def qualitative(
+    examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mapping[str, str], table: pd.DataFrame
+) -> Figure:
+    """The slice with most truth of chosen cases: the slice, and the contours of truth and of each method on it.
 
     Args:
         examples: `Results.examples`: columns method, case, seed, and image, truth, prediction (HW arrays); the lowest
             seed of a method is shown.
         chosen: role -> method, the roles "teacher", "student", "distilled student" or others to print.
         cases: rule -> case, from `choose_cases`.
+        table: tidy, for the Dice of the volumes.
 
     Raises: InputError: no example of a method and case.
     """
     if not chosen or not cases:
         raise InputError("qualitative figure: give at least one method and one case")
     labels = method_labels(examples)
-    side = style.DOUBLE / (len(chosen) + 2)
-    size = (style.DOUBLE, side * len(cases) + 16 * style.MM)
-    figure, axes = plt.subplots(len(cases), len(chosen) + 2, figsize=size, squeeze=False)
-    confused = boxed = False
+    side = style.DOUBLE / (len(chosen) + 1)
+    size = (style.DOUBLE, (side + 3 * style.MM) * len(cases) + 18 * style.MM)
+    figure, axes = plt.subplots(len(cases), len(chosen) + 1, figsize=size, squeeze=False)
     for line, (rule, case) in zip(axes, cases.items(), strict=True):
         shown = [_example(examples, method, case) for method in chosen.values()]
         image, truth = shown[0]["image"], shown[0]["truth"]
-        confused |= truth.max() > 1
         rows, columns = _crop(np.any([truth > 0, *(example["prediction"] > 0 for example in shown)], axis=0))
         line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
         seen = image > 0
@@ -52,33 +154,26 @@ def qualitative(examples: pd.DataFrame, chosen: Mapping[str, str], cases: Mappin
         whole = _crop(seen, margin=1.0)
         line[0].set(xlim=(whole[1].start - 0.5, whole[1].stop - 0.5), ylim=(whole[0].stop - 0.5, whole[0].start - 0.5))
         side = rows.stop - rows.start
-        if side < 0.9 * (whole[0].stop - whole[0].start):  # else the same part is shown beside it
-            corner = (columns.start - 0.5, rows.start - 0.5)
-            line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
-            boxed = True
+        corner = (columns.start - 0.5, rows.start - 0.5)
+        line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
         line[0].set_ylabel(f"{rule}\n{case}")
-        for ax, prediction in zip(line[1:], [None, *(example["prediction"] for example in shown)], strict=True):
+        for ax, example, method in zip(line[1:], shown, chosen.values(), strict=True):
             ax.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=255)
-            if prediction is not None:
-                _errors(ax, truth[rows, columns], prediction[rows, columns])
             _contours(ax, truth[rows, columns], *style.OUTLINES[0][:2])
-            if prediction is not None:
-                _contours(ax, prediction[rows, columns], *style.OUTLINES[1][:2])
-                total = (prediction > 0).sum() + (truth > 0).sum()
-                dice = 2 * ((prediction == truth) & (truth > 0)).sum() / total if total else 1.0
-                ax.set_xlabel(f"slice Dice {dice:.2f}", labelpad=2)
+            _contours(ax, example["prediction"][rows, columns], *style.OUTLINES[1][:2])
+            ax.set_xlabel(f"Dice {volume_dice(table, method, case):.3f}", labelpad=2)
     titles = [f"{role}\n{labels[method]}" for role, method in chosen.items()]
-    for ax, title in zip(axes[0], ["input", "truth", *titles], strict=True):
+    for ax, title in zip(axes[0], ["slice", *titles], strict=True):
         ax.set_title(title)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     lines = {label: dict(color=colour, linestyle=look) for colour, look, label in style.OUTLINES}
-    areas = {label: dict(facecolor=c, hatch=hatch) for c, hatch, label in style.ERRORS[: 3 if confused else 2]}
-    handles = style.legend_lines(lines, path_effects=style.HALO) + style.legend_areas(areas, "black")
-    style.legend_below(figure, handles, columns=5, handlelength=3)
-    note = f"Per case (n = {len(cases)}) the slice with the largest true area"
-    figure.set_label(f"{note}; box: the part shown beside it." if boxed else f"{note}.")
+    style.legend_below(figure, style.legend_lines(lines, path_effects=style.HALO), handlelength=3)
+    note = (
+        f"Per case (n = {len(cases)}) the slice with the largest true area; the box is the part shown beside it; Dice "
+    )
+    figure.set_label(f"{note}is of the whole volume, mean over its classes and seeds.")
     return figure
 
 
@@ -94,6 +189,39 @@ def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
         ax.set_title(name, fontsize=7)
         ax.set_axis_off()
     figure.set_label("One slice per case, the one with the most target, which is outlined.")
+    return figure
+
+
+@plt.rc_context(style.STYLE)
+def step(
+    images: np.ndarray, truth: np.ndarray, teacher: np.ndarray, student: np.ndarray, pulls: Mapping[str, np.ndarray]
+) -> Figure:
+    """One distillation step on some slices: what both networks say, and where each term pulls the student's logits.
+
+    Args:
+        images, truth: NHW; teacher, student: probabilities of the class.
+        pulls: term -> gradient of its loss on the student's logits; its negative, the way a step goes, is drawn.
+    """
+    columns = ["slice and truth", "teacher's probability", "student's probability", *(f"pull of {t}" for t in pulls)]
+    size = (style.DOUBLE, (style.DOUBLE / len(columns)) * len(images) + 14 * style.MM)
+    figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False)
+    for number, line in enumerate(axes):
+        line[0].imshow(images[number], cmap="gray", vmin=0, vmax=1)
+        for ax, probability in zip(line[1:3], (teacher, student), strict=True):
+            ax.imshow(probability[number], cmap="gray", vmin=0, vmax=1)
+        for ax, gradient in zip(line[3:], pulls.values(), strict=True):
+            most = float(abs(gradient).max())
+            ax.imshow(-gradient[number], cmap="PuOr_r", vmin=-most, vmax=most)
+        for ax in line:
+            _contours(ax, np.asarray(truth[number]), *style.OUTLINES[0][:2])
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title, fontsize=8)
+    figure.set_label(
+        f"n = {len(images)} slices; the outline is the truth. Pull: the negative gradient of the weighted term on each "
+        "logit, orange towards the class, violet away from it, each term on a scale of its own."
+    )
     return figure
 
 
@@ -142,8 +270,9 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
         shares = [f"component {n} ({100 * share:.0f} %)" for n, share in enumerate(pca.explained_variance_ratio_, 1)]
         title = "\n".join(filter(None, [role, labels.get(method)]))
         axes[0, column].set(xlabel=shares[0], ylabel=shares[1], title=title)
-        found = silhouette_score(values, samples["class"]) if len(names) > 1 else np.nan
-        axes[1, column].set_xlabel(f"silhouette of the classes {found:.2f}")
+        if len(names) > 1:
+            found = silhouette_score(values, samples["class"])
+            axes[1, column].set_title(f"silhouette {found:.2f}", fontsize=8)
     axes[0, 0].set_ylabel(f"PCA: {axes[0, 0].get_ylabel()}")
     axes[1, 0].set_ylabel("t-SNE")
     before, after = list(chosen.values())[1:]
@@ -193,7 +322,7 @@ def _matrix(ax: Axes, grid: pd.DataFrame, title: str, difference: bool) -> None:
         if np.isfinite(values[row, column]):
             text = f"{100 * values[row, column]:{'+' if difference else ''}.0f}".replace("+0", "0").replace("-0", "0")
             dark = abs(values[row, column]) > (0.35 if difference else 0.8)
-            ax.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     for axis, names in ((ax.xaxis, grid.columns), (ax.yaxis, grid.index)):
         stems = [name.rstrip("0123456789") for name in names]
         labels = [SHORT.get(stem, stem) + name[len(stem) :] for stem, name in zip(stems, names, strict=True)]
@@ -283,15 +412,3 @@ def _contours(ax: Axes, labels: np.ndarray, colour: str, look: object) -> None:
         if (labels != value).any():  # a class that fills the view has no outline
             drawn = ax.contour(labels == value, levels=[0.5], colors=colour, linestyles=[look], linewidths=0.8)
             drawn.set_path_effects(style.HALO)
-
-
-def _errors(ax: Axes, truth: np.ndarray, prediction: np.ndarray) -> None:
-    """Colours and hatches what is missed, too much or of the wrong class."""
-    true, said = truth > 0, prediction > 0
-    wrong = (true & ~said, ~true & said, true & said & (truth != prediction))
-    for (colour, hatch, _), mask in zip(style.ERRORS, wrong, strict=True):
-        overlay = np.zeros((*mask.shape, 4))
-        overlay[mask] = to_rgba(colour, 0.7)
-        ax.imshow(overlay)
-        if mask.any() and not mask.all():
-            ax.contourf(mask, levels=[0.5, 1.5], colors="none", hatches=[hatch]).set(edgecolor="black", linewidth=0)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.analysis.calibration import expected_calibration_error
 from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import canonical_order, interval, interval_text
 from kdlib.analysis.labels import method_labels, methods, way_of_learning
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient
-from kdlib.analysis.tables import THESIS_TABLE, small_sample_note, summarise
+from kdlib.analysis.sentences import cost_sentence
+from kdlib.analysis.tables import THESIS_TABLE, summarise
 from kdlib.config import InputError
 
 AGREEMENT = {  # metric of kdlib.evaluation.agreement -> print
@@ -22,8 +25,7 @@ AGREEMENT = {  # metric of kdlib.evaluation.agreement -> print
     "error_overlap": "overlap of errors (Dice)", "cka": "feature similarity (CKA)", "ece": "calibration error",
 }  # fmt: skip
 COSTS = {  # column of the cost table -> (label, its unit)
-    "inference_parameters": ("parameters (millions)", 1e6), "gflops": ("GFLOPs per slice", 1),
-    "latency_ms": ("CPU latency (ms per slice)", 1),
+    "inference_parameters": ("parameters (millions)", 1e6), "latency_ms": ("CPU latency (ms per slice)", 1),
 }  # fmt: skip
 
 
@@ -43,60 +45,12 @@ def dice_per_method(table: pd.DataFrame, metric: str = "dice", means: pd.DataFra
     values = per_patient(table, metric).pivot(index="patient", columns="method", values="value")[list(means["method"])]
     figure, ax = plt.subplots(figsize=(style.SINGLE, (7 * len(means) + 16) * style.MM))
     heights = np.arange(len(means)) + style.spread(len(values))[:, None]
-    ax.plot(values.T, heights.T, color=style.PALE, linewidth=0.35, zorder=1)
     for y, row in enumerate(means.itertuples()):
         style.draw_patients(ax, values[row.method], heights[:, y], styles[row.method])
         style.draw_mean(ax, y, row.mean, row.low, row.high, styles[row.method])
     style.name_rows(ax, list(means["label"]), METRICS[metric].heading)
-    note = "Small points: patients, seeds averaged, thin lines from method to method; large ones: "
+    note = "Small points: patients, seeds averaged; large ones: "
     figure.set_label(f"{note}{style.mean_text(means)}.")
-    return figure
-
-
-@plt.rc_context(style.STYLE)
-def slopes(table: pd.DataFrame, verdicts: pd.DataFrame, metric: str = "dice") -> Figure:
-    """Every patient's value under a student and under the same student distilled, a panel per pair.
-
-    Args:
-        table: tidy.
-        verdicts: from `kdlib.analysis.statistics.compare`: a the distilled student (drawn on the right), b the student.
-        metric: that the verdicts are of.
-
-    Raises: InputError: no verdicts, or a method of theirs that the table lacks; see also `per_patient`.
-    """
-    needed = ["a", "b", "n", "difference", "low", "high", "interval", "p_holm", "verdict"]
-    style.need_columns(verdicts, needed, "verdicts", "compare's")
-    values = per_patient(table, metric).pivot(index="patient", columns="method", values="value")
-    missing = sorted({*verdicts["a"], *verdicts["b"]} - set(values))
-    if missing:
-        raise InputError(f"slopes: no method {', '.join(missing)} in the table: it has {', '.join(values)}")
-    labels, styles = method_labels(table), style.method_styles(table)
-    columns = min(4, len(verdicts))
-    width = style.SINGLE if columns < 3 else style.DOUBLE
-    figure, axes = style.panels(len(verdicts), columns, width, 58, 8, sharey=True, gridspec_kw={"wspace": 0.06})
-    for ax, row in zip(axes, verdicts.itertuples(), strict=True):
-        pairs = values[[row.b, row.a]].dropna()
-        change = (pairs[row.a] - pairs[row.b]).round(12) * (1 if METRICS[metric].higher else -1)
-        for look, some in ((style.DIRECTIONS["worse"], change < 0), (style.DIRECTIONS["better or equal"], change >= 0)):
-            ax.plot([0, 1], pairs[some].T, **look)
-        ax.plot([0, 1], pairs.mean(), color="black", linewidth=2, zorder=3)
-        for x, method in enumerate((row.b, row.a)):
-            look = styles[method] | style.NO_LINE | {"markersize": 7, "markeredgecolor": "white", "zorder": 4}
-            ax.plot(x, pairs[method].mean(), **look)
-        bounds = "" if np.isnan(row.low) else f"\n[{row.low:+.3f}, {row.high:+.3f}]"
-        title = f"{row.difference:+.3f}{bounds}\n{style.p_text(row.p_holm)}, {row.verdict}"
-        ax.set_title(style.signed(title), fontsize=7)
-        ax.set(xticks=[0, 1], xlim=(-0.25, 1.25))
-        ax.set_xticklabels([labels[name].replace("(", "\n(", 1) for name in (row.b, row.a)])
-        ax.grid(axis="y")
-    for ax in axes[::columns]:
-        ax.set_ylabel(METRICS[metric].heading)
-    mean = {"mean": dict(color="black", linewidth=2)}
-    style.legend_below(figure, style.legend_lines(style.DIRECTIONS | mean), columns=3)
-    counts, bars = patients_text(verdicts["n"], verdicts.get("volumes", ())), interval_text(verdicts["interval"])
-    note = f"Lines: patients ({counts}), seeds averaged. Above: mean paired difference with its {bars}, and p of "
-    note += f"Wilcoxon's signed-rank test after Holm's correction for {len(verdicts)} comparisons. "
-    figure.set_label((note + small_sample_note(verdicts)).strip())
     return figure
 
 
@@ -116,17 +70,21 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
     means = summarise(table, metric=metric).set_index("method")
     found = methods(table)
     figure, ax = plt.subplots(figsize=(style.SINGLE, 70 * style.MM))
-    for row in means.loc[found.index[found["role"] == "teacher"]].itertuples():
+    teachers = means.loc[found.index[found["role"] == "teacher"]]
+    for row in teachers.itertuples():
         ax.axhspan(row.low, row.high, color=style.PALE, alpha=0.35, linewidth=0)
         ax.axhline(row.mean, color=style.DARK, linewidth=1, label=row.label)
     students = found[found["role"] != "teacher"]
     ways = students.apply(way_of_learning, axis="columns")
     for number, (way, group) in enumerate(students.groupby(ways, sort=False)):
         rows = means.loc[group.index].assign(at=group[axis]).sort_values("at")
-        look = dict(color=("black", *style.OTHER_COLOURS)[number % 7], marker="osD^vPX"[number % 7], markersize=4)
+        own = style.method_styles(group.reset_index())
+        usual = own[group.index[(group["fraction"] - 0.5).abs().argmin()]]
+        other = dict(color=style.OTHER_COLOURS[number % 6], marker="D^vs<>"[number % 6], linestyle=":")
+        look = (usual if way in ("alone", "distilled") else other) | dict(markersize=4.5)
         place = rows["at"] * (100 if axis == "fraction" else 1) * 1.02 ** (number - 2)
         ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
-        ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1, elinewidth=0.7, capsize=0, **look)
+        ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1.1, elinewidth=0.7, capsize=0, **look)
     ax.set_xscale("log")
     marks = sorted(set(students[axis] * (100 if axis == "fraction" else 1)))
     ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
@@ -135,8 +93,8 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
     ax.grid(axis="y")
     handles, _ = ax.get_legend_handles_labels()
     style.legend_below(figure, handles, columns=2)
-    note = "; the teacher's as a band. Points of one place are set side by side."
-    figure.set_label(f"Points: {style.mean_text(means)}{note}")
+    band = "" if teachers.empty else "; the teacher's as a band"
+    figure.set_label(f"Points: {style.mean_text(means)}{band}. Points of one place are set side by side.")
     return figure
 
 
@@ -156,62 +114,62 @@ def choose_cases(table: pd.DataFrame, method: str) -> dict[str, str]:
 
 @plt.rc_context(style.STYLE)
 def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | None = THESIS_TABLE) -> Figure:
-    """Dice against what a network costs where it is used: parameters, arithmetic, and latency on a CPU.
+    """Dice against what a network costs where it is used: parameters, and latency on a CPU.
 
     Args:
         table: tidy, with the identity columns.
         cost: one row per (model, size): model, size ("study" as trained here, or "thesis": full width, 256 x 256),
-            inference_parameters, gflops of a slice, latency_ms and threads.
-        thesis: `THESIS_TABLE`, drawn at the cost of size "thesis"; None leaves it out.
+            inference_parameters, latency_ms of a slice and threads.
+        thesis: `THESIS_TABLE`, drawn in a panel of its own; None leaves it out.
 
     Raises: InputError: a missing column, or a model without its cost.
     """
     style.need_columns(cost, ["model", "size", *COSTS, "threads"], "cost", "tables/02_cost.csv of notebook 02")
-    style.need_columns(table, ["model", "method"], "efficiency", "`Results.cases`")
-    means, styles = summarise(table), style.method_styles(table)
-    sizes = {size: rows.set_index("model") for size, rows in cost.groupby("size")}
-    missing = sorted(set(means["model"]) - set(sizes.get("study", pd.DataFrame()).index))
-    if missing:
+    style.need_columns(table, ["model", "method", "role"], "efficiency", "`Results.cases`")
+    means, own = summarise(table), cost[cost["size"] == "study"].set_index("model")
+    if missing := sorted(set(means["model"]) - set(own.index)):
         raise InputError(f"efficiency: no cost of {', '.join(missing)} in size study; run notebook 02 again")
-    figure, axes = plt.subplots(1, len(COSTS), figsize=(style.DOUBLE, 78 * style.MM), sharey=True)
-    for ax, (name, (label, unit)) in zip(axes, COSTS.items(), strict=True):
-        at = means["model"].map(sizes["study"][name]) / unit
-        known = at if thesis is None else pd.concat([at, thesis["model"].map(sizes["thesis"][name]) / unit])
-        low, high = known.min(), known.max()
-        apart = (2 * high / low) ** 0.03  # factor between methods of equal cost
-        # a stair through those that no cheaper method reaches
-        best = means.assign(cost=at).sort_values(["cost", "mean"], ascending=[True, False])
-        best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-np.inf)]
-        ax.plot(best["cost"], best["mean"], color=style.PALE, drawstyle="steps-post", linewidth=1, zorder=0)
-        for row, x in zip(means.itertuples(), _side_by_side(at, apart), strict=True):
-            bars = np.maximum([[row.mean - row.low], [row.high - row.mean]], 0)
-            ax.errorbar(x, row.mean, yerr=bars, elinewidth=1, **styles[row.method] | style.NO_LINE)
-        if thesis is not None:
-            for row, x in zip(thesis.itertuples(), _side_by_side(known[len(at) :], apart), strict=True):
-                colour, marker = style.METHODS[row.teacher, row.model, None if row.teacher else True]
-                ax.plot(x, row.dice, color=colour, marker=marker, markerfacecolor="none", **style.NO_LINE)
-        style.log_axis(ax.xaxis, low / apart**3, high * apart**3)
+    count = len(COSTS) + (thesis is not None)
+    figure, axes = plt.subplots(1, count, figsize=(style.DOUBLE, 66 * style.MM), sharey=thesis is None)
+    for ax, (name, (label, unit)) in zip(axes, COSTS.items(), strict=False):
+        _by_cost(ax, means, means["model"].map(own[name]) / unit, "mean")
         ax.set_xlabel(label)
-        ax.grid(axis="y")
-    axes[0].set_ylabel("Dice")
-    handles = style.legend_lines({row.label: styles[row.method] for row in means.itertuples()}, **style.NO_LINE)
-    note = f"Points and bars: {style.mean_text(means)}; methods of equal cost stand side by side about it. Stair: the "
-    note += "best mean Dice at no more than that cost."
     if thesis is not None:
-        hollow = dict(color=style.DARK, marker="o", markerfacecolor="none")
-        handles += style.legend_lines({"hollow: thesis": hollow}, **style.NO_LINE)
-        note += " Hollow: the thesis's single runs, pixels of its test set pooled."
-    style.legend_below(figure, handles, columns=6)
+        rows = thesis.reset_index().assign(role=["distilled" if t else "baseline" for t in thesis["teacher"]])
+        _by_cost(axes[-1], rows.assign(fraction=1.0, method=rows["label"]), rows["params"], "dice")
+        axes[-1].set(xlabel=COSTS["inference_parameters"][0], title="the thesis's own numbers")
+        axes[1].sharey(axes[0])
+        axes[1].tick_params(labelleft=False)
+    axes[0].set_ylabel("Dice")
+    roles = {"teacher": ("s", means["role"] == "teacher")}
+    roles |= {"student alone, all labels": ("o", (means["role"] == "baseline") & (means["fraction"] == 1))}
+    roles |= {"alone, half of the labels": ("d", (means["role"] == "baseline") & (means["fraction"] < 1))}
+    roles |= {f"distilled from {name}": (mark, means["teacher"] == name) for name, mark in (("T1", "P"), ("T2", "X"))}
+    looks = {name: dict(color=style.DARK, marker=marker) for name, (marker, here) in roles.items() if here.any()}
+    style.legend_below(figure, style.legend_lines(looks, **style.NO_LINE))
     threads = " or ".join(map(str, sorted(cost["threads"].unique())))
-    note += " Costs are of one slice, without a teacher's reconstruction decoder; latency: median, batch 1, "
-    figure.set_label(f"{note}{threads} thread{'s' * (threads != '1')}.")
+    note = f"Points: mean over patients ({patients_text(means['n'], means['volumes'])}) at the network's true cost; "
+    note += (
+        "intervals stand in the table. Costs are of one slice, without a teacher's reconstruction decoder; latency: "
+    )
+    note += f"median, batch 1, {threads} thread{'s' * (threads != '1')}."
+    if thesis is not None:
+        note += " Right: single runs of the thesis at full width, pixels of its test set pooled."
+    figure.set_label(f"{note} {cost_sentence(cost)}")
     return figure
 
 
-def _side_by_side(costs: pd.Series, apart: float) -> np.ndarray:
-    """Equal costs set apart by a factor, about their true place."""
-    groups = costs.groupby(costs)
-    return (costs * apart ** (groups.cumcount() - (groups.transform("size") - 1) / 2)).to_numpy()
+def _by_cost(ax: Axes, rows: pd.DataFrame, at: pd.Series, value: str) -> None:
+    """Points of methods at their cost, and the name of each network above its points."""
+    looks = style.method_styles(rows)
+    for row, x in zip(rows.itertuples(), at, strict=True):
+        ax.plot(x, getattr(row, value), **looks[row.method] | style.NO_LINE | dict(markersize=5, alpha=0.9))
+    style.log_axis(ax.xaxis, at.min() / 1.6, at.max() * 1.6)
+    for model, group in rows.assign(at=at).groupby("model", sort=False):
+        where = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(model, (group["at"].iloc[0], group[value].max()), **where)
+    ax.margins(y=0.14)
+    ax.grid(axis="y")
 
 
 @plt.rc_context(style.STYLE)
@@ -261,12 +219,14 @@ def reliability(table: pd.DataFrame) -> Figure:
     strip.yaxis.set_minor_formatter("")
     for ax in (curve, strip):
         ax.grid()
-    looks = {labels[method]: look for method, look in styles.items()}
-    style.legend_below(figure, style.legend_lines(looks), handlelength=3)
+    errors = expected_calibration_error(table).groupby("method")["value"].mean()
+    looks = {f"{labels[method]}: error {errors[method]:.3f}": look for method, look in styles.items()}
+    style.legend_below(figure, style.legend_lines(looks), columns=2, handlelength=3)
     note = (
         f"Lines: mean over {_units_text(table, counts)}, each weighted by its pixels' shares in the bins; bands: 95 % "
     )
-    figure.set_label(f"{note}percentile interval over a bootstrap of the {unit}s; dotted: perfect calibration.")
+    note += f"percentile interval over a bootstrap of the {unit}s; dotted: perfect calibration. Error: expected "
+    figure.set_label(f"{note}calibration error, mean over {unit}s.")
     return figure
 
 

@@ -1,11 +1,13 @@
 """The one style of all figures: printed widths, colours and markers, and how a figure is saved.
 
-Colours, markers and line styles belong to a method and are the same in every figure; markers and line styles differ
-too, so that figures can be read in grey. The colours of verdicts mean verdicts and nothing else.
+Colours, markers and line styles belong to a method and are the same in every figure. Any two colours of methods differ
+by 15 or more (CAM02-UCS) for readers with deuteranopia, too; markers and line styles differ as well, so that figures
+can be read in grey. The colours of verdicts mean verdicts and nothing else.
 """
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,22 +19,24 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
+from PIL import Image
 
 from kdlib.analysis.intervals import interval_text
-from kdlib.analysis.labels import is_thesis_recipe, methods
+from kdlib.analysis.labels import CONTROLS, methods
 from kdlib.analysis.patients import patients_text
+from kdlib.analysis.sentences import signed  # noqa: F401
 from kdlib.config import InputError
 from kdlib.files import write, write_text
 
 plt.switch_backend(plt.get_backend())  # JupyterLab's interactive mode would end with the first rc_context otherwise
 MM = 1 / 25.4
 SINGLE, DOUBLE = 84 * MM, 174 * MM  # widths of a column and of a page, in inches
-STYLE = {
-    "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+STYLE = {  # STIX is a typeface for print that comes with matplotlib; at 9 points it is as wide as others at 8
+    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4.5, "figure.constrained_layout.use": True,
     "savefig.dpi": 300, "pdf.fonttype": 42, "ps.fonttype": 42, "grid.color": "#DDDDDD", "grid.linewidth": 0.5,
     "axes.axisbelow": True,
@@ -42,29 +46,29 @@ NO_LINE = {"linestyle": ""}
 # Okabe & Ito's colours for the colour-blind, and shades of them
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#56B4E9"
 GREY, PALE, DARK = "#7F7F7F", "#BBBBBB", "#444444"
-METHODS = {  # (teacher, model, whole label fraction) -> colour, marker; teachers grey, S1 blue, S2 green
-    ("", "T1", True): ("#000000", "s"), ("", "T2", True): (GREY, "D"), ("", "S1", True): (BLUE, "o"),
-    ("", "S1", False): (SKY, "d"), ("", "S2", True): ("#00664B", "^"), ("", "S2", False): ("#2FBF97", "v"),
-    ("T1", "S1", None): ("#E69F00", "P"), ("T1", "S2", None): (ORANGE, "X"),
-    ("T2", "S1", None): (PINK, ">"), ("T2", "S2", None): ("#882255", "p"),
+METHODS = {  # (teacher, model, whole label fraction) -> colour, marker
+    ("", "T1", True): ("#000000", "s"), ("", "T2", True): ("#602E55", "h"),
+    ("", "S1", True): ("#0628C5", "o"), ("", "S1", False): ("#0685FF", "d"),
+    ("T1", "S1", None): ("#FB9D04", "P"), ("T2", "S1", None): ("#83330A", "X"),
+    ("", "S2", True): ("#6F7162", "o"), ("", "S2", False): ("#8E5D95", "d"),
+    ("T1", "S2", None): ("#E76CA9", "P"), ("T2", "S2", None): ("#A27B15", "X"),
+    ("", "E1", True): ("#0E1342", "o"), ("", "E1", False): ("#A2AFFF", "d"),
+    ("T1", "E1", None): ("#B5CD9D", "P"), ("T2", "E1", None): ("#3C2211", "X"),
 }  # fmt: skip
+CONTROL_COLOUR, CONTROL_MARKERS = "#8C8C8C", "oX*<D>sp^v"
 OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
-FAMILIES = {  # column `family` -> label, colour, marker
-    "prediction": ("predictions", BLUE, "s"), "feature": ("features", ORANGE, "D"),
-    "relation": ("relations", GREEN, "^"), "contrast": ("contrast", PINK, "P"),
-    "thesis": ("thesis terms", "#E69F00", "X"), "control": ("controls", GREY, "o"),
-}  # fmt: skip
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 TERM_COLOURS = dict(zip(("segmentation", *TERMS), (GREY, BLUE, ORANGE, GREEN, PINK), strict=True))
-SHADES = ("", "///", "...", "xxx", "\\\\\\", "ooo")  # hatches of terms, for reading in grey
-VERDICTS = {"better": "#4D9221", "inconclusive": PALE, "not converged": "#E6E6E6", "worse": "#C51B7D", "": DARK}
-HATCHES = {"worse": "/////"}  # of a verdict's bar: two verdicts may be one grey
+VERDICTS = {  # verdict -> colour, marker; whatever is not decided is hollow
+    "better": ("#4D9221", "^"), "worse": ("#C51B7D", "v"), "equivalent": (DARK, "s"),
+    "inconclusive": (GREY, "o"), "not converged": (PALE, "o"), "": (DARK, "|"),
+}  # fmt: skip
 DIRECTIONS = {  # of a patient's change, for lines
-    "better or equal": dict(color=BLUE, linewidth=0.8, linestyle="-", alpha=0.7),
-    "worse": dict(color=ORANGE, linewidth=0.8, linestyle="--", alpha=0.9),
+    "gains": dict(color=DARK, linewidth=0.7, linestyle="-", alpha=0.6),
+    "loses": dict(color=DARK, linewidth=0.7, linestyle=(0, (1.5, 1.5)), alpha=0.8),
 }
-# of pictures: colour, hatch or line style, label
-ERRORS = ((SKY, "......", "missed"), (ORANGE, "/////", "too much"), (PINK, "xxxxx", "wrong class"))
+ERRORS = ((SKY, "missed"), (ORANGE, "too much"), (PINK, "wrong class"))  # colour, label; of the explorer
+# of pictures: colour, line style, label
 OUTLINES = (("white", "-", "truth"), (YELLOW, (0, (2, 1.2)), "prediction"))
 CLASSES = ((BLUE, "^"), (ORANGE, "s"), (GREEN, "D"), (PINK, "v"), ("#E69F00", "P"))
 BACKGROUND = PALE, "o"
@@ -76,27 +80,22 @@ HALO = [withStroke(linewidth=1.5, foreground="black")]  # seen on bright tissue 
 def method_styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:
     """Method -> colour, marker and line style, from the identity columns.
 
-    Controls are grey. Where distilled methods differ in terms or loss, each has its family's style, the thesis's terms
-    their own, and a student without a teacher is one of the controls; else a method has the style of its networks.
+    Controls are grey, each with a marker of its own; any other method has the style of its networks.
     """
-    found = methods(table)
-    distilled = found[found["role"] == "distilled"]
-    by_family = distilled.groupby(["teacher", "model"]).size().max() > 1 if len(distilled) else False
-    return {row.Index: _style(row, by_family) for row in found.itertuples()}
+    return {row.Index: _style(row) for row in methods(table).itertuples()}
 
 
-def family_of(row: tuple, by_family: bool = True) -> str:
-    """The key in `FAMILIES` of a method (a row of `methods`); "" for methods that are of none."""
-    if row.role == "control" or by_family and row.role == "baseline":
-        return "control"
-    if by_family and row.role == "distilled":
-        return "thesis" if is_thesis_recipe(row.terms) else row.family if row.family in FAMILIES else ""
-    return ""
+def verdict_look(verdict: str) -> dict[str, str]:
+    """Colour and marker of a difference with this verdict; hollow where it is not decided."""
+    colour, marker = VERDICTS[verdict]
+    hollow = {} if verdict in ("better", "worse", "equivalent") else {"markerfacecolor": "white"}
+    return NO_LINE | dict(color=colour, marker=marker) | hollow
 
 
-def _style(row: tuple, by_family: bool) -> dict[str, str]:
-    if family := family_of(row, by_family):
-        return dict(zip(("color", "marker"), FAMILIES[family][1:], strict=True), linestyle=":")
+def _style(row: tuple) -> dict[str, str]:
+    if row.role == "control":
+        marker = CONTROL_MARKERS[list(CONTROLS).index(row.control) % len(CONTROL_MARKERS)]
+        return dict(color=CONTROL_COLOUR, marker=marker, linestyle=":")
     other = OTHER_COLOURS[zlib.crc32(str(row.Index).encode()) % len(OTHER_COLOURS)], "h"
     whole = None if row.teacher else row.fraction == 1
     # 50 % has a style of its own; another fraction is an unknown method
@@ -115,9 +114,17 @@ def save_figure(figure: Figure, folder: Path | str, name: str, caption: str) -> 
     with plt.rc_context(STYLE):
         no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
         write(paths[0], lambda path: figure.savefig(path, metadata=no_dates))
-        write(paths[1], lambda path: figure.savefig(path, metadata={"Software": None}))
+        write(paths[1], lambda path: _write_png(figure, path))
     write_text(paths[2], f"{caption} {figure.get_label()}".strip() + "\n")
     return paths
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    """In 256 colours, a third of the size; those that few pixels have (a verdict's) are among them."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png", metadata={"Software": None})
+    image = Image.open(pixels).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    image.save(path, "png", dpi=[STYLE["savefig.dpi"]] * 2)
 
 
 def need_columns(table: pd.DataFrame, needed: Sequence[str], what: str, source: str) -> None:
@@ -137,9 +144,9 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def signed(text: str) -> str:
-    """With a minus that is one."""
-    return text.replace("-", "\N{MINUS SIGN}")
+def term_colour(term: str, number: int) -> str:
+    """The colour of a distillation term; `number` chooses among those of terms that are not the thesis's."""
+    return TERM_COLOURS.get(term, OTHER_COLOURS[number % len(OTHER_COLOURS)])
 
 
 def panels(count: int, columns: int, width: float, height: float, extra: float, **kwargs) -> tuple[Figure, list[Axes]]:
@@ -163,11 +170,6 @@ def legend_below(figure: Figure, handles: list, columns: int | None = None, **kw
 def legend_lines(styles: Mapping[str, Mapping[str, str]], **kwargs) -> list[Line2D]:
     """Label -> style as entries of a legend."""
     return [Line2D([], [], label=label, **dict(style) | kwargs) for label, style in styles.items()]
-
-
-def legend_areas(looks: Mapping[str, Mapping[str, str]], edgecolor: str = "white") -> list[Patch]:
-    """Label -> colour and hatch as entries of a legend."""
-    return [Patch(label=label, edgecolor=edgecolor, linewidth=0, **look) for label, look in looks.items()]
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:

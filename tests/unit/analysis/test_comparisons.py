@@ -204,6 +204,18 @@ def test_holm_properties(p):
     assert ((adjusted <= 0.05) == rejected).all()
 
 
+@pytest.mark.parametrize(
+    ("swing", "n", "said"), [(0.012, 30, "equivalent"), (0.04, 30, "inconclusive"), (0.001, 5, "inconclusive")]
+)
+def test_a_difference_is_equivalent_where_its_whole_interval_does_not_matter(swing, n, said):
+    """Every other patient gains what the next one loses: intervals of about 0.36 swing to either side of 0."""
+    base = np.linspace(0.5, 0.8, n)
+    found = compare(tidy({"S1": base, "KD": base + np.where(np.arange(n) % 2, swing, -swing)}), [("KD", "S1")])
+    assert found["verdict"].tolist() == [said], found[["low", "high"]]
+    hd95 = compare(tidy({"S1": base, "KD": base}, metric="hd95"), [("KD", "S1")], metric="hd95")
+    assert hd95["verdict"].tolist() == ["inconclusive"]  # no margin is stated for it
+
+
 def test_compare_takes_its_verdict_from_the_adjusted_p():
     base = np.linspace(0.3, 0.6, 7)
     better = base + [0.1, 0.2, 0.15, 0.12, 0.11, 0.13, -0.01]  # p = 4 / 128 alone
@@ -212,7 +224,7 @@ def test_compare_takes_its_verdict_from_the_adjusted_p():
     found = compare(table, [("KD", "S1"), ("far", "S1"), ("same", "S1")])
     assert found["p"].tolist() == pytest.approx([4 / 128, 2 / 128, 1.0])
     assert found["p_holm"].tolist() == pytest.approx([8 / 128, 6 / 128, 1.0])
-    assert found["verdict"].tolist() == ["inconclusive", "better", "inconclusive"]
+    assert found["verdict"].tolist() == ["inconclusive", "better", "equivalent"]  # the same numbers
     with pytest.raises(InputError, match="no pairs"):
         compare(table, [])
 

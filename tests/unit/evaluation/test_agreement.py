@@ -288,7 +288,7 @@ def test_sampled_features_are_those_of_the_pixel(dataset):
 
 def test_features_of_a_bank_without_any_class_cannot_be_sampled(dataset):
     bank = painted(dataset, "near")
-    with pytest.raises(InputError, match="no slice of box_1, box_2 shows near"):
+    with pytest.raises(InputError, match="no slice or patch of box_1, box_2 shows near"):
         sample_features({}, dataclasses.replace(bank, labels=bank.labels * 0))
 
 

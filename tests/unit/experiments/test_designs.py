@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -12,13 +13,16 @@ from kdlib.experiments import (
     Setting,
     ablation,
     baseline,
+    capacity,
     distillation,
+    label_fractions,
     negative_controls,
     requested_runs,
     sweep,
 )
 from kdlib.experiments.dry_run import describe
 from kdlib.experiments.recipes import thesis_recipe
+from kdlib.experiments.runner import check
 from kdlib.experiments.source import run_source
 from kdlib.experiments.store import run_key
 
@@ -93,7 +97,7 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     plan["parameters"] = {"00_data": {}, "01_baseline": small | {"networks": ("T1", "S1")}}
     text = describe(plan)
     assert "00_data: no runs" in text and "01_baseline: 6 runs, 0 of them done" in text
-    times = re.findall(r"^    (.+), fold [01], seed 0: 2[04]0 steps, (\d+) (?:s|min), runs/\w{16}$", text, re.MULTILINE)
+    times = re.findall(r"^    (.+), fold [01], seed 0: \d+ steps, (\d+) (?:s|min), runs/\w{16}$", text, re.MULTILINE)
     assert [name for name, _ in times] == ["T1", "T1", "S1", "S1", "S1@50", "S1@50"]
     assert all(int(time) for _, time in times), "measured, where there is no similar run"
     assert re.match(
@@ -101,6 +105,48 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path):
     )
     assert not (tmp_path / "runs").exists(), "nothing is kept"
     assert set(EXPERIMENTS) >= {"01_baseline", "05_correction"} and requested_runs("06_figures", {}) == []
+
+
+def test_capacity_trains_every_network_alone_and_distilled_on_every_share_of_labels(tmp_path):
+    setting = Setting(results=tmp_path, seeds=[0, 1])
+    runs = capacity(setting)
+    assert len(set(runs)) == len(runs) == 1 + 2 * 10 * 2 * 2
+    assert {(run.fraction, run.teacher) for run in runs if run.model == "E1-30px"} == {
+        (fraction, teacher) for fraction in (1.0, 0.25) for teacher in (None, "T1")
+    }
+    shared = set(label_fractions(setting)) & set(runs)
+    assert {run.method for run in shared} == {"T1", "S1", "S1@25", "KD(T1,S1):predictions", "KD(T1,S1)@25:predictions"}
+    pruned = [run for run in runs if run.model == "T1-pruned"]
+    assert {run.origin for run in pruned} == {setting.run("T1", fraction=fraction) for fraction in (1.0, 0.25)}, (
+        "from the T1 of the same labels, whatever the seed"
+    )
+    asked = requested_runs("10_capacity", {"results": tmp_path, "students": ["T1-pruned"], "fractions": [0.25]})
+    assert [run.method for run in asked] == ["T1@25", "T1", "T1-pruned@25", "KD(T1,T1-pruned)@25:predictions"]
+    assert len({run_key(run, tmp_path) for run in runs}) == len(runs)
+    other = dataclasses.replace(pruned[0], teacher_seed=1)
+    assert run_key(other, tmp_path) != run_key(pruned[0], tmp_path), "another T1 is another start"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"students": ["T2"]}, "student 'T2' does not exist: choose from S1, S2, E1, E1-quarter"),
+        ({"students": ["E1", "E1"]}, "students .'E1', 'E1'.: give at least one, and each once"),
+        ({"fractions": []}, "fractions ..: give at least one, and each once"),
+        ({"fractions": [2.0]}, "fraction 2.0"),
+        ({"teacher": "E1"}, "teacher 'E1' does not exist: choose from T1, T2"),
+    ],
+)
+def test_capacity_refuses_in_one_line_what_it_cannot_train(tmp_path, given, message):
+    with pytest.raises(InputError, match=message) as caught:
+        requested_runs("10_capacity", {"results": tmp_path} | given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_too_narrow_to_prune_is_refused_before_anything_is_trained(tmp_path):
+    setting = Setting(results=tmp_path, changes={"width": 0.03})
+    with pytest.raises(InputError, match="T1-pruned, profile quick: it keeps 9 channels of encoder.2.* from has 8"):
+        check(capacity(setting, ["T1-pruned"]))
 
 
 def test_a_sweep_gives_both_the_same_number_of_trials(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdlib.config import InputError, Preprocessing
+from kdlib.config import PROFILES, InputError, Preprocessing
 from kdlib.inference.backends import load_backend
 from kdlib.inference.student import Student, find_student, load_student, student_of_run, write_student
 from kdlib.models import build_model
@@ -117,7 +117,7 @@ def test_a_runs_folder_is_a_student(a_run, small_study, tmp_path):
     student = load_student(a_run)
     record = json.loads((a_run / "manifest.json").read_text())
     assert (student.model, student.classes, student.modality, student.format) == ("S1", ("spleen",), "CT", "torch")
-    assert student.preprocessing.size == 64 and student.preprocessing.spacing == 5.0
+    assert student.preprocessing == PROFILES["quick"].preprocessing
     assert student.facts["run"] == a_run.name and student.facts["dice"].keys() == set(record["data"]["test"])
     full = student_of_run(a_run, "mine", small_study / "data" / "phantom")
     assert full.name == "mine" and full.facts.items() > student.facts.items()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.config import STUDENTS, TEACHERS, InputError
+from kdlib.config import STUDENTS, TEACHERS, VARIANTS, InputError
 from kdlib.models import MODELS, Output, UNet, build_model, count_parameters, gflops
 from kdlib.models.transunet import TransformerBottleneck
 
@@ -41,7 +41,7 @@ def feature_maps(model, x):
 
 
 def test_all_names_of_the_config_exist():
-    assert set(STUDENTS + TEACHERS) == SHIPPED
+    assert {*STUDENTS, *TEACHERS, *VARIANTS} == SHIPPED and {*VARIANTS.values()} <= {*STUDENTS, *TEACHERS}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_any_positive_width_gives_a_model_that_runs(name, width):
 # --- shapes and scales ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("spatial_dims", "size"), [(2, (48, 32)), (3, (32, 16, 16))])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_output_shapes(name, spatial_dims, size, classes):
@@ -140,21 +140,21 @@ EXPECTED_SCALES = {  # channels and the divisor of the side, in 2D at full width
 EXPECTED_SCALES["T2"] = EXPECTED_SCALES["T1"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_scales_in_2d(name):
     maps, _ = feature_maps(on_meta(name), torch.empty(2, 3, 64, 32, device="meta"))
     expected = {scale: (2, channels, 64 // by, 32 // by) for scale, (channels, by) in EXPECTED_SCALES[name].items()}
     assert {scale: tuple(values.shape) for scale, values in maps.items()} == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_scales_in_3d(name):
     maps, _ = feature_maps(on_meta(name, spatial_dims=3), torch.empty(1, 3, 64, 32, 32, device="meta"))
     for scale, (channels, by) in EXPECTED_SCALES[name].items():
         assert maps[scale].shape == (1, channels, 64 // by, 32 // by, 32 // by)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_scales_are_the_maps_that_the_output_is_made_of(name):
     model = small(name).eval()
     maps, output = feature_maps(model, torch.rand(1, 3, 32, 32))
@@ -184,7 +184,7 @@ def test_reconstruction_decoder_runs_only_when_asked(name):
     assert torch.equal(without.segmentation, both.segmentation)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_parameter_learns_and_training_repeats(name):
     outputs = []
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_every_parameter_learns_and_training_repeats(name):
     assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n.endswith("weight"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("spatial_dims", "memory_format"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
 def test_channels_last_gives_the_same(name, spatial_dims, memory_format):
     model = small(name, spatial_dims=spatial_dims).double().eval()
@@ -223,7 +223,7 @@ def test_t2_is_the_same_with_and_without_gradients():
         torch.testing.assert_close(model(x).segmentation, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_bf16_autocast_is_finite(name):
     model = small(name)
     with torch.autocast("cpu", torch.bfloat16):
@@ -234,7 +234,7 @@ def test_bf16_autocast_is_finite(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_gpu_agrees_with_cpu(name):
     model = small(name).double().eval()
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_unknown_model_lists_those_there_are():
         build_model("U3")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,98 @@
+"""What network, labels and teacher are worth, from the Dice of the same patients."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from kdlib.analysis.comparisons import baseline_pairs, compare
+from kdlib.analysis.convergence import convergence
+from kdlib.analysis.labels import methods, percent
+from kdlib.analysis.sentences import NOT_CONVERGED, interval_of, withhold
+from kdlib.config import InputError
+
+RUNTIMES = {  # a library that runs a network -> how figures call it
+    "eager": "PyTorch", "bf16": "PyTorch bf16", "onnx": "ONNX Runtime", "openvino-int8": "OpenVINO int8",
+}  # fmt: skip
+QUESTIONS = {  # -> how a sentence begins
+    "network": "The network, alone, instead of {reference}",
+    "equal cost": "Kernel, depth and receptive field at the arithmetic of {equal}, alone, instead of {equal}",
+    "labels": "The labels, student alone",
+    "teacher": "The teacher, instead of the same student alone",
+}
+SAME_COST = 0.05  # relative difference of GFLOP that counts as none
+
+
+def worth(
+    cases: pd.DataFrame, history: pd.DataFrame, networks: pd.DataFrame, reference: str = "S1", equal: str = "E1"
+) -> pd.DataFrame:
+    """Every network against `reference`, those of `equal`'s cost against it, most labels against fewest, and every
+    distilled student against itself alone.
+
+    Each question is a family of its own for Holm's adjustment; where a training has not converged, there is no verdict.
+
+    Args:
+        cases, history: of the chapter's runs.
+        networks: a row per network, with columns model and gflops.
+
+    Returns: the columns of `statistics.compare`, after question (a key of `QUESTIONS`), said (its first words), labels
+        (their share, in words) and model (of a).
+
+    Raises: InputError: nothing to compare, or a network that is not in `networks`.
+    """
+    found = methods(cases)
+    alone = found[found["role"] == "baseline"].reset_index()
+    by = {(row.model, row.fraction): row.method for row in alone.itertuples()}
+    models, fractions = list(alone["model"].unique()), sorted(alone["fraction"].unique(), reverse=True)
+    gflops = networks.set_index("model")["gflops"]
+    if missing := sorted(set(models) - set(gflops.index)):
+        raise InputError(f"no cost of {', '.join(missing)} in the table of networks: run notebook 10 again")
+    alike = [name for name in models if equal in gflops and abs(gflops[name] / gflops[equal] - 1) <= SAME_COST]
+    pairs: dict[str, dict[tuple[str, str], str]] = {question: {} for question in QUESTIONS}  # -> pair -> labels
+    for fraction in fractions:
+        share = f"on {percent(fraction)} of the labels"
+        for question, other, those in (("network", reference, models), ("equal cost", equal, alike)):
+            if (other, fraction) in by:
+                own = [(by[name, fraction], by[other, fraction]) for name in those if (name, fraction) in by]
+                pairs[question] |= {pair: share for pair in own if pair[0] != pair[1]}
+        taught = [pair for pair in baseline_pairs(cases) if found.loc[pair[0], "fraction"] == fraction]
+        pairs["teacher"] |= dict.fromkeys(taught, share)
+    most, least = fractions[0], fractions[-1]
+    if most > least:
+        both = [(by[name, most], by[name, least]) for name in models if {(name, most), (name, least)} <= set(by)]
+        pairs["labels"] = dict.fromkeys(both, f"{percent(most)} instead of {percent(least)}")
+    progress, tables = convergence(history), []
+    for question, asked in pairs.items():
+        if asked:
+            table = withhold(compare(cases, list(asked)), progress)
+            said = QUESTIONS[question].format(reference=reference, equal=equal)
+            table.insert(0, "model", found.loc[table["a"], "model"].to_numpy())
+            table.insert(0, "labels", list(asked.values()))
+            table.insert(0, "said", said)
+            table.insert(0, "question", question)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def worth_sentences(table: pd.DataFrame) -> list[str]:
+    """One sentence per question and share of labels: the smallest and the largest change of Dice, each with its
+    interval, and how many are decided.
+
+    Args:
+        table: from `worth`.
+    """
+    sentences = []
+    for (_, said, share), rows in table.groupby(["question", "said", "labels"], sort=False):
+        known = rows[rows["verdict"] != NOT_CONVERGED]
+        begin, left_out = f"**{said}, {share}**", len(rows) - len(known)
+        if known.empty:
+            sentences.append(f"{begin}: no verdict yet, a training of each of the {len(rows)} pairs has not converged.")
+            continue
+        ends = known.loc[list(dict.fromkeys([known["difference"].idxmin(), known["difference"].idxmax()]))]
+        changes = [f"{interval_of(row.difference, row.low, row.high)} ({row.model})" for row in ends.itertuples()]
+        counts = known["verdict"].value_counts(sort=False)
+        decided = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        of = f"of {len(known)} comparison{'s' * (len(known) > 1)}"
+        text = f"{begin}: Dice changes by {' to '.join(changes)}; {of}: {decided}"
+        text += f"; left out: {left_out} that have not converged" if left_out else ""
+        sentences.append(f"{text}. n = {int(known['n'].min())} patients.")
+    return sentences

@@ -1,0 +1,104 @@
+"""The report of a study, from its tables and figures alone: the answer first, what it was made of last and folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kdlib.analysis import show
+from kdlib.analysis.answer import ANSWER_COLUMNS, answer_markdown, answer_sentences, correction_markdown
+from kdlib.analysis.labels import method_labels
+from kdlib.analysis.sentences import (
+    comparison_sentences,
+    convergence_sentence,
+    correction_sentence,
+    gap_sentence,
+    verdict_sentence,
+)
+from kdlib.analysis.summary import facts
+from kdlib.files import read_csv, write_text
+
+COMPARED = {  # table of comparisons -> (question, its figure)
+    "02_comparisons": ("Does distillation help?", "02_comparisons"),
+    "02b_controls": ("Is it the teacher's knowledge? The thesis's recipe against its controls", "02b_controls"),
+    "03_comparisons": ("Which term does the work? Subsets of the terms", "03_ablation"),
+    "04_comparisons": ("Which distillation loss?", "04_loss_comparison"),
+    "07_comparisons": ("With how few labels? With a teacher against alone", "07_fractions"),
+    "08_comparisons": ("A higher plateau, or only a faster one?", "08_length"),
+    "10_comparisons": ("What are network, labels and teacher worth?", "10_capacity"),
+}
+FIRST = "02_overview"
+
+
+def _table(folder: Path, name: str) -> pd.DataFrame | None:
+    path = folder / "tables" / f"{name}.csv"
+    return read_csv(path) if path.is_file() else None
+
+
+def _picture(folder: Path, name: str) -> list[show.Shown]:
+    path = folder / "figures" / f"{name}.png"
+    if not path.is_file():
+        return []
+    caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+    return [show.picture(path.read_bytes(), caption, caption.partition(". ")[0])]
+
+
+def runs_of(folder: Path) -> pd.DataFrame:
+    """One row per run of a study's tables."""
+    paths = sorted(folder.glob("tables/*_runs.csv"))
+    return pd.concat(map(read_csv, paths)).drop_duplicates("run") if paths else pd.DataFrame(columns=["run", "seed"])
+
+
+def opening(folder: Path) -> show.Shown:
+    """The answer: a sentence per student, the picture, the main table; and whether the trainings had converged.
+
+    Writes the sentences and the table as `answer.md`, for pages that show no notebook.
+    """
+    main, parts = _table(folder, "02_answer"), []
+    if main is not None:
+        write_text(folder / "answer.md", answer_markdown(main, f"figures/{FIRST}.png"))
+        parts += [show.bullets(answer_sentences(main)), *_picture(folder, FIRST)]
+        parts.append(show.view(main, columns=ANSWER_COLUMNS))
+    elif (means := _table(folder, "01_baseline")) is not None:
+        parts += [show.say("No student has been distilled in this study yet.", gap_sentence(means)), show.view(means)]
+    paths = sorted(folder.glob("tables/*_convergence.csv"))
+    if paths:
+        progress = pd.concat(map(read_csv, paths)).drop_duplicates("method")
+        parts.append(show.say(convergence_sentence(progress)))
+    return sum(parts, show.say() if parts else show.say("Nothing was trained in this study."))
+
+
+def findings(folder: Path) -> show.Shown:
+    """What each chapter found: a question, its answer, its figure, and every comparison to open.
+
+    Writes what the cumulative correction found as `worth.md`.
+    """
+    runs, parts = runs_of(folder), []
+    labels = method_labels(runs) if len(runs) else {}
+    for name, (question, figure) in COMPARED.items():
+        found = _table(folder, name)
+        if found is not None:
+            lines = comparison_sentences(found, labels, runs["seed"].nunique())
+            parts += [show.heading(question), show.say(verdict_sentence(found)), *_picture(folder, figure)]
+            parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
+    changes = _table(folder, "05_correction")
+    if changes is not None:
+        write_text(folder / "worth.md", correction_markdown(changes, read_csv(folder / "tables" / "05_gains.csv")))
+        parts += [show.heading("From the published to the corrected protocol"), show.say(correction_sentence(changes))]
+        parts += _picture(folder, "05_correction")
+    return sum(parts, show.say())
+
+
+def provenance(records: Sequence[Mapping], wanted: int, cards: str) -> show.Shown:
+    """What a study was made of, folded.
+
+    Args:
+        records: manifests of its runs.
+        wanted: number of runs in its tables.
+        cards: what became of the protocol and the model cards.
+    """
+    told = facts(records, wanted) if wanted else {}
+    lines = [f"**{name}**: {text}" for name, text in told.items()]
+    return show.folded("data, code, versions, time, protocol and model cards", show.bullets([*lines, cards]))

@@ -1,0 +1,110 @@
+"""`kdlib site`: the pages of studies as a folder of plain files, and what they found in the README and in docs/."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from kdlib.apps.notebooks import NOTEBOOKS, read_notebook, render
+from kdlib.config import InputError
+from kdlib.files import write_text
+
+OPEN_LICENCES = ("cc0", "cc-by", "cc by", "apache", "mit", "odc", "public domain")
+PICTURE = "figures/02_overview.png"
+STYLE = (
+    "body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif}"
+    "img{max-width:100%;height:auto}h2{margin-top:2.5rem}"
+)
+
+
+def add_site(commands: argparse._SubParsersAction) -> None:
+    line = commands.add_parser("site", help="write the pages of studies as a folder of plain files for the web")
+    line.add_argument("--results", type=Path, default=Path("results"), help="folder that studies are kept in")
+    line.add_argument("--output", type=Path, default=Path("docs/site"), help="folder of the pages")
+    line.add_argument(
+        "--block", nargs=3, action="append", default=[], metavar=("PAGE", "BLOCK", "STUDY"),
+        help="write a study's 'answer' or 'worth' into a page, between its two comments; may be given several times",
+    )  # fmt: skip
+
+
+def run_site(options: argparse.Namespace) -> int:
+    studies = sorted({path.parents[1] for path in options.results.glob("*/notebooks/report.ipynb")})
+    if not studies:
+        raise InputError(f"{options.results} holds no study with a report: run make study first")
+    links = []
+    for study in studies:
+        target = options.output / study.name
+        shutil.rmtree(target, ignore_errors=True)
+        if closed := _closed(study):
+            print(f"left out: {study}: {closed}, so its pages, which show scans, may not be published", file=sys.stderr)
+            continue
+        for page in render(study, leave_out=["06_figures"]):  # it draws again what the others show
+            write_text(target / page.relative_to(study), _without_paths(page, study))
+        name = html.escape(study.name)
+        picture = study / PICTURE
+        if picture.is_file():
+            shutil.copyfile(picture, target / "overview.png")
+        shown = f'<img src="{name}/overview.png" alt="what distillation changes: {name}">' if picture.is_file() else ""
+        links.append(f'<h2><a href="{name}/report.html">{name}</a></h2>{shown}')
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    page = f"<!DOCTYPE html><html lang='en'><head>{head}<title>kdlib: studies</title></head><body><h1>Studies</h1>"
+    write_text(options.output / "index.html", f"{page}{''.join(links)}</body></html>\n")
+    print(f"wrote {options.output / 'index.html'} of {len(links)} of {len(studies)} studies")
+    for page, block, study in options.block:
+        if not (options.results / study / f"{block}.md").is_file():
+            print(f"left as it is: {page}, since {study} has no {block}.md yet")
+            continue
+        write_text(Path(page), with_block(Path(page), block, options.results / study))
+        print(f"wrote {block} of {study} into {page}")
+    return 0
+
+
+def _parameters(chapter: Path) -> dict[str, object]:
+    """What an executed chapter was given."""
+    return read_notebook(chapter).metadata.get("papermill", {}).get("parameters", {})
+
+
+def _closed(study: Path) -> str:
+    """Why a study's scans may not be published: its data set has no licence that allows it; "" where it has."""
+    from kdlib.data.decathlon import credit  # needs torch
+
+    given = {_parameters(chapter).get("data", "phantom") for chapter in study.glob("notebooks/*.ipynb")}
+    for data in map(str, given - {"phantom"}):
+        try:
+            licence = credit(Path(data))[0]
+        except (OSError, ValueError):
+            return f"the licence in {data}/dataset.json cannot be read"
+        if not licence.lower().startswith(OPEN_LICENCES):
+            return f"{data}/dataset.json names no open licence ({licence or 'none'})"
+    return ""
+
+
+def _without_paths(page: Path, study: Path) -> str:
+    """A page without the paths of the machine that its chapter ran on: its parameters, and where its warnings arose."""
+    told = _parameters(study / "notebooks" / f"{page.stem}.ipynb")
+    text = page.read_text(encoding="utf-8")
+    for name in ("results", "data"):
+        if os.path.isabs(path := str(told.get(name, ""))):
+            text = text.replace(path, "results" if name == "results" else f"data/{Path(path).name}")
+    return re.sub(r"/\S*/ipykernel_\d+/\d+\.py", "cell", text)
+
+
+def with_block(page: Path, block: str, study: Path) -> str:
+    """A page with what `<study>/<block>.md` says between the page's two comments of that block.
+
+    Raises: InputError: the study has no such file, or the page no place for it.
+    """
+    made, text = study / f"{block}.md", page.read_text(encoding="utf-8")
+    if not made.is_file():
+        raise InputError(f"{made} does not exist: run that study's chapters and its report first")
+    place = re.compile(rf"(<!-- {block}: [^\n]*-->\n).*?(<!-- end of {block} -->)", re.S)
+    if not place.search(text):
+        raise InputError(f"{page} has no place for it: write '<!-- {block}: ... -->' and '<!-- end of {block} -->'")
+    shown = os.path.relpath(NOTEBOOKS.parent / "results" / study.name, page.resolve().parent)  # wherever it was made
+    said = made.read_text(encoding="utf-8").replace("(figures/", f"({shown}/figures/")
+    return place.sub(lambda found: f"{found[1]}{said}{found[2]}", text)

@@ -1,0 +1,57 @@
+"""The answer of a study: its rows, sentences and Markdown follow from the cases, and from nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis_tables import identity, tidy
+
+from kdlib.analysis.answer import answer, answer_markdown, answer_sentences
+from kdlib.analysis.statistics import baseline_pairs, compare
+from kdlib.config import InputError
+
+VALUES = {
+    "T1": np.full(8, 0.9), "S1 (50 %)": 0.7 + 0.01 * np.arange(8), "KD(T1, S1)": 0.75 + 0.01 * np.arange(8),
+    "S2 (50 %)": 0.7 + 0.01 * np.arange(8), "KD(T1, S2)": 0.7 + 0.01 * np.arange(8) * np.array([1, -1] * 4),
+}  # fmt: skip
+
+
+@pytest.fixture
+def cases() -> pd.DataFrame:
+    parts = [
+        tidy({name: values}, **{k: v for k, v in identity(name).items() if k != "method"})
+        for name, values in VALUES.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_one_row_per_student_and_teacher_with_the_verdict_first(cases):
+    pairs = baseline_pairs(cases)
+    assert pairs == [("KD(T1, S1)", "S1 (50 %)"), ("KD(T1, S2)", "S2 (50 %)")]
+    table = answer(cases, compare(cases, pairs), dict.fromkeys(VALUES, 57_297))
+    assert table.columns[0] == "verdict" and table["verdict"].tolist() == ["better", "inconclusive"]
+    assert table["student"].tolist() == ["S1", "S2"] and table["gain"].tolist() == ["8 of 8", "0 of 8"]
+    first = table.iloc[0]
+    assert (first["dice_alone"], first["dice_distilled"], first["dice_teacher"]) == pytest.approx((0.735, 0.785, 0.9))
+    assert first["change"] == "+0.050 [+0.050, +0.050]" and first["labels"] == "50 %"
+
+
+def test_sentences_and_markdown_say_what_the_table_says(cases):
+    table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 57_297))
+    one, two = answer_sentences(table)
+    assert one == (
+        "**S1**, 57,297 parameters, 50 % of the labels: distillation from T1 helps: Dice 0.785 against 0.735 alone "
+        "(+0.050 [+0.050, +0.050]; 8 of 8 patients gain). With all labels T1 0.900. 1 seed."
+    )
+    assert "is not decided by 8 patients" in two and "0 of 8 patients gain" in two
+    lines = answer_markdown(table, "figures/02_overview.png").splitlines()
+    assert lines[0] == f"- {one}" and "(figures/02_overview.png)" in lines[3]
+    assert lines[5].startswith("| verdict | student | teacher | Dice alone") and lines[7].startswith(
+        "| **better** | S1 |"
+    )
+
+
+def test_a_student_alone_has_no_answer(cases):
+    with pytest.raises(InputError, match="run notebook 02"):
+        baseline_pairs(cases[cases["role"] != "distilled"])
