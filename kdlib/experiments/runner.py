@@ -243,7 +243,9 @@ def train_group(
     initial = {}
     if run.origin:
         larger = trained(run.origin, len(bank.classes), results, device)
-        initial = {each: prune_into(larger, new_model(each, len(bank.classes))).state_dict() for each in group}
+        smaller = {each.model: new_model(each, len(bank.classes)) for each in group}
+        pruned = {model: prune_into(larger, network).state_dict() for model, network in smaller.items()}
+        initial = {each: pruned[each.model] for each in group}
     with precision(run.optimisation.precision):
         return train_cohort(
             group,
