@@ -7,18 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from kdlib.analysis import show
 from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, methods, percent
-from kdlib.analysis.sentences import correction_sentence, interval_of, listed, withhold
+from kdlib.analysis.sentences import VERDICTS, correction_sentence, gains_sentence, interval_of, listed, signed, withhold
 from kdlib.analysis.tables import HEADINGS
 
-SAID = {
-    "better": "distillation from {} helps", "worse": "distillation from {} does harm",
-    "equivalent": f"distillation from {{}} changes nothing that matters (less than {SAME['dice']:g} Dice either way)",
-    "inconclusive": "whether distillation from {} changes anything is not decided by {} patients",
-    "not converged": "no verdict yet on distillation from {}, a training has not converged",
-}  # fmt: skip
 ANSWER_COLUMNS = [  # of `answer`, to print
     "verdict", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain", "dice_teacher",
 ]  # fmt: skip
@@ -61,8 +56,27 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
     return pd.DataFrame(rows)
 
 
+def lead_sentence(table: pd.DataFrame) -> str:
+    """How far the students alone are from the better teacher, and how often distillation changes that.
+
+    Args:
+        table: of `answer`.
+    """
+    counts = table["verdict"].value_counts()
+    said = [f"{count} {verdict}" for verdict in VERDICTS if (count := counts.get(verdict, 0))]
+    text = f"Distilled students that do better than alone: {counts.get('better', 0)} of {len(table)} ({listed(said)})."
+    if table["dice_teacher"].isna().all():
+        return text
+    best = table.loc[table["dice_teacher"].idxmax()]
+    gaps = (table.groupby("student")["dice_alone"].first() - best["dice_teacher"]).sort_values()
+    apart = " to ".join(dict.fromkeys(signed(f"{gap:+.3f}") for gap in (gaps.iloc[0], gaps.iloc[-1])))
+    who = "the students differ" if len(gaps) > 1 else f"{gaps.index[0]} differs"
+    teacher = f"the best teacher, {best['teacher']} ({best['dice_teacher']:.3f} from all labels)"
+    return f"Alone, on {best['labels']} of the labels, {who} from {teacher}, by {apart} Dice. {text}"
+
+
 def answer_sentences(table: pd.DataFrame) -> list[str]:
-    """One honest sentence per student: what distillation from each teacher changed, for how many, and what that means.
+    """One honest sentence per student: its Dice alone and distilled from each teacher, and what that means.
 
     Args:
         table: of `answer`.
@@ -70,25 +84,39 @@ def answer_sentences(table: pd.DataFrame) -> list[str]:
     said = []
     for student, rows in table.groupby("student", sort=False):
         parts = [
-            f"{SAID[row.verdict].format(row.teacher, row.n)}: Dice {row.dice_distilled:.3f} against "
-            f"{row.dice_alone:.3f} alone ({row.change}; {row.gain} patients gain)"
+            f"{row.dice_distilled:.3f} distilled from {row.teacher} ({row.change}, {row.verdict}; {row.gain} gain)"
             for row in rows.itertuples()
         ]
-        reached = [f"{row.teacher} {row.dice_teacher:.3f}" for row in rows.dropna(subset="dice_teacher").itertuples()]
-        first, seeds = rows.iloc[0], int(rows["seeds"].iloc[0])
-        known = (
-            f"**{student}**, {first['parameters']:,} parameters, {first['labels']} of the labels: {'; '.join(parts)}."
-        )
-        known += f" With all labels {listed(reached)}." if reached else ""
-        said.append(f"{known} {seeds} seed{'s' * (seeds > 1)}.")
+        first = rows.iloc[0]
+        known = f"**{student}** ({first['parameters']:,} parameters, {first['labels']} of the labels)"
+        said.append(f"{known}: Dice {first['dice_alone']:.3f} alone, {listed(parts)}.")
     return said
+
+
+def terms_sentence(table: pd.DataFrame) -> str:
+    """What the numbers of `answer_sentences` are of, and what their verdicts mean."""
+    n, seeds = int(table["n"].max()), int(table["seeds"].iloc[0])
+    text = (
+        f"Mean Dice of {n} test patients, {seeds} seed{'s' * (seeds > 1)}; changes are paired by patient, with 95 % "
+        f'intervals. "Equivalent": less than {SAME["dice"]:g} Dice either way.'
+    )
+    if (table["verdict"] == "inconclusive").any():
+        text += ' "Inconclusive": so many patients do not decide it, by a test adjusted over all comparisons.'
+    return text
+
+
+def shown(table: pd.DataFrame) -> show.Shown:
+    """The answer in words, as a page has it."""
+    said = show.say(f"**{lead_sentence(table)}**") + show.bullets(answer_sentences(table))
+    return said + show.say(terms_sentence(table))
 
 
 def answer_markdown(table: pd.DataFrame, picture: str) -> str:
     """The sentences, the picture and the main table as Markdown, for a page that shows no notebook."""
-    lines = [f"- {sentence}" for sentence in answer_sentences(table)]
-    shown = table.assign(verdict="**" + table["verdict"] + "**")[ANSWER_COLUMNS]
-    return "\n".join([*lines, "", f"![What distillation changes]({picture})", "", markdown(shown)])
+    bullets = [f"- {sentence}" for sentence in answer_sentences(table)]
+    lines = [f"**{lead_sentence(table)}**", "", *bullets, "", terms_sentence(table), ""]
+    rows = table.assign(verdict="**" + table["verdict"] + "**")[ANSWER_COLUMNS]
+    return "\n".join([*lines, f"![What distillation changes]({picture})", "", markdown(rows)])
 
 
 def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:
@@ -109,7 +137,12 @@ def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:
             "gain over the zero-weight control here": "" if gain is None else
             f"{interval_of(*gain[['difference', 'low', 'high']])}, {gain['verdict']}",
         })  # fmt: skip
-    return f"{correction_sentence(changes)} n = {changes['n'].iloc[0]} patients.\n\n{markdown(pd.DataFrame(rows))}"
+    note = (
+        "A change counts as better or worse where its interval excludes 0 and a paired permutation test, adjusted over "
+        "all comparisons, gives p below 0.05."
+    )
+    said = f"**{gains_sentence(gains)}**\n\n{correction_sentence(changes)} {note}"
+    return f"{said}\n\n{markdown(pd.DataFrame(rows))}"
 
 
 def markdown(table: pd.DataFrame) -> str:

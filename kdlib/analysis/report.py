@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib.analysis import show
-from kdlib.analysis.answer import ANSWER_COLUMNS, answer_markdown, answer_sentences, correction_markdown
+from kdlib.analysis import answer, show
+from kdlib.analysis.answer import ANSWER_COLUMNS, answer_markdown, correction_markdown
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.sentences import (
     comparison_sentences,
     convergence_sentence,
-    correction_sentence,
+    gains_sentence,
     gap_sentence,
     verdict_sentence,
 )
@@ -59,7 +59,7 @@ def opening(folder: Path) -> show.Shown:
     main, parts = _table(folder, "02_answer"), []
     if main is not None:
         write_text(folder / "answer.md", answer_markdown(main, f"figures/{FIRST}.png"))
-        parts += [show.bullets(answer_sentences(main)), *_picture(folder, FIRST)]
+        parts += [answer.shown(main), *_picture(folder, FIRST)]
         parts.append(show.view(main, columns=ANSWER_COLUMNS))
     elif (means := _table(folder, "01_baseline")) is not None:
         parts += [show.say("No student has been distilled in this study yet.", gap_sentence(means)), show.view(means)]
@@ -85,8 +85,9 @@ def findings(folder: Path) -> show.Shown:
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
     changes = _table(folder, "05_correction")
     if changes is not None:
-        write_text(folder / "worth.md", correction_markdown(changes, read_csv(folder / "tables" / "05_gains.csv")))
-        parts += [show.heading("From the published to the corrected protocol"), show.say(correction_sentence(changes))]
+        gains = read_csv(folder / "tables" / "05_gains.csv")
+        write_text(folder / "worth.md", correction_markdown(changes, gains))
+        parts += [show.heading("From the published to the corrected protocol"), show.say(gains_sentence(gains))]
         parts += _picture(folder, "05_correction")
     return sum(parts, show.say())
 

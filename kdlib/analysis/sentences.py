@@ -156,19 +156,21 @@ def correction_sentence(changes: pd.DataFrame) -> str:
     text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']}); "
     text += f"the largest single change is {interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}."
     named = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else ""
-    return f"{text} {len(decided)} of {len(steps)} steps are decided{named}."
+    return f"{text} {len(decided)} of {len(steps)} steps {'is' if len(decided) == 1 else 'are'} decided{named}."
 
 
 def gains_sentence(gains: pd.DataFrame) -> str:
     """What distillation is worth in the first and the last stage of the correction, from `statistics.gains`."""
     parts = []
-    for reference, rows in gains.groupby("label_b", sort=False):
-        ends = [
-            f"{interval_of(*row[['difference', 'low', 'high']])} ({row['verdict']}) in {row['stage']!r}"
-            for _, row in rows.iloc[[0, -1]].iterrows()
+    for where, end in (("published", 0), ("corrected", -1)):
+        rows = gains[gains["stage"] == gains["stage"].iloc[end]]
+        said = [
+            f"{interval_of(*row[['difference', 'low', 'high']])} against {row['label_b']} ({row['verdict']})"
+            for _, row in rows.iterrows()
         ]
-        parts.append(f"against {reference} {' and '.join(ends)}")
-    return f"The distilled student changes Dice {'; '.join(parts)}."
+        parts.append(f"under the {where} protocol by {listed(said)}")
+    n = int(gains["n"].iloc[0])
+    return f"Distillation changes the student's Dice {'; '.join(parts)}. {n} patient{'s' * (n > 1)}, 95 % intervals."
 
 
 def convergence_sentence(convergence: pd.DataFrame) -> str:

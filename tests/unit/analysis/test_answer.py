@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from analysis_tables import identity, tidy
 
-from kdlib.analysis.answer import answer, answer_markdown, answer_sentences
+from kdlib.analysis.answer import answer, answer_markdown, answer_sentences, lead_sentence
 from kdlib.analysis.statistics import baseline_pairs, compare
 from kdlib.config import InputError
 
@@ -41,15 +41,25 @@ def test_sentences_and_markdown_say_what_the_table_says(cases):
     table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 57_297))
     one, two = answer_sentences(table)
     assert one == (
-        "**S1**, 57,297 parameters, 50 % of the labels: distillation from T1 helps: Dice 0.785 against 0.735 alone "
-        "(+0.050 [+0.050, +0.050]; 8 of 8 patients gain). With all labels T1 0.900. 1 seed."
+        "**S1** (57,297 parameters, 50 % of the labels): Dice 0.735 alone, 0.785 distilled from T1 "
+        "(+0.050 [+0.050, +0.050], better; 8 of 8 gain)."
     )
-    assert "is not decided by 8 patients" in two and "0 of 8 patients gain" in two
+    assert "inconclusive; 0 of 8 gain" in two
+    assert lead_sentence(table) == (
+        "Alone, on 50 % of the labels, the students differ from the best teacher, T1 (0.900 from all labels), by "
+        "−0.165 Dice. Distilled students that do better than alone: 1 of 2 (1 better and 1 inconclusive)."
+    )
     lines = answer_markdown(table, "figures/02_overview.png").splitlines()
-    assert lines[0] == f"- {one}" and "(figures/02_overview.png)" in lines[3]
-    assert lines[5].startswith("| verdict | student | teacher | Dice alone") and lines[7].startswith(
-        "| **better** | S1 |"
-    )
+    assert lines[0] == f"**{lead_sentence(table)}**" and lines[2] == f"- {one}" and lines[3] == f"- {two}"
+    assert lines[5].startswith("Mean Dice of 8 test patients, 1 seed") and "Inconclusive" in lines[5]
+    assert "(figures/02_overview.png)" in lines[7]
+    assert lines[9].startswith("| verdict | student | teacher | Dice alone")
+    assert lines[11].startswith("| **better** | S1 |")
+
+
+def test_without_teachers_the_answer_says_nothing_of_them(cases):
+    table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 1)).assign(dice_teacher=np.nan)
+    assert lead_sentence(table).startswith("Distilled students that do better than alone: 1 of 2")
 
 
 def test_a_student_alone_has_no_answer(cases):
