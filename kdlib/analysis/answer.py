@@ -11,7 +11,15 @@ from kdlib.analysis import show
 from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, methods, percent
-from kdlib.analysis.sentences import VERDICTS, correction_sentence, gains_sentence, interval_of, listed, signed, withhold
+from kdlib.analysis.sentences import (
+    VERDICTS,
+    correction_sentence,
+    gains_sentence,
+    interval_of,
+    listed,
+    signed,
+    withhold,
+)
 from kdlib.analysis.tables import HEADINGS
 
 ANSWER_COLUMNS = [  # of `answer`, to print

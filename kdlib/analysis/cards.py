@@ -325,9 +325,10 @@ def _limits(records: list[dict], runs: pd.DataFrame, parts: pd.DataFrame, n: int
         found.append(f"methods have {counts.min()} to {_count(counts.max(), 'seed')} per fold")
     found += _unequal(runs)
     for switch in SWITCHES:
-        kept = dict.fromkeys(run.protocol.name for run in every if getattr(run.protocol, switch))
+        kept = list(dict.fromkeys(run.protocol.name for run in every if getattr(run.protocol, switch)))
         if kept:
-            found.append(f"published fault kept by {_listed(f'protocol {name!r}' for name in kept)}: {FAULTS[switch]}")
+            those = f"protocol {kept[0]!r}" + (f" to {kept[-1]!r}, {len(kept)} protocols" if len(kept) > 1 else "")
+            found.append(f"published fault kept by {those}: {FAULTS[switch]}")
     dirty = sum(record["git"]["dirty"] is not False for record in records)
     if dirty:
         found.append(f"{dirty} of {len(records)} runs were made with uncommitted changes, or outside a checkout")
@@ -347,7 +348,9 @@ def _unequal(runs: pd.DataFrame) -> list[str]:
     """Students, and teachers, whose budget is not that of most of their kind."""
     found, budget = [], ["optimiser", "learning rate", "batch", "updates"]
     for kind, own in runs.groupby(runs["role"].map({"teacher": "teachers"}).fillna("students")):
-        groups = own.groupby(budget, sort=False)["label"].agg(["size", _listed])
+        groups = own.groupby(budget, sort=False)["label"].agg(
+            size="size", methods=lambda labels: "; ".join(dict.fromkeys(labels))
+        )
         groups = groups.sort_values("size", ascending=False, kind="stable").reset_index()
         usual = groups.iloc[0]
         for number, row in groups.iloc[1:].iterrows():
@@ -356,7 +359,7 @@ def _unequal(runs: pd.DataFrame) -> list[str]:
                 most = f"most ({usual['size']} of {len(own)} runs) have {texts}, {usual['updates']} updates"
                 found.append(f"the {kind} do not all have the same budget; {most}")
             other = ", ".join(f"{name} {row[name]}" for name in budget if row[name] != usual[name])
-            found.append(f"with {other}: {row['_listed']}")
+            found.append(f"with {other}: {row['methods']}")
     return found
 
 
