@@ -64,7 +64,8 @@ def interval(
         return Interval(np.nan, np.nan, "")
     if np.ptp(values) < 1e-12:
         return Interval(float(values.min()), float(values.min()), "")
-    if (math.fsum(values) or math.fsum(values**3)) < 0:  # b against a mirrors a against b, to the last digit
+    cubes = values * values * values  # unlike values**3 the same for both signs, to the last digit, on every processor
+    if (math.fsum(values) or math.fsum(cubes)) < 0:  # b against a mirrors a against b
         low, high, kind = interval(-values, level, None if noise is None else -noise, resamples)
         return Interval(-high, -low, kind)
     order = canonical_order(values if noise is None else np.column_stack([values, noise.fillna(0)]))

@@ -137,9 +137,9 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
 
 def test_the_panels_show_an_organ_s_and_a_background_anchor_on_slices_of_the_batch(place):
     results, run = place
-    panels = pairs_of(run, results)
+    panels, size = pairs_of(run, results), run.preprocessing.size
     assert panels["anchor"].tolist() == ["spleen"] * 3 + ["background"] * 3
-    assert panels["image"].shape == panels["labels"].shape == panels["role"].shape == (6, 64, 64)
+    assert panels["image"].shape == panels["labels"].shape == panels["role"].shape == (6, size, size)
     assert (panels["row"] >= 0).tolist() == [True, False, False] * 2, "the anchor is on its own slice alone"
     patients = run_source(run, results).folds[0].groups
     assert patients[panels["case"][0]] != patients[panels["case"][1]]
@@ -157,7 +157,8 @@ def test_pairs_of_a_coarse_term_are_on_its_grid(place):
     results, run = place
     recipe = dataclasses.replace(run.recipe, terms=(Term("E-E", "supcon", 0.1),))
     panels = pairs_of(dataclasses.replace(run, recipe=recipe), results)
-    assert panels["role"].shape == (6, 16, 16) and panels["image"].shape == (6, 64, 64)
+    size = run.preprocessing.size
+    assert panels["role"].shape == (6, size // 4, size // 4) and panels["image"].shape == (6, size, size)
     figure = pairs(as_table(panels))
     star = figure.axes[0].lines[-1]
     row, column = panels["row"][0], panels["column"][0]
