@@ -1,4 +1,4 @@
-"""The plain way of a training step, written from the thesis's description: what `steps.py` measures kdlib against.
+"""The plain way of a training step, written from the thesis's description: what `training.py` measures kdlib against.
 
 The networks are kdlib's own, so that both ways can start from the same weights. All else is written out as one would
 from the text of the thesis (arXiv 2406.03173): the teacher computes both of its decoders, everything is float32 in
