@@ -46,7 +46,9 @@ from kdlib.training.frozen import FrozenTeachers, folded
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.state import RunState, new_model, new_state
 
-MOST = 2e-3  # of losses and gradients in float32, between two orders of the same sums in networks of 30 layers
+# of losses and gradients in float32, between two orders of the same sums in networks of 30 layers; the most is batch
+# norm's: in channels_last it sums a map's pixels in another order (3e-3 for S2 with AVX-512, benchmarks/NOTES.md)
+MOST = 5e-3
 SUBSETS = [only for size in range(1, 5) for only in itertools.combinations((*READ, "PMD"), size)]  # of an ablation
 
 
@@ -227,11 +229,8 @@ def students_alone(bench: Bench, record: Record, compiled: tuple[str, ...]) -> N
         with precision("fp32"):
             loop.student_losses(state, batch)["segmentation"].backward()
         dice(model(images).segmentation, labels).backward()
-        exact = copy.deepcopy(model).double()
-        exact.zero_grad()
-        dice(exact(images.double()).segmentation, labels).backward()
-        ours, plain = (difference(gradients(each), gradients(exact)) for each in (state.model, model))
-        must_agree(f"{name}: gradients, against float64", ours, max(MOST, 2 * plain))
+        apart = difference(gradients(state.model), gradients(model))
+        must_agree(f"{name}: gradients", apart, MOST)
         variants = {
             "plain": lambda model=model, optimiser=optimiser: supervised_step(model, optimiser, images, labels),
             "kdlib": steps([state], batch),
