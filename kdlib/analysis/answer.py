@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,11 @@ from kdlib.analysis.tables import HEADINGS
 
 ANSWER_COLUMNS = [  # of `answer`, to print
     "verdict", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain", "dice_teacher",
+]  # fmt: skip
+
+
+FRACTION_COLUMNS = [  # of `fractions`, to print
+    "verdict", "labels", "label_a", "dice_alone", "dice", "change", "gain", "closed", "dice_teacher",
 ]  # fmt: skip
 
 
@@ -123,8 +128,65 @@ def answer_markdown(table: pd.DataFrame, picture: str) -> str:
     """The sentences, the picture and the main table as Markdown, for a page that shows no notebook."""
     bullets = [f"- {sentence}" for sentence in answer_sentences(table)]
     lines = [f"**{lead_sentence(table)}**", "", *bullets, "", terms_sentence(table), ""]
-    rows = table.assign(verdict="**" + table["verdict"] + "**")[ANSWER_COLUMNS]
-    return "\n".join([*lines, f"![What distillation changes]({picture})", "", markdown(rows)])
+    picture = f"![What distillation changes]({picture})"
+    return "\n".join([*lines, picture, "", _verdict_first(table, ANSWER_COLUMNS)])
+
+
+def _verdict_first(table: pd.DataFrame, columns: Sequence[str]) -> str:
+    return markdown(table.assign(verdict="**" + table["verdict"] + "**")[list(columns)])
+
+
+def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
+    """What a teacher is worth on every label fraction, and how much of the gap to the teacher is closed.
+
+    Args:
+        cases: tidy, with one teacher, and a student alone and taught on several label fractions.
+        verdicts: from `statistics.compare`, of the taught students with the student alone on the same labels.
+
+    Returns: one row per comparison, the verdict first: labels (share), label_a, dice_alone, dice, change (text with
+        interval), gain (patients), gap_closed (share of the way from the student alone to the teacher; NaN where the
+        teacher is not above it) and closed (the same as text), teacher, dice_teacher, n, seeds, difference, low, high.
+    """
+    found, rows = methods(cases), []
+    teacher = found.index[found["role"] == "teacher"][0]
+    for row in verdicts.itertuples():
+        values = by_patient(cases, [row.a, row.b, teacher], "dice", "method")
+        change, means = (values[row.a] - values[row.b]).round(12), values.mean()
+        gap = means[teacher] - means[row.b]
+        closed = row.difference / gap if gap > 0 else np.nan
+        rows.append(dict(
+            verdict=row.verdict, labels=percent(found.loc[row.a, "fraction"]), label_a=row.label_a,
+            dice_alone=means[row.b], dice=means[row.a], change=interval_of(row.difference, row.low, row.high),
+            gain=f"{(change > 0).sum()} of {len(change)}", gap_closed=closed,
+            closed="" if np.isnan(closed) else signed(f"{closed:.0%}").replace("%", " %"),
+            teacher=found.loc[teacher, "model"], dice_teacher=means[teacher], n=row.n, seeds=cases["seed"].nunique(),
+            difference=row.difference, low=row.low, high=row.high,
+        ))  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def fraction_sentences(table: pd.DataFrame) -> list[str]:
+    """One sentence per label fraction: what gains most there, and how much of the gap to the teacher that closes.
+
+    Args:
+        table: of `fractions`.
+    """
+    said = []
+    for labels, rows in table.groupby("labels", sort=False):
+        best = rows.loc[rows["difference"].idxmax()]
+        closed = f", {best['closed']} of the gap" if best["difference"] > 0 and best["closed"] else ""
+        reached = f"alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f}"
+        said.append(
+            f"With {labels} of the labels ({reached}) the most is gained by {best['label_a']}: {best['change']} Dice, "
+            f"{best['verdict']}{closed}."
+        )
+    return said
+
+
+def fractions_markdown(table: pd.DataFrame) -> str:
+    """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook."""
+    said = " ".join(fraction_sentences(table))
+    return f"**{said}**\n\n{terms_sentence(table)}\n\n{_verdict_first(table, FRACTION_COLUMNS)}"
 
 
 def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:

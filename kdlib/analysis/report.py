@@ -8,7 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.analysis import answer, show
-from kdlib.analysis.answer import ANSWER_COLUMNS, answer_markdown, correction_markdown
+from kdlib.analysis.answer import (
+    ANSWER_COLUMNS,
+    answer_markdown,
+    correction_markdown,
+    fraction_sentences,
+    fractions_markdown,
+)
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.sentences import (
     comparison_sentences,
@@ -73,7 +79,7 @@ def opening(folder: Path) -> show.Shown:
 def findings(folder: Path) -> show.Shown:
     """What each chapter found: a question, its answer, its figure, and every comparison to open.
 
-    Writes what the cumulative correction found as `worth.md`.
+    Writes what the cumulative correction found as `worth.md`, and what the label fractions did as `labels.md`.
     """
     runs, parts = runs_of(folder), []
     labels = method_labels(runs) if len(runs) else {}
@@ -81,7 +87,11 @@ def findings(folder: Path) -> show.Shown:
         found = _table(folder, name)
         if found is not None:
             lines = comparison_sentences(found, labels, runs["seed"].nunique())
-            parts += [show.heading(question), show.say(verdict_sentence(found)), *_picture(folder, figure)]
+            said = [verdict_sentence(found)]
+            if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
+                write_text(folder / "labels.md", fractions_markdown(shares))
+                said = [*fraction_sentences(shares), *said]
+            parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
     changes = _table(folder, "05_correction")
     if changes is not None:

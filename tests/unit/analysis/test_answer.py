@@ -7,7 +7,15 @@ import pandas as pd
 import pytest
 from analysis_tables import identity, tidy
 
-from kdlib.analysis.answer import answer, answer_markdown, answer_sentences, lead_sentence
+from kdlib.analysis.answer import (
+    answer,
+    answer_markdown,
+    answer_sentences,
+    fraction_sentences,
+    fractions,
+    fractions_markdown,
+    lead_sentence,
+)
 from kdlib.analysis.statistics import baseline_pairs, compare
 from kdlib.config import InputError
 
@@ -60,6 +68,25 @@ def test_sentences_and_markdown_say_what_the_table_says(cases):
 def test_without_teachers_the_answer_says_nothing_of_them(cases):
     table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 1)).assign(dice_teacher=np.nan)
     assert lead_sentence(table).startswith("Distilled students that do better than alone: 1 of 2")
+
+
+def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
+    """T1 0.9, S1 alone 0.735 and distilled 0.785: 0.05 of 0.165; where the teacher is not better there is no share."""
+    chosen = cases[cases["model"] != "S2"]
+    table = fractions(chosen, compare(chosen, [("KD(T1, S1)", "S1 (50 %)")]))
+    row = table.iloc[0]
+    assert row["gap_closed"] == pytest.approx(0.05 / 0.165) and (row["closed"], row["gain"]) == ("30 %", "8 of 8")
+    assert fraction_sentences(table) == [
+        "With 50 % of the labels (alone 0.735, T1 0.900) the most is gained by KD(T1, S1): "
+        "+0.050 [+0.050, +0.050] Dice, better, 30 % of the gap."
+    ]
+    lines = fractions_markdown(table).splitlines()
+    assert lines[0].startswith("**With 50 %") and lines[6].startswith(
+        "| **better** | 50 % | KD(T1, S1) | 0.735 | 0.785 |"
+    )
+    weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
+    row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
+    assert np.isnan(row["gap_closed"]) and row["closed"] == ""
 
 
 def test_a_student_alone_has_no_answer(cases):
