@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdlib.analysis.answer import answer_markdown
+from kdlib.analysis.answer import answer_markdown, fractions_markdown
 from kdlib.apps.cli import parser
 from kdlib.apps.site import with_block
 from kdlib.losses import LOSSES
@@ -73,7 +73,10 @@ def test_the_readme_says_of_the_study_what_its_tables_say():
     folder = ROOT / "results" / "hippocampus"
     table = pd.read_csv(folder / "tables" / "02_answer.csv")
     assert answer_markdown(table, "figures/02_overview.png") == (folder / "answer.md").read_text(encoding="utf-8")
-    assert with_block(ROOT / "README.md", "answer", folder) == README, "run: make site"
+    shares = pd.read_csv(folder / "tables" / "07_answer.csv")
+    assert fractions_markdown(shares) == (folder / "labels.md").read_text(encoding="utf-8")
+    for block in ("answer", "labels"):
+        assert with_block(ROOT / "README.md", block, folder) == README, "run: make site"
 
 
 def test_the_first_screen_holds_question_answer_picture_and_table():
