@@ -174,7 +174,7 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
     said = []
     for labels, rows in table.groupby("labels", sort=False):
         best = rows.loc[rows["difference"].idxmax()]
-    X
+        closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
         reached = f"alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f}"
         said.append(
             f"With {labels} of the labels ({reached}) the most is gained by {best['label_a']}: {best['change']} Dice, "
