@@ -108,7 +108,7 @@ def measure(record: Record) -> None:
             drawn = torch.randint(number, (BATCH,), generator=generator).to(device)
             return augment(*resident.batch(drawn), generator)
 
-        cached = endless(lambda: iter(DataLoader(cache, BATCH, shuffle=True, drop_last=True)))
+        cached = endless(lambda: iter(DataLoader(cache, batch_size=BATCH, shuffle=True, drop_last=True)))
         files = torch.utils.data.DataLoader(
             Files(folder, number), BATCH, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
         )
