@@ -245,19 +245,26 @@ def table(scripts: Mapping[str, Mapping], quick: bool) -> str:
 def draw(scripts: Mapping[str, Mapping], path: Path) -> None:
     """The curves of all scripts, each on logarithmic axes of its own: a cost that grows in proportion has slope 1."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     curves = [curve for found in scripts.values() for curve in found["curves"]]
     if not curves:
         return
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 3.8 * rows), layout="constrained")
     for axes, curve in zip(figure.subplots(rows, columns, squeeze=False).flat, curves, strict=False):
         for name in dict.fromkeys(point["variant"] for point in curve["points"]):
             points = [(point["x"], 1000 * point["seconds"]) for point in curve["points"] if point["variant"] == name]
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.set(title=curve["name"], xlabel=curve["x"], ylabel="ms", xscale="log", yscale="log")
-        axes.legend(fontsize="small")
+        measured = sorted({point["x"] for point in curve["points"]})
+        axes.set_xticks(measured, [f"{x:g}" for x in measured])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
     for axes in figure.axes[len(curves) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
