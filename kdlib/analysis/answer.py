@@ -176,8 +176,9 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
         best = rows.loc[rows["difference"].idxmax()]
         closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
         reached = f"alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f}"
+        most = "the most is gained by" if best["difference"] > 0 else "nothing is gained, and the least lost by"
         said.append(
-            f"With {labels} of the labels ({reached}) the most is gained by {best['label_a']}: {best['change']} Dice, "
+            f"With {labels} of the labels ({reached}) {most} {best['label_a']}: {best['change']} Dice, "
             f"{best['verdict']}{closed}."
         )
     return said

@@ -84,6 +84,8 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     assert lines[0].startswith("**With 50 %") and lines[6].startswith(
         "| **better** | 50 % | KD(T1, S1) | 0.735 | 0.785 |"
     )
+    lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
+    assert "nothing is gained, and the least lost by KD(T1, S1)" in lost[0] and "gap" not in lost[0]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
     row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
     assert np.isnan(row["gap_closed"]) and row["closed"] == ""
