@@ -54,19 +54,23 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
     seeds = cases["seed"].nunique() if "seed" in cases else 1
     for row in verdicts.itertuples():
         values = by_patient(cases, [row.a, row.b], "dice", "method")
-        change = (values[row.a] - values[row.b]).round(12)
         about = found.loc[row.a]
         teacher = teachers.get(about["teacher"])
         reached = by_patient(cases, [teacher], "dice", "method")[teacher].mean() if teacher else np.nan
         rows.append(dict(
             verdict=row.verdict, student=about["model"], teacher=about["teacher"], labels=percent(about["fraction"]),
             dice_alone=values[row.b].mean(), dice_distilled=values[row.a].mean(),
-            change=interval_of(row.difference, row.low, row.high), gain=f"{(change > 0).sum()} of {len(change)}",
+            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
             dice_teacher=reached, parameters=parameters[row.a], n=row.n, volumes=row.volumes, seeds=seeds,
             difference=row.difference, low=row.low, high=row.high, interval=row.interval, p_holm=row.p_holm,
             smallest_p=row.smallest_p,
         ))  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _gain(change: pd.Series) -> str:
+    """How many patients gain, of how many; what is equal but for rounding is no gain."""
+    return f"{(change.round(12) > 0).sum()} of {len(change)}"
 
 
 def lead_sentence(table: pd.DataFrame) -> str:
@@ -151,14 +155,14 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
     teacher = found.index[found["role"] == "teacher"][0]
     for row in verdicts.itertuples():
         values = by_patient(cases, [row.a, row.b, teacher], "dice", "method")
-        change, means = (values[row.a] - values[row.b]).round(12), values.mean()
+        means = values.mean()
         gap = means[teacher] - means[row.b]
         closed = row.difference / gap if gap > 0 else np.nan
         rows.append(dict(
             verdict=row.verdict, labels=percent(found.loc[row.a, "fraction"]), label_a=row.label_a,
             dice_alone=means[row.b], dice=means[row.a], change=interval_of(row.difference, row.low, row.high),
-            gain=f"{(change > 0).sum()} of {len(change)}", gap_closed=closed,
-            closed="" if np.isnan(closed) else signed(f"{closed:.0%}").replace("%", " %"),
+            gain=_gain(values[row.a] - values[row.b]), gap_closed=closed,
+            closed="" if np.isnan(closed) else signed(percent(round(closed, 2))),
             teacher=found.loc[teacher, "model"], dice_teacher=means[teacher], n=row.n, seeds=cases["seed"].nunique(),
             difference=row.difference, low=row.low, high=row.high,
         ))  # fmt: skip

@@ -8,13 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.analysis import answer, show
-from kdlib.analysis.answer import (
-    ANSWER_COLUMNS,
-    answer_markdown,
-    correction_markdown,
-    fraction_sentences,
-    fractions_markdown,
-)
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.sentences import (
     comparison_sentences,
@@ -64,9 +57,9 @@ def opening(folder: Path) -> show.Shown:
     """
     main, parts = _table(folder, "02_answer"), []
     if main is not None:
-        write_text(folder / "answer.md", answer_markdown(main, f"figures/{FIRST}.png"))
+        write_text(folder / "answer.md", answer.answer_markdown(main, f"figures/{FIRST}.png"))
         parts += [answer.shown(main), *_picture(folder, FIRST)]
-        parts.append(show.view(main, columns=ANSWER_COLUMNS))
+        parts.append(show.view(main, columns=answer.ANSWER_COLUMNS))
     elif (means := _table(folder, "01_baseline")) is not None:
         parts += [show.say("No student has been distilled in this study yet.", gap_sentence(means)), show.view(means)]
     paths = sorted(folder.glob("tables/*_convergence.csv"))
@@ -89,14 +82,14 @@ def findings(folder: Path) -> show.Shown:
             lines = comparison_sentences(found, labels, runs["seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
-                write_text(folder / "labels.md", fractions_markdown(shares))
-                said = [*fraction_sentences(shares), *said]
+                write_text(folder / "labels.md", answer.fractions_markdown(shares))
+                said = [*answer.fraction_sentences(shares), *said]
             parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
     changes = _table(folder, "05_correction")
     if changes is not None:
         gains = read_csv(folder / "tables" / "05_gains.csv")
-        write_text(folder / "worth.md", correction_markdown(changes, gains))
+        write_text(folder / "worth.md", answer.correction_markdown(changes, gains))
         parts += [show.heading("From the published to the corrected protocol"), show.say(gains_sentence(gains))]
         parts += _picture(folder, "05_correction")
     return sum(parts, show.say())
