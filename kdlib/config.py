@@ -235,7 +235,7 @@ class Run:
 
     @property
     def effective_recipe(self) -> Recipe:
-        """The recipe with the faults that the protocol keeps."""
+        """The recipe with the faults that the protocol keeps, and without terms of weight 0, which change nothing."""
         protocol, recipe = self.protocol, self.recipe
         if protocol.own_optimisers and self.teacher:
             recipe = dataclasses.replace(recipe, segmentation="dice")
@@ -244,7 +244,7 @@ class Run:
         published = {"kl": "softmax_kl"} if protocol.one_channel_softmax else {}
         published |= {"supcon": "infonce"} if protocol.unlabelled_contrast else {}
         terms = []
-        for term in recipe.terms:
+        for term in filter(lambda term: term.weight, recipe.terms):
             if loss := published.get(term.loss):  # a contrast without labels has no use for options of one with them
                 options = tuple((name, value) for name, value in term.options if name == "same_patient")
                 term = dataclasses.replace(term, loss=loss, options=options)
@@ -252,6 +252,11 @@ class Run:
         features = any(term.student_layers != SCALES["PMD"] for term in terms)
         redrawn = recipe.redrawn_projectors or (protocol.redrawn_projectors and features)
         return dataclasses.replace(recipe, terms=tuple(terms), redrawn_projectors=redrawn)
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether anything of a teacher reaches the network: not with zero weights, the negative control."""
+        return bool(self.effective_recipe.terms) or self.recipe.pseudo_labels
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -234,7 +234,7 @@ def train_group(
         val = bank.select(fold.test)
     slices = len(bank.select(fold.train))
     teachers = {}
-    for name, teacher_run in run.teacher_runs().items():
+    for name, teacher_run in run.teacher_runs().items() if any(each.is_taught for each in group) else ():
         if run.recipe.teacher == "random":
             teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=CHANNELS_LAST[bank.dims])
             teachers[name] = teacher.eval().requires_grad_(False)

@@ -53,9 +53,10 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
     """What a run is, as JSON values: all that its key depends on.
 
     That is its model, recipe, seed, view, length and optimisation, the published faults that are kept in selection and
-    evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of its
-    teachers and of the network that it is pruned from. Device and versions stand in the manifest instead: a run made
-    elsewhere is not trained again; neither is one of precision "auto", which is what its machine computes fast.
+    evaluation, the files and folds of its data (not their path: a moved folder keeps its runs), and the keys of the
+    teachers that it learns from and of the network that it is pruned from. Device and versions stand in the manifest
+    instead: a run made elsewhere is not trained again; neither is one of precision "auto", which is what its machine
+    computes fast.
     """
     profile, protocol = run.profile, run.protocol
     length = [profile.teacher_epochs, profile.teacher_steps]
@@ -76,7 +77,7 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
         "network": _architecture(run.model),
         "optimisation": _chosen(run.optimisation, precision="auto", kernels="plain", replay=None),
         "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
-        "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()],
+        "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()] if run.is_taught else [],
     } | ({"origin": run_key(run.origin, results)} if run.origin else {})
 
 

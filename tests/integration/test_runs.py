@@ -23,6 +23,7 @@ import torch
 from monai.networks.nets import UNet
 
 from kdlib.config import (
+    BASELINE,
     PROTOCOLS,
     SWITCHES,
     InputError,
@@ -232,6 +233,18 @@ def test_a_teacher_is_shared_where_a_fault_is_not_of_teachers(phantom, tmp_path)
         faulty = dataclasses.replace(run, protocol=dataclasses.replace(PROTOCOLS["corrected"], **{switch: True}))
         same = run_key(teacher_of(faulty), tmp_path) == run_key(teacher_of(run), tmp_path)
         assert same == (switch in ("redrawn_projectors", "one_channel_softmax", "unlabelled_contrast")), switch
+
+
+def test_zero_weights_are_a_training_of_their_own_only_where_the_optimiser_is(phantom, tmp_path):
+    """One optimiser for all: the student that learns nothing from its teacher is the student alone."""
+    student = runs_on(phantom)[1]
+    silent = tuple(dataclasses.replace(term, weight=0.0) for term in student.recipe.terms)
+    zero = dataclasses.replace(student, recipe=dataclasses.replace(student.recipe, terms=silent))
+    for protocol, alike in (("corrected", True), ("thesis", False)):
+        taught, silenced = (dataclasses.replace(run, protocol=PROTOCOLS[protocol]) for run in (student, zero))
+        alone = dataclasses.replace(taught, teacher=None, recipe=BASELINE)
+        assert (run_key(silenced, tmp_path) == run_key(alone, tmp_path)) == alike
+        assert run_key(taught, tmp_path) not in {run_key(silenced, tmp_path), run_key(alone, tmp_path)}
 
 
 def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch):

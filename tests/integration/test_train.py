@@ -183,14 +183,21 @@ def test_controls_on_projectors(kind):
 
 
 def test_all_weights_zero_is_no_distillation():
-    recipe = thesis_recipe("S1")
-    terms = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
-    nothing = run_of("S1", teacher="T1", recipe=dataclasses.replace(recipe, terms=terms), fraction=0.5)
-    alone = run_of("S1", fraction=0.5)
-    trained, baseline = train_one(nothing, frozen_teacher()), train_one(alone)
-    assert trained.failure is None
-    for name, tensor in baseline.model.state_dict().items():
-        torch.testing.assert_close(trained.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-3)
+    """Terms of weight 0 are not computed; with a weight that rounding makes nothing of, they change nothing."""
+    recipe, found = thesis_recipe("S1"), {}
+    for weight in (0.0, 1e-30):
+        kinds = {"PMD": "learned"}  # a projector that learns nothing would stop the run
+        terms = tuple(
+            dataclasses.replace(term, weight=weight, projector=kinds.get(term.name, "frozen")) for term in recipe.terms
+        )
+        run = run_of("S1", teacher="T1", recipe=dataclasses.replace(recipe, terms=terms), fraction=0.5)
+        found[weight] = train_one(run, frozen_teacher())
+        assert found[weight].failure is None
+    baseline = train_one(run_of("S1", fraction=0.5)).model.state_dict()
+    assert {weight: arm.distiller is None for weight, arm in found.items()} == {0.0: True, 1e-30: False}
+    assert same(found[0.0].model.state_dict(), baseline)
+    for name, tensor in baseline.items():
+        torch.testing.assert_close(found[1e-30].model.state_dict()[name], tensor, atol=1e-5, rtol=1e-3)
 
 
 def test_before_the_end_of_its_warm_up_a_distilled_student_is_a_baseline():
