@@ -60,7 +60,7 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
         rows.append(dict(
             verdict=row.verdict, student=about["model"], teacher=about["teacher"], labels=percent(about["fraction"]),
             dice_alone=values[row.b].mean(), dice_distilled=values[row.a].mean(),
-            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
+            change=interval_of(row.difference, row.low, row.high), gain=gain_of(values[row.a] - values[row.b]),
             dice_teacher=reached, parameters=parameters[row.a], n=row.n, volumes=row.volumes, seeds=seeds,
             difference=row.difference, low=row.low, high=row.high, interval=row.interval, p_holm=row.p_holm,
             smallest_p=row.smallest_p,
@@ -68,7 +68,7 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
     return pd.DataFrame(rows)
 
 
-def _gain(change: pd.Series) -> str:
+def gain_of(change: pd.Series) -> str:
     """How many patients gain, of how many; what is equal but for rounding is no gain."""
     return f"{(change.round(12) > 0).sum()} of {len(change)}"
 
@@ -161,7 +161,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
         rows.append(dict(
             verdict=row.verdict, labels=percent(found.loc[row.a, "fraction"]), label_a=row.label_a,
             dice_alone=means[row.b], dice=means[row.a], change=interval_of(row.difference, row.low, row.high),
-            gain=_gain(values[row.a] - values[row.b]), gap_closed=closed,
+            gain=gain_of(values[row.a] - values[row.b]), gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))),
             teacher=found.loc[teacher, "model"], dice_teacher=means[teacher], n=row.n, seeds=cases["seed"].nunique(),
             difference=row.difference, low=row.low, high=row.high,

@@ -23,6 +23,8 @@ CONTROLS = {  # column `control` -> label
     "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
     "self_distillation": "self-distillation",
 }  # fmt: skip
+LESSONS = ("features", "predictions", "predictions, unlabelled images", "pseudo-labels")  # what a teacher gives
+CONTROL = "control"
 DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
 
 
@@ -53,6 +55,21 @@ def way_of_learning(method: pd.Series) -> str:
     if method["role"] == "control":
         return CONTROLS.get(method["control"], method["control"])
     return "distilled, with unlabelled images" if method.get("unlabelled") else "distilled"
+
+
+def lesson(method: pd.Series) -> tuple[str, str]:
+    """What a student (a row of `methods`) learns: one of `LESSONS` or `CONTROL`, and the same in full."""
+    if method["control"] == "pseudo_labels":
+        return "pseudo-labels", f"pseudo-labels of {method['teacher']}"
+    if method["role"] == "control":
+        return CONTROL, way_of_learning(method)
+    features = method["terms"] != "PMD"
+    what = f"{method['loss_label']}, {method['terms']}" if features else method["loss_label"]
+    if is_thesis_recipe(method["terms"]) and method["loss"] == "supcon":
+        what = "the thesis's terms"
+    if method.get("unlabelled"):
+        return "predictions, unlabelled images", f"{what} from {method['teacher']}, on unlabelled images too"
+    return "features" if features else "predictions", f"{what} from {method['teacher']}"
 
 
 def method_labels(table: pd.DataFrame) -> dict[str, str]:

@@ -33,7 +33,7 @@ HEADINGS = {  # column -> heading of a printed table
     "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
     "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
     "change": "change [95 % interval]", "gain": "patients that gain", "dice_teacher": "teacher's Dice",
-    "closed": "gap to the teacher closed",
+    "closed": "gap to the teacher closed", "times": "length", "learns": "what it learns",
     "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
     "error_overlap": "overlap of errors (Dice)", "ece": "calibration error",
 }  # fmt: skip

@@ -1,0 +1,182 @@
+"""When does distillation help? Every comparison of a taught student with the same student alone, over all studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdlib.analysis.answer import gain_of, markdown
+from kdlib.analysis.comparisons import baseline_pairs, by_patient, compare
+from kdlib.analysis.convergence import convergence
+from kdlib.analysis.labels import CONTROL, LESSONS, lesson, methods, percent
+from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, interval_of, listed, signed, withhold
+from kdlib.config import InputError
+from kdlib.files import read_csv
+
+NEAR = 0.02  # Dice between a student alone and its teacher that leaves little to distil
+PRINTED = [  # of `everything`, to print
+    "verdict", "data", "n", "seeds", "student", "labels", "times", "learns", "dice_alone", "dice_teacher", "change",
+    "closed",
+]  # fmt: skip
+
+
+def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
+    """Every distilled student and every control against the same student alone, chapter by chapter, of several studies.
+
+    Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters of
+    a study make stands once, under the first. Left out: the cumulative correction, whose protocols differ, and the
+    sweep, which is of validation patients.
+
+    Args:
+        folders: of studies, with their `tables`.
+
+    Returns: one row per comparison: study, chapter, data, student, teacher, fraction, length, lesson (one of `LESSONS`
+        or "control"), learns (the same in full), parameters, dice_alone, dice, dice_teacher and gap (to the teacher;
+        NaN where the study has none), closed (share of the gap), gain (patients), change, labels and times (of the
+        profile's steps), all as text, n, volumes, seeds, difference, low, high, interval, p_holm, verdict, and a and b,
+        the methods.
+
+    Raises: InputError: a folder without any such chapter.
+    """
+    found = []
+    for folder in map(Path, folders):
+        chapters = list(filter(None, map(_read, sorted((folder / "tables").glob("*_cases.csv*")))))
+        teachers = [cases[cases["role"] == "teacher"] for _, cases, _, _ in chapters]
+        rows = [_comparisons(*chapter, teachers) for chapter in chapters]
+        if not sum(map(len, rows)):
+            raise InputError(f"{folder} holds no comparison with a student alone: run its chapters first")
+        found.append(pd.concat(rows).drop_duplicates(["a", "b"]).assign(study=folder.name))
+    return pd.concat(found, ignore_index=True)
+
+
+def _read(path: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame] | None:
+    """A chapter's name, cases, history and runs; None where its rows are not of one protocol and of test patients."""
+    name = path.name.partition("_cases.csv")[0]
+    files = [_packed_or_not(path.with_name(f"{name}_{part}.csv")) for part in ("history", "runs")]
+    if None in files or name.endswith("sweep"):
+        return None
+    cases, history, runs = map(read_csv, (path, *files))
+    return None if cases["protocol"].nunique() > 1 else (name, cases, history, runs)
+
+
+def _comparisons(
+    name: str, cases: pd.DataFrame, history: pd.DataFrame, runs: pd.DataFrame, masters: Sequence[pd.DataFrame]
+) -> pd.DataFrame:
+    """The comparisons of one chapter, if any; its teachers are its own, else those of other chapters."""
+    about = methods(cases)
+    if not about["role"].isin(["distilled", "control"]).any():
+        return pd.DataFrame()
+    verdicts = withhold(compare(cases, baseline_pairs(cases, ("distilled", "control"))), convergence(history))
+    parameters, data = runs.drop_duplicates("method").set_index("method")["parameters"], runs["data"].iloc[0]
+    rows = []
+    for row in verdicts.itertuples():
+        method = about.loc[row.a]
+        values, reached = by_patient(cases, [row.a, row.b], "dice", "method"), np.nan
+        for table in (cases, *masters):
+            taught_by = table[(table["role"] == "teacher") & (table["model"] == method["teacher"])]
+            if set(values.index) <= set(taught_by["patient"]):
+                (teacher,) = taught_by["method"].unique()
+                reached = by_patient(taught_by, [teacher], "dice", "method").loc[values.index, teacher].mean()
+                break
+        alone, taught = values[row.b].mean(), values[row.a].mean()
+        given, learns = lesson(method)
+        rows.append(dict(
+            chapter=name, data=data, student=method["model"], teacher=method["teacher"], fraction=method["fraction"],
+            length=method.get("length", 1.0), lesson=given, learns=learns, parameters=parameters[row.a],
+            dice_alone=alone, dice=taught, dice_teacher=reached, gap=reached - alone,
+            closed=signed(percent(round(row.difference / (reached - alone), 2))) if reached - alone > NEAR / 2 else "",
+            gain=gain_of(values[row.a] - values[row.b]), change=interval_of(row.difference, row.low, row.high),
+            labels=percent(method["fraction"]), times=f"{method.get('length', 1.0):g} x", n=row.n,
+            volumes=row.volumes, seeds=cases["seed"].nunique(), difference=row.difference, low=row.low,
+            high=row.high, interval=row.interval, p_holm=row.p_holm, verdict=row.verdict, a=row.a, b=row.b,
+        ))  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _packed_or_not(path: Path) -> Path | None:
+    plain = path.with_name(path.name.removesuffix(".gz"))
+    return next((file for file in (plain, plain.with_name(f"{plain.name}.gz")) if file.is_file()), None)
+
+
+def of_people(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of scans of people, without those of the phantom; all where there are no others."""
+    people = table[table["data"].str.lower() != "phantom"]
+    return people if len(people) else table
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """What follows from everything that was compared: how often a teacher helps, where most, and what it depends on.
+
+    Args:
+        table: of `everything`; those that have not converged count for nothing.
+    """
+    rows = of_people(table)
+    rows = rows[(rows["verdict"] != NOT_CONVERGED) & (rows["lesson"] != CONTROL)]
+    if rows.empty:
+        return ["No comparison of a converged student with itself alone."]
+    said = [_count_sentence(rows), _most_sentence(rows)]
+    known = rows.dropna(subset="gap")
+    near = known["gap"] < NEAR
+    if near.any() and (~near).any():
+        said.append(
+            f"It depends on what there is to learn: where the student alone is within {NEAR:g} Dice of its teacher, a "
+            f"teacher changes Dice by {_span(known[near])}; where it is further away, by {_span(known[~near])}."
+        )
+    if rows["fraction"].nunique() > 1:
+        said.append(f"The most that a teacher brings, by labels: {_best_by(rows, 'fraction', 'labels')}.")
+    if rows["lesson"].nunique() > 1:
+        parts = [
+            f"{name} {signed(f'{part.mean():+.3f}')} ({len(part)})"
+            for name in LESSONS if len(part := rows.loc[rows["lesson"] == name, "difference"])
+        ]  # fmt: skip
+        said.append(f"On average over what was compared, by what the teacher gives: {listed(parts)}.")
+    if rows["length"].nunique() > 1:
+        said.append(f"The most that a teacher brings, by length of training: {_best_by(rows, 'length', 'times')}.")
+    return said
+
+
+def _count_sentence(rows: pd.DataFrame) -> str:
+    counts = rows["verdict"].value_counts()
+    decided = listed([f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts])
+    data = listed([f"{name} ({part['n'].max()} patients)" for name, part in rows.groupby("data", sort=False)])
+    many = f"{len(rows)} comparison{'s' * (len(rows) > 1)}"
+    return f"Of {many} of a student taught by a teacher with the same student alone, on {data}: {decided}."
+
+
+def _most_sentence(rows: pd.DataFrame) -> str:
+    best = rows.loc[rows["difference"].idxmax()]
+    closed = f", {best['closed']} of the gap to {best['teacher']}" if best["closed"] else ""
+    if best["difference"] <= 0:
+        return "In none of them does the student gain."
+    return (
+        f"The most is gained by {best['student']} with {best['labels']} of the labels on {best['data']} from "
+        f"{best['learns']}: {best['change']} Dice ({best['verdict']}; {best['gain']} patients gain{closed})."
+    )
+
+
+def _span(rows: pd.DataFrame) -> str:
+    """From the least to the largest change of Dice, and of how many comparisons."""
+    ends = [signed(f"{rows['difference'].agg(end):+.3f}") for end in ("min", "max")]
+    text = " to ".join(dict.fromkeys(ends))
+    return f"{text} ({len(rows)} comparison{'s' * (len(rows) > 1)})"
+
+
+def _best_by(rows: pd.DataFrame, column: str, shown: str) -> str:
+    best = rows.loc[rows.groupby(column)["difference"].idxmax()]
+    return listed([
+        f"{getattr(row, shown)}: {row.change} ({row.student}, {row.learns}, {row.data}, {row.verdict})"
+        for row in best.itertuples()
+    ])  # fmt: skip
+
+
+def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:
+    """Sentences, figure and table of what was compared, for a page that shows no notebook, without controls."""
+    rows = of_people(table)
+    rows = rows[rows["lesson"] != CONTROL].sort_values("difference", ascending=False)
+    rows = rows.sort_values("verdict", key=lambda column: column == NOT_CONVERGED, kind="stable")
+    bullets = "\n".join(f"- {sentence}" for sentence in sentences(table))
+    printed = markdown(rows.assign(verdict="**" + rows["verdict"] + "**")[PRINTED])
+    return f"{bullets}\n\n![When does distillation help?]({picture})\n\n{printed}"

@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis_tables import check, identity, tidy
+
+from kdlib.analysis import conclusion, figures
+from kdlib.analysis.figures.style import DOUBLE
+from kdlib.analysis.labels import lesson, methods
+from kdlib.apps.notebooks import NOTEBOOKS
+from kdlib.config import InputError
+from kdlib.files import write_csv
+
+ALONE = identity("S1 (10 %)")
+KL = identity("KD(T1, S1)", method="kl", fraction=0.1, loss="kl", loss_label="KL", terms="PMD")
+PSEUDO = identity("pseudo", role="control", control="pseudo_labels", teacher="T1", fraction=0.1)
+SILENT = identity("zero", role="control", control="zero_weights", teacher="T1", fraction=0.1)
+TEACHER = identity("T1")
+STEPS = np.linspace(-0.004, 0.004, 8)  # by which patients differ
+
+
+def save(folder, chapter, values, data="Scans", last=0.0, packed="", protocols=("corrected",)):
+    """A chapter's tables: of each method (identity columns) its Dice in eight patients, converged but for `last`."""
+    tables = []
+    for columns, mean in values:
+        rows = tidy({columns["method"]: list(mean + STEPS * (1 + mean))}).assign(**columns)
+        tables += [
+            rows.assign(protocol=protocol, patient=rows["case"], unlabelled=False, length=1.0) for protocol in protocols
+        ]
+    cases = pd.concat(tables)
+    epochs = [(1, 0.5), (8, 0.8), (10, 0.8 + last)]
+    history = pd.concat([
+        cases.drop_duplicates("run").assign(epoch=epoch, name="val_dice", value=value) for epoch, value in epochs
+    ])  # fmt: skip
+    runs = cases.drop_duplicates("method").assign(parameters=57_297, data=data)
+    for part, table in dict(cases=cases, history=history, runs=runs).items():
+        path = folder / "tables" / f"{chapter}_{part}.csv"
+        write_csv(path, table)
+        if packed and part != "runs":
+            table.to_csv(f"{path}.gz", index=False)
+            path.unlink()
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_every_comparison_stands_once_with_its_gap(tmp_path, packed):
+    save(tmp_path / "one", "07_fractions", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.82), (PSEUDO, 0.85)], packed=packed)
+    save(tmp_path / "one", "08_length", [(ALONE, 0.8), (KL, 0.82), (SILENT, 0.8)])
+    save(tmp_path / "two", "07_fractions", [(ALONE, 0.8), (KL, 0.79)], data="phantom")
+    table = conclusion.everything([tmp_path / "one", tmp_path / "two"])
+    assert list(table["study"]) == ["one"] * 3 + ["two"]
+    assert list(table["chapter"]) == ["07_fractions", "07_fractions", "08_length", "07_fractions"]
+    assert list(table["lesson"]) == ["predictions", "pseudo-labels", "control", "predictions"]
+    assert list(table["difference"].round(6)) == [0.02, 0.05, 0.0, -0.01]
+    assert list(table["gap"].round(6)[:3]) == [0.1] * 3 and np.isnan(table["gap"][3]), "the study's teacher, if any"
+    assert list(table["closed"]) == ["20 %", "50 %", "0 %", ""]
+    assert list(table["gain"][:2]) == ["8 of 8"] * 2 and set(table["labels"]) == {"10 %"}
+    assert list(table["verdict"][:2]) == ["better", "better"]
+
+
+def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
+    save(tmp_path / "near", "02_x", [(TEACHER, 0.81), (ALONE, 0.8), (KL, 0.801), (SILENT, 0.99)])
+    save(tmp_path / "far", "07_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.721), (PSEUDO, 0.8)], data="CT")
+    save(tmp_path / "rising", "07_x", [(TEACHER, 0.9), (ALONE, 0.1), (KL, 0.8)], data="MR", last=0.1)
+    save(tmp_path / "made", "07_x", [(TEACHER, 0.9), (ALONE, 0.2), (KL, 0.9)], data="Phantom")
+    table = conclusion.everything([tmp_path / name for name in ("near", "far", "rising", "made")])
+    said = conclusion.sentences(table)
+    assert said[0].startswith("Of 3 comparisons") and "Scans (8 patients) and CT (8 patients)" in said[0]
+    assert "S1 with 10 % of the labels on CT from pseudo-labels of T1: +0.100" in said[1]
+    assert "50 % of the gap to T1" in said[1] and "8 of 8 patients gain" in said[1]
+    assert "by +0.001 (1 comparison); where it is further away, by +0.021 to +0.100 (2 comparisons)" in said[2]
+    assert said[-1].endswith("predictions +0.011 (2) and pseudo-labels +0.100 (1).")
+    assert "Phantom" in " ".join(conclusion.sentences(table[table["study"] == "made"]))
+    rising = conclusion.sentences(table[table["study"] == "rising"])
+    assert rising == ["No comparison of a converged student with itself alone."]
+    page = conclusion.conclusion_markdown(table, "figures/when.png")
+    assert "Phantom" not in page and "zero-weight" not in page and "(figures/when.png)" in page
+    assert page.index("pseudo-labels of T1 |") < page.index("KL from T1 |"), "the largest change first"
+
+
+def test_nobody_gains(tmp_path):
+    save(tmp_path / "one", "07_x", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.78)])
+    assert "In none of them does the student gain." in conclusion.sentences(conclusion.everything([tmp_path / "one"]))
+
+
+def test_what_a_student_learns_is_named():
+    thesis = identity("KD(T2, S1)")
+    unlabelled = dict(KL, method="u", unlabelled=True)
+    feature = identity("KD(T1, S1)", method="f", loss="at", loss_label="attention", terms="B-B")
+    given = pd.DataFrame([thesis, KL, unlabelled, feature, PSEUDO, SILENT]).fillna({"unlabelled": False})
+    assert [lesson(row) for _, row in methods(given).iterrows()] == [
+        ("features", "the thesis's terms from T2"),
+        ("predictions", "KL from T1"),
+        ("predictions, unlabelled images", "KL from T1, on unlabelled images too"),
+        ("features", "attention, B-B from T1"),
+        ("pseudo-labels", "pseudo-labels of T1"),
+        ("control", "zero-weight control"),
+    ]
+
+
+def test_what_cannot_be_concluded_is_one_line(tmp_path):
+    save(tmp_path / "teachers", "01_baseline", [(TEACHER, 0.9), (ALONE, 0.8)])
+    save(tmp_path / "corrected", "05_correction", [(ALONE, 0.8), (KL, 0.8)], protocols=("thesis", "corrected"))
+    save(tmp_path / "tuned", "09_sweep", [(ALONE, 0.8), (KL, 0.8)])
+    for name in ("teachers", "corrected", "tuned", "nothing"):
+        with pytest.raises(InputError, match=f"{name} holds no comparison with a student alone"):
+            conclusion.everything([tmp_path / name])
+    save(tmp_path / "one", "07_x", [(ALONE, 0.8), (KL, 0.78)])
+    with pytest.raises(InputError, match="no comparison of a taught student whose teacher is known"):
+        figures.when(conclusion.everything([tmp_path / "one"]))
+
+
+def test_figure_has_a_mark_for_each_comparison(tmp_path):
+    save(tmp_path / "one", "07_x", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.82), (PSEUDO, 0.85), (SILENT, 0.8)])
+    save(tmp_path / "two", "07_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT")
+    drawn = figures.when(conclusion.everything([tmp_path / "one", tmp_path / "two"]))
+    check(drawn, DOUBLE)
+    assert len(drawn.axes[0].containers) == 3
+
+
+def test_the_notebook_writes_table_figure_and_page(tmp_path):
+    from kdlib.apps.notebooks import execute
+
+    save(tmp_path / "one", "07_x", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.82), (PSEUDO, 0.85)])
+    parameters = {"results": str(tmp_path), "studies": ["one"], "study": "both"}
+    execute(NOTEBOOKS / "conclusion.ipynb", tmp_path / "executed.ipynb", parameters)
+    written = {str(path.relative_to(tmp_path / "both")) for path in (tmp_path / "both").rglob("*.*")}
+    assert {"tables/everything.csv", "figures/when.pdf", "figures/when.png", "when.md"} <= written
+    assert len(pd.read_csv(tmp_path / "both/tables/everything.csv")) == 2
+    assert "The most is gained by S1" in json.dumps(json.loads((tmp_path / "executed.ipynb").read_text()))
