@@ -126,8 +126,8 @@ def foretell(runs: Sequence[Run], past: pd.DataFrame, results: Path, device: tor
     found = {run: seconds_of(run, past, steps_of(run, results), name) for run in runs}
     measured: dict[tuple, tuple[float, float, float]] = {}
     for group in cohorts(run for run in runs if found[run] is None):
-        alike = tuple((run.method, run.profile, run.protocol) for run in group)
-        if alike not in measured:  # another fold or seed takes as long
+        alike = tuple((run.method, run.profile, run.effective_recipe, run.optimisation) for run in group)
+        if alike not in measured:  # another fold, seed or way of evaluating takes as long
             measured[alike] = timed(group, results, device)
         step, validation, evaluation = measured[alike]
         for run in group:
