@@ -31,17 +31,18 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
     dice = history[history["name"] == "val_dice"]
     if dice.empty:
         raise InputError("a history without val_dice: give the history table of a study")
-    end = dice.groupby("run")["epoch"].transform("max")
-    table = dice.drop_duplicates("run").set_index("run")[list(by)]
+    each = ["run", *by]  # methods of several protocols may share a run
+    end = dice.groupby(each)["epoch"].transform("max")
+    table = dice[each].drop_duplicates().set_index(each)
     for percent in (25, 50, 80, 100):
         until = dice[dice["epoch"] <= percent / 100 * end]
-        table[f"dice_{percent}"] = until.groupby("run")["value"].max()
+        table[f"dice_{percent}"] = until.groupby(each)["value"].max()
     table = table.fillna(dict.fromkeys(("dice_25", "dice_50", "dice_80"), 0.0))  # no validation until then
     table["last_fifth"] = table["dice_100"] - table.pop("dice_80")
     groups = table.groupby(list(by), sort=False)
     found = groups[["dice_25", "dice_50", "dice_100", "last_fifth"]].mean()
     found.insert(0, "runs", groups.size())
     found = found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()
-    if list(by) == ["method"]:
-        found.insert(1, "label", found["method"].map(method_labels(history)))
+    if "method" in by:
+        found.insert(len(by), "label", found["method"].map(method_labels(history)))
     return found

@@ -11,6 +11,7 @@ import pandas as pd
 from kdlib.analysis.comparisons import labels_of, smallest_p, verdict
 from kdlib.analysis.intervals import canonical_order, studentised
 from kdlib.analysis.patients import per_patient, volumes
+from kdlib.analysis.sentences import NOT_CONVERGED
 from kdlib.config import InputError
 
 
@@ -163,3 +164,24 @@ def gains(
         pairs += [(own, own + number) for number in range(1, len(references) + 1)]
         names += [dict(stage=stage, reference=name, label_b=labels.get(name, name)) for name in references]
     return pd.DataFrame(names).join(paired_changes(_aligned(groups), pairs))
+
+
+def withhold_stages(
+    gains: pd.DataFrame, changes: pd.DataFrame, convergence: pd.DataFrame, method: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`gains` and `step_changes` with "not converged" wherever one of the two trainings that are compared has not.
+
+    Args:
+        convergence: from `kdlib.analysis.convergence.convergence`, by protocol and method.
+        method: the distilled student.
+    """
+    unfinished = convergence.loc[~convergence["converged"], ["protocol", "method"]]
+    rising = set(unfinished.itertuples(index=False, name=None))
+    held = [not rising.isdisjoint({(row.stage, method), (row.stage, row.reference)}) for row in gains.itertuples()]
+    gains = gains.assign(verdict=gains["verdict"].mask(np.array(held), NOT_CONVERGED))
+    stages = list(changes["step"][:-1])
+    before = [None, *stages[:-1], stages[0]]
+    after = [*stages, stages[-1]]
+    held = [first is not None and not rising.isdisjoint({(first, method), (second, method)})
+            for first, second in zip(before, after, strict=True)]  # fmt: skip
+    return gains, changes.assign(verdict=changes["verdict"].mask(np.array(held), NOT_CONVERGED))

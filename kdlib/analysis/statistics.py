@@ -15,7 +15,14 @@ from kdlib.analysis.comparisons import (
     smallest_p,
 )
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.correction import gains, overlap_weights, paired_changes, paired_permutation, step_changes
+from kdlib.analysis.correction import (
+    gains,
+    overlap_weights,
+    paired_changes,
+    paired_permutation,
+    step_changes,
+    withhold_stages,
+)
 from kdlib.analysis.intervals import Interval, interval, interval_text, seed_noise
 from kdlib.analysis.labels import merge_equal_losses, method_labels, methods
 from kdlib.analysis.patients import per_patient, rows_of

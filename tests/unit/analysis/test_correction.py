@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.analysis.statistics import gains, overlap_weights, step_changes
+from kdlib.analysis.statistics import convergence, gains, overlap_weights, step_changes, withhold_stages
 from kdlib.config import InputError
 
 
@@ -101,3 +101,27 @@ def test_gains_compare_methods_within_a_stage():
     found = gains(table, "KD", ["alone"], list(dice), [])
     assert found["difference"].tolist() == pytest.approx([0.1, 0.1]) and set(found["verdict"]) == {"better"}
     assert found["dice"].tolist() == pytest.approx([0.55, 0.75])
+
+
+def test_no_verdict_on_a_stage_that_has_not_converged():
+    """Stages share a run where they are one training; what rises in one stage is no matter in another."""
+    dice = {"thesis": [0.5, 0.6] * 4, "b": [0.7, 0.8] * 4, "c": [0.9, 0.95] * 4}
+    lower = {stage: [value - 0.1 for value in values] for stage, values in dice.items()}
+    table = pd.concat([stages(dice), stages(lower).assign(method="alone")])
+    names = list(dice)
+    last = {("thesis", "KD"): 0.0, ("b", "KD"): 0.0, ("c", "KD"): 0.1}
+    last |= {("thesis", "alone"): 0.1, ("b", "alone"): 0.0, ("c", "alone"): 0.0}
+    history = pd.DataFrame([
+        dict(run="shared" if method == "alone" and stage != "thesis" else f"{stage} {method}", protocol=stage,
+             method=method, epoch=epoch, name="val_dice", value=value)
+        for (stage, method), gain in last.items() for epoch, value in ((8, 0.5), (10, 0.5 + gain))
+    ])  # fmt: skip
+    progress = convergence(history, ("protocol", "method"))
+    assert len(progress) == 6 and list(progress["converged"]) == [True, True, False, False, True, True]
+    judged, changed = withhold_stages(
+        gains(table, "KD", ["alone"], names, []), step_changes(stages(dice), names, []), progress, "KD"
+    )
+    assert list(judged["verdict"]) == ["not converged", "better", "not converged"]
+    assert list(changed["verdict"][1:]) == ["better", "not converged", "not converged"] and pd.isna(
+        changed["verdict"][0]
+    )
