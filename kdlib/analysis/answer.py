@@ -10,7 +10,7 @@ import pandas as pd
 from kdlib.analysis import show
 from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import CONTROLS, methods, percent
+from kdlib.analysis.labels import CONTROLS, lesson, methods, percent
 from kdlib.analysis.sentences import (
     VERDICTS,
     correction_sentence,
@@ -28,7 +28,7 @@ ANSWER_COLUMNS = [  # of `answer`, to print
 
 
 FRACTION_COLUMNS = [  # of `fractions`, to print
-    "verdict", "labels", "label_a", "dice_alone", "dice", "change", "gain", "closed", "dice_teacher",
+    "verdict", "student", "labels", "learns", "dice_alone", "dice", "change", "gain", "closed", "dice_teacher",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
         rows.append(dict(
             verdict=row.verdict, student=about["model"], teacher=about["teacher"], labels=percent(about["fraction"]),
             dice_alone=values[row.b].mean(), dice_distilled=values[row.a].mean(),
-            change=interval_of(row.difference, row.low, row.high), gain=gain_of(values[row.a] - values[row.b]),
+            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
             dice_teacher=reached, parameters=parameters[row.a], n=row.n, volumes=row.volumes, seeds=seeds,
             difference=row.difference, low=row.low, high=row.high, interval=row.interval, p_holm=row.p_holm,
             smallest_p=row.smallest_p,
@@ -68,7 +68,7 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
     return pd.DataFrame(rows)
 
 
-def gain_of(change: pd.Series) -> str:
+def _gain(change: pd.Series) -> str:
     """How many patients gain, of how many; what is equal but for rounding is no gain."""
     return f"{(change.round(12) > 0).sum()} of {len(change)}"
 
@@ -140,49 +140,68 @@ def _verdict_first(table: pd.DataFrame, columns: Sequence[str]) -> str:
     return markdown(table.assign(verdict="**" + table["verdict"] + "**")[list(columns)])
 
 
-def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
-    """What a teacher is worth on every label fraction, and how much of the gap to the teacher is closed.
+def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
+    """What a teacher is worth to each student, and how much of the gap to the teacher that closes.
 
     Args:
-        cases: tidy, with one teacher, and a student alone and taught on several label fractions.
-        verdicts: from `statistics.compare`, of the taught students with the student alone on the same labels.
+        cases: tidy, with students alone and taught on several label fractions, and their teacher.
+        verdicts: from `statistics.compare`, of the taught students with the same student alone on the same labels.
+        masters: further tables, to look for the teacher in.
 
-    Returns: one row per comparison, the verdict first: labels (share), label_a, dice_alone, dice, change (text with
-        interval), gain (patients), gap_closed (share of the way from the student alone to the teacher; NaN where the
-        teacher is not above it) and closed (the same as text), teacher, dice_teacher, n, seeds, difference, low, high.
+    Returns: one row per comparison, the verdict first: student, labels (share), learns (`labels.lesson`), dice_alone,
+        dice, change (text with interval), gain (patients), gap (from the student alone to its teacher, or to the only
+        one that there is; NaN without one), gap_closed (share of it; NaN where it is less than 0.01 Dice) and closed
+        (the same as text), teacher, dice_teacher, n, volumes, seeds, difference, low, high, interval, p_holm, a and b.
     """
     found, rows = methods(cases), []
-    teacher = found.index[found["role"] == "teacher"][0]
     for row in verdicts.itertuples():
-        values = by_patient(cases, [row.a, row.b, teacher], "dice", "method")
+        method = found.loc[row.a]
+        values = by_patient(cases, [row.a, row.b], "dice", "method")
         means = values.mean()
-        gap = means[teacher] - means[row.b]
-        closed = row.difference / gap if gap > 0 else np.nan
+        name, reached = _teacher(method["teacher"], values.index, (cases, *masters))
+        gap = reached - means[row.b]
+        closed = row.difference / gap if gap > SAME["dice"] else np.nan
         rows.append(dict(
-            verdict=row.verdict, labels=percent(found.loc[row.a, "fraction"]), label_a=row.label_a,
+            verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]), learns=lesson(method)[1],
             dice_alone=means[row.b], dice=means[row.a], change=interval_of(row.difference, row.low, row.high),
-            gain=gain_of(values[row.a] - values[row.b]), gap_closed=closed,
-            closed="" if np.isnan(closed) else signed(percent(round(closed, 2))),
-            teacher=found.loc[teacher, "model"], dice_teacher=means[teacher], n=row.n, seeds=cases["seed"].nunique(),
-            difference=row.difference, low=row.low, high=row.high,
+            gain=_gain(values[row.a] - values[row.b]), gap=gap, gap_closed=closed,
+            closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
+            n=row.n, volumes=row.volumes, seeds=cases["seed"].nunique(), difference=row.difference, low=row.low,
+            high=row.high, interval=row.interval, p_holm=row.p_holm, a=row.a, b=row.b,
         ))  # fmt: skip
     return pd.DataFrame(rows)
 
 
+def _teacher(name: str, patients: pd.Index, tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
+    """A teacher's name and its mean Dice over these patients, by the first table that has it of all of them; the only
+    teacher of the first table where no such teacher is there, and "" and NaN where it has none or several."""
+    teachers = [table[table["role"] == "teacher"] for table in tables]
+    known = {model for table in teachers for model in table["model"]}
+    if name not in known:
+        models = set(teachers[0]["model"])
+        (name,) = models if len(models) == 1 else ("",)
+    for table in teachers:
+        own = table[table["model"] == name]
+        if set(patients) <= set(own.get("patient", own["case"])):
+            (method,) = own["method"].unique()
+            return name, by_patient(own, [method], "dice", "method").loc[patients, method].mean()
+    return name, np.nan
+
+
 def fraction_sentences(table: pd.DataFrame) -> list[str]:
-    """One sentence per label fraction: what gains most there, and how much of the gap to the teacher that closes.
+    """One sentence per label fraction and student: what it gains most by, and how much of the gap that closes.
 
     Args:
         table: of `fractions`.
     """
     said = []
-    for labels, rows in table.groupby("labels", sort=False):
+    for (labels, student), rows in table.groupby(["labels", "student"], sort=False):
         best = rows.loc[rows["difference"].idxmax()]
         closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
-        reached = f"alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f}"
-        most = "the most is gained by" if best["difference"] > 0 else "nothing is gained, and the least lost by"
+        reached = f"{student} (alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f})"
+        most = "gains most by" if best["difference"] > 0 else "gains by nothing, and loses least by"
         said.append(
-            f"With {labels} of the labels ({reached}) {most} {best['label_a']}: {best['change']} Dice, "
+            f"With {labels} of the labels {reached} {most} {best['learns']}: {best['change']} Dice, "
             f"{best['verdict']}{closed}."
         )
     return said

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from kdlib.analysis.answer import gain_of, markdown
-from kdlib.analysis.comparisons import baseline_pairs, by_patient, compare
+from kdlib.analysis.answer import fractions, markdown
+from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import CONTROL, LESSONS, lesson, methods, percent
-from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, interval_of, listed, signed, withhold
+from kdlib.analysis.labels import CONTROL, LESSONS, lesson, methods
+from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed, withhold
 from kdlib.config import InputError
 from kdlib.files import read_csv
 
@@ -33,11 +32,8 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     Args:
         folders: of studies, with their `tables`.
 
-    Returns: one row per comparison: study, chapter, data, student, teacher, fraction, length, lesson (one of `LESSONS`
-        or "control"), learns (the same in full), parameters, dice_alone, dice, dice_teacher and gap (to the teacher;
-        NaN where the study has none), closed (share of the gap), gain (patients), change, labels and times (of the
-        profile's steps), all as text, n, volumes, seeds, difference, low, high, interval, p_holm, verdict, and a and b,
-        the methods.
+    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data, lesson (one of
+        `LESSONS` or "control"), fraction, length, times (the length as text) and parameters.
 
     Raises: InputError: a folder without any such chapter.
     """
@@ -70,30 +66,14 @@ def _comparisons(
     if not about["role"].isin(["distilled", "control"]).any():
         return pd.DataFrame()
     verdicts = withhold(compare(cases, baseline_pairs(cases, ("distilled", "control"))), convergence(history))
-    parameters, data = runs.drop_duplicates("method").set_index("method")["parameters"], runs["data"].iloc[0]
-    rows = []
-    for row in verdicts.itertuples():
-        method = about.loc[row.a]
-        values, reached = by_patient(cases, [row.a, row.b], "dice", "method"), np.nan
-        for table in (cases, *masters):
-            taught_by = table[(table["role"] == "teacher") & (table["model"] == method["teacher"])]
-            if set(values.index) <= set(taught_by["patient"]):
-                (teacher,) = taught_by["method"].unique()
-                reached = by_patient(taught_by, [teacher], "dice", "method").loc[values.index, teacher].mean()
-                break
-        alone, taught = values[row.b].mean(), values[row.a].mean()
-        given, learns = lesson(method)
-        rows.append(dict(
-            chapter=name, data=data, student=method["model"], teacher=method["teacher"], fraction=method["fraction"],
-            length=method.get("length", 1.0), lesson=given, learns=learns, parameters=parameters[row.a],
-            dice_alone=alone, dice=taught, dice_teacher=reached, gap=reached - alone,
-            closed=signed(percent(round(row.difference / (reached - alone), 2))) if reached - alone > NEAR / 2 else "",
-            gain=gain_of(values[row.a] - values[row.b]), change=interval_of(row.difference, row.low, row.high),
-            labels=percent(method["fraction"]), times=f"{method.get('length', 1.0):g} x", n=row.n,
-            volumes=row.volumes, seeds=cases["seed"].nunique(), difference=row.difference, low=row.low,
-            high=row.high, interval=row.interval, p_holm=row.p_holm, verdict=row.verdict, a=row.a, b=row.b,
-        ))  # fmt: skip
-    return pd.DataFrame(rows)
+    table = fractions(cases, verdicts, masters)
+    taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
+    length = taught.get("length", pd.Series(1.0, taught.index))
+    return table.assign(
+        chapter=name, data=runs["data"].iloc[0], lesson=[lesson(row)[0] for _, row in taught.iterrows()],
+        fraction=taught["fraction"].to_numpy(), length=length.to_numpy(), times=[f"{value:g} x" for value in length],
+        parameters=table["a"].map(parameters),
+    )  # fmt: skip
 
 
 def _packed_or_not(path: Path) -> Path | None:

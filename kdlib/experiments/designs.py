@@ -261,12 +261,15 @@ def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> li
 
 
 def label_fractions(
-    setting: Setting, student: str = "S1", teacher: str = "T1", fractions: Sequence[float] = LABEL_FRACTIONS
+    setting: Setting,
+    students: Sequence[str] = ("S1",),
+    teacher: str = "T1",
+    fractions: Sequence[float] = LABEL_FRACTIONS,
 ) -> list[Run]:
-    """With how few labels does distillation help? Baseline, distilled, distilled with unlabelled images and its two
-    controls at every label fraction, and the teacher, which has all labels."""
+    """With how few labels does distillation help? Of each student: baseline, distilled, distilled with unlabelled
+    images and its two controls at every label fraction; and the teacher, which has all labels."""
     runs = teachers(setting, [teacher])
-    for fraction in fractions:
+    for fraction, student in product(fractions, students):
         runs += setting.everywhere(student, fraction=fraction)
         taught: list[tuple[str, Recipe]] = [(teacher, prediction_recipe())]
         if fraction < 1:

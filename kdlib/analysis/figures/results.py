@@ -56,7 +56,8 @@ def dice_per_method(table: pd.DataFrame, metric: str = "dice", means: pd.DataFra
 
 @plt.rc_context(style.STYLE)
 def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
-    """Mean and interval along the share of labels or the length of the training, a line for each way of learning.
+    """Mean and interval along the share of labels or the length of the training, a line for each way of learning and a
+    panel for each student.
 
     Args:
         table: tidy; its teachers are a band.
@@ -69,30 +70,35 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
         raise InputError(f"axis {axis!r} does not exist: choose from {', '.join(title)}")
     means = summarise(table, metric=metric).set_index("method")
     found = methods(table)
-    figure, ax = plt.subplots(figsize=(style.SINGLE, 70 * style.MM))
     teachers = means.loc[found.index[found["role"] == "teacher"]]
-    for row in teachers.itertuples():
-        ax.axhspan(row.low, row.high, color=style.PALE, alpha=0.35, linewidth=0)
-        ax.axhline(row.mean, color=style.DARK, linewidth=1, label=row.label)
-    students = found[found["role"] != "teacher"]
-    ways = students.apply(way_of_learning, axis="columns")
-    for number, (way, group) in enumerate(students.groupby(ways, sort=False)):
-        rows = means.loc[group.index].assign(at=group[axis]).sort_values("at")
-        own = style.method_styles(group.reset_index())
-        usual = own[group.index[(group["fraction"] - 0.5).abs().argmin()]]
-        other = dict(color=style.OTHER_COLOURS[number % 6], marker="D^vs<>"[number % 6], linestyle=":")
-        look = (usual if way in ("alone", "distilled") else other) | dict(markersize=4.5)
-        place = rows["at"] * (100 if axis == "fraction" else 1) * 1.02 ** (number - 2)
-        ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
-        ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1.1, elinewidth=0.7, capsize=0, **look)
-    ax.set_xscale("log")
-    marks = sorted(set(students[axis] * (100 if axis == "fraction" else 1)))
-    ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
-    ax.minorticks_off()
-    ax.set(xlabel=title[axis], ylabel=METRICS[metric].heading)
-    ax.grid(axis="y")
-    handles, _ = ax.get_legend_handles_labels()
-    style.legend_below(figure, handles, columns=2)
+    learners = found[found["role"] != "teacher"]
+    names = list(learners["model"].unique())
+    size = (style.SINGLE if len(names) == 1 else style.DOUBLE, 70 * style.MM)
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        students = learners[learners["model"] == name]
+        for row in teachers.itertuples():
+            ax.axhspan(row.low, row.high, color=style.PALE, alpha=0.35, linewidth=0)
+            ax.axhline(row.mean, color=style.DARK, linewidth=1, label=row.label)
+        ways = students.apply(way_of_learning, axis="columns")
+        for number, (way, group) in enumerate(students.groupby(ways, sort=False)):
+            rows = means.loc[group.index].assign(at=group[axis]).sort_values("at")
+            own = style.method_styles(group.reset_index())
+            usual = own[group.index[(group["fraction"] - 0.5).abs().argmin()]]
+            other = dict(color=style.OTHER_COLOURS[number % 6], marker="D^vs<>"[number % 6], linestyle=":")
+            look = (usual if way in ("alone", "distilled") else other) | dict(markersize=4.5)
+            place = rows["at"] * (100 if axis == "fraction" else 1) * 1.02 ** (number - 2)
+            ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
+            ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1.1, elinewidth=0.7, capsize=0, **look)
+        ax.set_xscale("log")
+        marks = sorted(set(students[axis] * (100 if axis == "fraction" else 1)))
+        ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        ax.minorticks_off()
+        ax.set(xlabel=title[axis], title=name if len(names) > 1 else "")
+        ax.grid(axis="y")
+    axes[0, 0].set_ylabel(METRICS[metric].heading)
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    style.legend_below(figure, handles, columns=2 if len(names) == 1 else 3)
     band = "" if teachers.empty else "; the teacher's as a band"
     figure.set_label(f"Points: {style.mean_text(means)}{band}. Points of one place are set side by side.")
     return figure

@@ -77,15 +77,15 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     row = table.iloc[0]
     assert row["gap_closed"] == pytest.approx(0.05 / 0.165) and (row["closed"], row["gain"]) == ("30 %", "8 of 8")
     assert fraction_sentences(table) == [
-        "With 50 % of the labels (alone 0.735, T1 0.900) the most is gained by KD(T1, S1): "
+        "With 50 % of the labels S1 (alone 0.735, T1 0.900) gains most by the thesis's terms from T1: "
         "+0.050 [+0.050, +0.050] Dice, better, 30 % of the gap."
     ]
     lines = fractions_markdown(table).splitlines()
     assert lines[0].startswith("**With 50 %") and lines[6].startswith(
-        "| **better** | 50 % | KD(T1, S1) | 0.735 | 0.785 |"
+        "| **better** | S1 | 50 % | the thesis's terms from T1 | 0.735 | 0.785 |"
     )
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
-    assert "nothing is gained, and the least lost by KD(T1, S1)" in lost[0] and "gap" not in lost[0]
+    assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
     row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
     assert np.isnan(row["gap_closed"]) and row["closed"] == ""

@@ -673,6 +673,11 @@ def test_a_line_for_each_way_of_learning_along_an_axis(axis, values):
         drawn = container.lines[0].get_ydata()
         assert drawn == pytest.approx([(1.8 + 2 * value / 10) / 3 for value in values])
     assert figure.axes[0].get_xscale() == "log" and "as a band" in figure.get_label()
+    others = [table.assign(model="E1", method="E1 " + table["method"]) for table in tables[1:]]
+    figure = along(pd.concat([*tables, *others], ignore_index=True), axis)
+    check(figure, DOUBLE)
+    assert [ax.get_title() for ax in figure.axes] == ["S1", "E1"]
+    assert all({line.get_label() for line in ax.containers} == set(ways) for ax in figure.axes)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

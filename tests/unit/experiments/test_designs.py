@@ -114,6 +114,8 @@ def test_capacity_trains_every_network_alone_and_distilled_on_every_share_of_lab
     assert {(run.fraction, run.teacher) for run in runs if run.model == "E1-30px"} == {
         (fraction, teacher) for fraction in (1.0, 0.25) for teacher in (None, "T1")
     }
+    both = label_fractions(setting, ["S1", "E1"])
+    assert {run.model for run in both} == {"T1", "S1", "E1"} and set(label_fractions(setting)) < set(both)
     shared = set(label_fractions(setting)) & set(runs)
     assert {run.method for run in shared} == {"T1", "S1", "S1@25", "KD(T1,S1):predictions", "KD(T1,S1)@25:predictions"}
     pruned = [run for run in runs if run.model == "T1-pruned"]
