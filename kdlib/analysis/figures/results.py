@@ -75,6 +75,7 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
     names = list(learners["model"].unique())
     size = (style.SINGLE if len(names) == 1 else style.DOUBLE, 70 * style.MM)
     figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    looks: dict[str, dict] = {}  # a way of learning looks the same in all panels
     for ax, name in zip(axes[0], names, strict=True):
         students = learners[learners["model"] == name]
         for row in teachers.itertuples():
@@ -86,7 +87,7 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
             own = style.method_styles(group.reset_index())
             usual = own[group.index[(group["fraction"] - 0.5).abs().argmin()]]
             other = dict(color=style.OTHER_COLOURS[number % 6], marker="D^vs<>"[number % 6], linestyle=":")
-            look = (usual if way in ("alone", "distilled") else other) | dict(markersize=4.5)
+            look = looks.setdefault(way, (usual if way in ("alone", "distilled") else other) | dict(markersize=4.5))
             place = rows["at"] * (100 if axis == "fraction" else 1) * 1.02 ** (number - 2)
             ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
             ax.errorbar(place, rows["mean"], ends, label=way, linewidth=1.1, elinewidth=0.7, capsize=0, **look)
