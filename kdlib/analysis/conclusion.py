@@ -153,10 +153,14 @@ def _best_by(rows: pd.DataFrame, column: str, shown: str) -> str:
 
 
 def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:
-    """Sentences, figure and table of what was compared, for a page that shows no notebook, without controls."""
+    """Sentences and figure as Markdown, for a page that shows no notebook."""
+    bullets = "\n".join(f"- {sentence}" for sentence in sentences(table))
+    return f"{bullets}\n\n![When does distillation help?]({picture})\n"
+
+
+def table_markdown(table: pd.DataFrame) -> str:
+    """What was compared on scans of people, without controls, the largest change first, as Markdown."""
     rows = of_people(table)
     rows = rows[rows["lesson"] != CONTROL].sort_values("difference", ascending=False)
     rows = rows.sort_values("verdict", key=lambda column: column == NOT_CONVERGED, kind="stable")
-    bullets = "\n".join(f"- {sentence}" for sentence in sentences(table))
-    printed = markdown(rows.assign(verdict="**" + rows["verdict"] + "**")[PRINTED])
-    return f"{bullets}\n\n![When does distillation help?]({picture})\n\n{printed}"
+    return markdown(rows.assign(verdict="**" + rows["verdict"] + "**")[PRINTED])

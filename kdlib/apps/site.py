@@ -28,7 +28,7 @@ def add_site(commands: argparse._SubParsersAction) -> None:
     line.add_argument("--output", type=Path, default=Path("docs/site"), help="folder of the pages")
     line.add_argument(
         "--block", nargs=3, action="append", default=[], metavar=("PAGE", "BLOCK", "STUDY"),
-        help="write a study's 'answer', 'labels' or 'worth' into a page, between its two comments; repeatable",
+        help="write a study's 'answer', 'worth' or 'when' into a page, between its two comments; repeatable",
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kdlib.analysis.answer import answer_markdown, fractions_markdown
+from kdlib.analysis.conclusion import conclusion_markdown, table_markdown
 from kdlib.apps.cli import parser
 from kdlib.apps.site import with_block
 from kdlib.losses import LOSSES
@@ -75,8 +76,16 @@ def test_the_readme_says_of_the_study_what_its_tables_say():
     assert answer_markdown(table, "figures/02_overview.png") == (folder / "answer.md").read_text(encoding="utf-8")
     shares = pd.read_csv(folder / "tables" / "07_answer.csv")
     assert fractions_markdown(shares) == (folder / "labels.md").read_text(encoding="utf-8")
-    for block in ("answer", "labels"):
-        assert with_block(ROOT / "README.md", block, folder) == README, "run: make site"
+    for block, study in (("answer", "hippocampus"), ("when", "conclusion")):
+        assert with_block(ROOT / "README.md", block, ROOT / "results" / study) == README, "run: make site"
+
+
+def test_the_conclusion_says_what_its_table_says():
+    folder = ROOT / "results" / "conclusion"
+    table = pd.read_csv(folder / "tables" / "everything.csv", keep_default_na=False, na_values=[""])
+    table["closed"] = table["closed"].fillna("")
+    assert conclusion_markdown(table, "figures/when.png") == (folder / "when.md").read_text(encoding="utf-8")
+    assert table_markdown(table) == (folder / "everything.md").read_text(encoding="utf-8")
 
 
 def test_the_first_screen_holds_question_answer_picture_and_table():

@@ -74,7 +74,11 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     rising = conclusion.sentences(table[table["study"] == "rising"])
     assert rising == ["No comparison of a converged student with itself alone."]
     page = conclusion.conclusion_markdown(table, "figures/when.png")
-    assert "Phantom" not in page and "zero-weight" not in page and "(figures/when.png)" in page
+    assert page.startswith(f"- {said[0]}") and "(figures/when.png)" in page
+    page = conclusion.table_markdown(table)
+    assert (
+        "Phantom" not in page and "zero-weight" not in page and page.splitlines()[-1].startswith("| **not converged**")
+    )
     assert page.index("pseudo-labels of T1 |") < page.index("KL from T1 |"), "the largest change first"
 
 
@@ -125,6 +129,6 @@ def test_the_notebook_writes_table_figure_and_page(tmp_path):
     parameters = {"results": str(tmp_path), "studies": ["one"], "study": "both"}
     execute(NOTEBOOKS / "conclusion.ipynb", tmp_path / "executed.ipynb", parameters)
     written = {str(path.relative_to(tmp_path / "both")) for path in (tmp_path / "both").rglob("*.*")}
-    assert {"tables/everything.csv", "figures/when.pdf", "figures/when.png", "when.md"} <= written
+    assert {"tables/everything.csv", "figures/when.pdf", "figures/when.png", "when.md", "everything.md"} <= written
     assert len(pd.read_csv(tmp_path / "both/tables/everything.csv")) == 2
     assert "The most is gained by S1" in json.dumps(json.loads((tmp_path / "executed.ipynb").read_text()))
