@@ -10,7 +10,7 @@ import pandas as pd
 from kdlib.analysis.answer import fractions, markdown
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import CONTROL, LESSONS, lesson, methods
+from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
 from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed, withhold
 from kdlib.config import InputError
 from kdlib.files import read_csv
@@ -32,8 +32,8 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     Args:
         folders: of studies, with their `tables`.
 
-    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data, lesson (one of
-        `LESSONS` or "control"), fraction, length, times (the length as text) and parameters.
+    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data, knowledge (one of
+        `KNOWLEDGE` or "control"), fraction, length, times (the length as text) and parameters.
 
     Raises: InputError: a folder without any such chapter.
     """
@@ -70,7 +70,7 @@ def _comparisons(
     taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
     length = taught.get("length", pd.Series(1.0, taught.index))
     return table.assign(
-        chapter=name, data=runs["data"].iloc[0], lesson=[lesson(row)[0] for _, row in taught.iterrows()],
+        chapter=name, data=runs["data"].iloc[0], knowledge=[knowledge(row)[0] for _, row in taught.iterrows()],
         fraction=taught["fraction"].to_numpy(), length=length.to_numpy(), times=[f"{value:g} x" for value in length],
         parameters=table["a"].map(parameters),
     )  # fmt: skip
@@ -94,7 +94,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
         table: of `everything`; those that have not converged count for nothing.
     """
     rows = of_people(table)
-    rows = rows[(rows["verdict"] != NOT_CONVERGED) & (rows["lesson"] != CONTROL)]
+    rows = rows[(rows["verdict"] != NOT_CONVERGED) & (rows["knowledge"] != CONTROL)]
     if rows.empty:
         return ["No comparison of a converged student with itself alone."]
     said = [_count_sentence(rows), _most_sentence(rows)]
@@ -107,10 +107,10 @@ def sentences(table: pd.DataFrame) -> list[str]:
         )
     if rows["fraction"].nunique() > 1:
         said.append(f"The most that a teacher brings, by labels: {_best_by(rows, 'fraction', 'labels')}.")
-    if rows["lesson"].nunique() > 1:
+    if rows["knowledge"].nunique() > 1:
         parts = [
             f"{name} {signed(f'{part.mean():+.3f}')} ({len(part)})"
-            for name in LESSONS if len(part := rows.loc[rows["lesson"] == name, "difference"])
+            for name in KNOWLEDGE if len(part := rows.loc[rows["knowledge"] == name, "difference"])
         ]  # fmt: skip
         said.append(f"On average over what was compared, by what the teacher gives: {listed(parts)}.")
     if rows["length"].nunique() > 1:
@@ -154,13 +154,14 @@ def _best_by(rows: pd.DataFrame, column: str, shown: str) -> str:
 
 def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:
     """Sentences and figure as Markdown, for a page that shows no notebook."""
-    bullets = "\n".join(f"- {sentence}" for sentence in sentences(table))
-    return f"{bullets}\n\n![When does distillation help?]({picture})\n"
+    first, *others = sentences(table)
+    bullets = "".join(f"- {sentence}\n" for sentence in others)
+    return f"**{first}**\n\n{bullets}\n![When does distillation help?]({picture})\n"
 
 
 def table_markdown(table: pd.DataFrame) -> str:
     """What was compared on scans of people, without controls, the largest change first, as Markdown."""
     rows = of_people(table)
-    rows = rows[rows["lesson"] != CONTROL].sort_values("difference", ascending=False)
+    rows = rows[rows["knowledge"] != CONTROL].sort_values("difference", ascending=False)
     rows = rows.sort_values("verdict", key=lambda column: column == NOT_CONVERGED, kind="stable")
     return markdown(rows.assign(verdict="**" + rows["verdict"] + "**")[PRINTED])

@@ -23,7 +23,7 @@ CONTROLS = {  # column `control` -> label
     "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
     "self_distillation": "self-distillation",
 }  # fmt: skip
-LESSONS = ("features", "predictions", "predictions, unlabelled images", "pseudo-labels")  # what a teacher gives
+KNOWLEDGE = ("features", "predictions", "predictions, unlabelled images", "pseudo-labels")  # what a teacher gives
 CONTROL = "control"
 DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
 
@@ -57,8 +57,8 @@ def way_of_learning(method: pd.Series) -> str:
     return "distilled, with unlabelled images" if method.get("unlabelled") else "distilled"
 
 
-def lesson(method: pd.Series) -> tuple[str, str]:
-    """What a student (a row of `methods`) learns: one of `LESSONS` or `CONTROL`, and the same in full."""
+def knowledge(method: pd.Series) -> tuple[str, str]:
+    """What a student (a row of `methods`) learns: one of `KNOWLEDGE` or `CONTROL`, and the same in full."""
     if method["control"] == "pseudo_labels":
         return "pseudo-labels", f"pseudo-labels of {method['teacher']}"
     if method["role"] == "control":

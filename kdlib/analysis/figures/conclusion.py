@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 
 from kdlib.analysis.comparisons import SAME
 from kdlib.analysis.figures import style
-from kdlib.analysis.labels import LESSONS
+from kdlib.analysis.labels import KNOWLEDGE
 from kdlib.analysis.patients import patients_text
 from kdlib.config import InputError
 
-COLOURS = dict(zip(LESSONS, (style.BLUE, style.ORANGE, style.GREEN, style.PINK), strict=True))
+COLOURS = dict(zip(KNOWLEDGE, (style.BLUE, style.ORANGE, style.GREEN, style.PINK), strict=True))
 MARKERS = "osD^vP"  # of data sets
 
 
@@ -21,20 +21,20 @@ def when(table: pd.DataFrame) -> Figure:
     """Change of Dice by a teacher, over the gap between the student alone and that teacher, for every comparison.
 
     Args:
-        table: of `kdlib.analysis.conclusion.everything`: data, lesson, gap, difference, low, high, verdict, n, volumes.
+        table: of `kdlib.analysis.conclusion.everything`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
 
     Raises: InputError: a missing column, or no comparison with a known teacher.
     """
-    needed = ["data", "lesson", "gap", "difference", "low", "high", "verdict", "n", "volumes"]
+    needed = ["data", "knowledge", "gap", "difference", "low", "high", "verdict", "n", "volumes"]
     style.need_columns(table, needed, "when", "`kdlib.analysis.conclusion.everything`")
-    rows = table[table["lesson"].isin(LESSONS)].dropna(subset="gap")
+    rows = table[table["knowledge"].isin(KNOWLEDGE)].dropna(subset="gap")
     if rows.empty:
         raise InputError("when: no comparison of a taught student whose teacher is known")
     figure, ax = plt.subplots(figsize=(style.DOUBLE, 95 * style.MM))
     markers = dict(zip(rows["data"].unique(), MARKERS, strict=False))
     for row in rows.itertuples():
         decided = row.verdict in ("better", "worse", "equivalent")
-        look = dict(color=COLOURS[row.lesson], marker=markers[row.data], markersize=5, **style.NO_LINE)
+        look = dict(color=COLOURS[row.knowledge], marker=markers[row.data], markersize=5, **style.NO_LINE)
         errors = [[row.difference - row.low], [row.high - row.difference]]
         fill = {} if decided else {"markerfacecolor": "white"}
         ax.errorbar(row.gap, row.difference, errors, elinewidth=0.7, **look, **fill)
@@ -43,13 +43,11 @@ def when(table: pd.DataFrame) -> Figure:
     ends = [min(0.0, rows["gap"].min()), rows["gap"].max()]
     ax.plot(ends, ends, color=style.GREY, linewidth=0.8, linestyle="--", zorder=0.5)
     ax.set(xlabel="Dice of the teacher above the student alone", ylabel="change of Dice by the teacher")
-    handles = style.legend_lines({lesson: dict(color=COLOURS[lesson], marker="o", linestyle="") for lesson in LESSONS
-                                  if lesson in set(rows["lesson"])})  # fmt: skip
-    handles += style.legend_lines(
-        {data: dict(color=style.DARK, marker=marker, linestyle="") for data, marker in markers.items()}
-    )
-    handles += style.legend_lines({"not decided": dict(color=style.DARK, marker="o", markerfacecolor="white",
-                                                       linestyle="")})  # fmt: skip
+    dot = dict(color=style.DARK, marker="o", linestyle="")
+    given = [name for name in KNOWLEDGE if name in set(rows["knowledge"])]
+    handles = style.legend_lines({name: dot | dict(color=COLOURS[name]) for name in given})
+    handles += style.legend_lines({data: dot | dict(marker=marker) for data, marker in markers.items()})
+    handles += style.legend_lines({"not decided": dot | dict(markerfacecolor="white")})
     handles += style.legend_lines({"as good as the teacher": dict(color=style.GREY, linestyle="--")})
     style.legend_below(figure, handles, columns=4)
     figure.set_label(

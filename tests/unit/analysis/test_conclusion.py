@@ -7,7 +7,7 @@ from analysis_tables import check, identity, tidy
 
 from kdlib.analysis import conclusion, figures
 from kdlib.analysis.figures.style import DOUBLE
-from kdlib.analysis.labels import lesson, methods
+from kdlib.analysis.labels import knowledge, methods
 from kdlib.apps.notebooks import NOTEBOOKS
 from kdlib.config import InputError
 from kdlib.files import write_csv
@@ -50,7 +50,7 @@ def test_every_comparison_stands_once_with_its_gap(tmp_path, packed):
     table = conclusion.everything([tmp_path / "one", tmp_path / "two"])
     assert list(table["study"]) == ["one"] * 3 + ["two"]
     assert list(table["chapter"]) == ["07_fractions", "07_fractions", "08_length", "07_fractions"]
-    assert list(table["lesson"]) == ["predictions", "pseudo-labels", "control", "predictions"]
+    assert list(table["knowledge"]) == ["predictions", "pseudo-labels", "control", "predictions"]
     assert list(table["difference"].round(6)) == [0.02, 0.05, 0.0, -0.01]
     assert list(table["gap"].round(6)[:3]) == [0.1] * 3 and np.isnan(table["gap"][3]), "the study's teacher, if any"
     assert list(table["closed"]) == ["20 %", "50 %", "0 %", ""]
@@ -74,7 +74,7 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     rising = conclusion.sentences(table[table["study"] == "rising"])
     assert rising == ["No comparison of a converged student with itself alone."]
     page = conclusion.conclusion_markdown(table, "figures/when.png")
-    assert page.startswith(f"- {said[0]}") and "(figures/when.png)" in page
+    assert page.startswith(f"**{said[0]}**") and f"- {said[1]}" in page and "(figures/when.png)" in page
     page = conclusion.table_markdown(table)
     assert (
         "Phantom" not in page and "zero-weight" not in page and page.splitlines()[-1].startswith("| **not converged**")
@@ -92,7 +92,7 @@ def test_what_a_student_learns_is_named():
     unlabelled = dict(KL, method="u", unlabelled=True)
     feature = identity("KD(T1, S1)", method="f", loss="at", loss_label="attention", terms="B-B")
     given = pd.DataFrame([thesis, KL, unlabelled, feature, PSEUDO, SILENT]).fillna({"unlabelled": False})
-    assert [lesson(row) for _, row in methods(given).iterrows()] == [
+    assert [knowledge(row) for _, row in methods(given).iterrows()] == [
         ("features", "the thesis's terms from T2"),
         ("predictions", "KL from T1"),
         ("predictions, unlabelled images", "KL from T1, on unlabelled images too"),
