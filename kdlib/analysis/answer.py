@@ -148,7 +148,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         verdicts: from `statistics.compare`, of the taught students with the same student alone on the same labels.
         masters: further tables, to look for the teacher in.
 
-    Returns: one row per comparison, the verdict first: student, labels (share), learns (`labels.knowledge`), dice_alone,
+    Returns: one row per comparison, the verdict first: student, labels (share), learns (`knowledge`), dice_alone,
         dice, change (text with interval), gain (patients), gap (from the student alone to its teacher, or to the only
         one that there is; NaN without one), gap_closed (share of it; NaN where it is less than 0.01 Dice) and closed
         (the same as text), teacher, dice_teacher, n, volumes, seeds, difference, low, high, interval, p_holm, a and b.
@@ -162,9 +162,10 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         gap = reached - means[row.b]
         closed = row.difference / gap if gap > SAME["dice"] else np.nan
         rows.append(dict(
-            verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]), learns=knowledge(method)[1],
-            dice_alone=means[row.b], dice=means[row.a], change=interval_of(row.difference, row.low, row.high),
-            gain=_gain(values[row.a] - values[row.b]), gap=gap, gap_closed=closed,
+            verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]),
+            learns=knowledge(method)[1], dice_alone=means[row.b], dice=means[row.a],
+            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
+            gap=gap, gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
             n=row.n, volumes=row.volumes, seeds=cases["seed"].nunique(), difference=row.difference, low=row.low,
             high=row.high, interval=row.interval, p_holm=row.p_holm, a=row.a, b=row.b,

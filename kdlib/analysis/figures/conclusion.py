@@ -21,7 +21,7 @@ def when(table: pd.DataFrame) -> Figure:
     """Change of Dice by a teacher, over the gap between the student alone and that teacher, for every comparison.
 
     Args:
-        table: of `kdlib.analysis.conclusion.everything`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
+        table: of `conclusion.everything`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
 
     Raises: InputError: a missing column, or no comparison with a known teacher.
     """
