@@ -153,8 +153,10 @@ def correction_sentence(changes: pd.DataFrame) -> str:
     decided = steps[steps["verdict"].isin(["better", "worse"])]
     most = steps.loc[steps["difference"].abs().idxmax()]
     text = "From the published to the corrected protocol Dice changes by "
-    text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']}); "
-    text += f"the largest single change is {interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}."
+    text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
+    if len(steps) == 1:
+        return f"{text}."
+    text += f"; the largest single change is {interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}."
     named = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else ""
     return f"{text} {len(decided)} of {len(steps)} steps {'is' if len(decided) == 1 else 'are'} decided{named}."
 

@@ -238,8 +238,11 @@ def loss_comparison(
     return list(dict.fromkeys(runs))
 
 
-def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
+def correction(setting: Setting, student: str = "S1", teacher: str = "T1", ends: bool = False) -> list[Run]:
     """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol.
+
+    Args:
+        ends: only at the first and the last of them, the two protocols themselves.
 
     Raises:
         InputError: the target has several classes.
@@ -251,8 +254,8 @@ def correction(setting: Setting, student: str = "S1", teacher: str = "T1") -> li
     zero = thesis_recipe(student)
     silent = tuple(dataclasses.replace(term, weight=0.0) for term in zero.terms)
     zero = dataclasses.replace(zero, name="zero_weights", terms=silent, control="zero_weights")
-    runs = []
-    for protocol in cumulative_correction():
+    runs, stages = [], cumulative_correction()
+    for protocol in (stages[0], stages[-1]) if ends else stages:
         shared = dict(fraction=0.5, protocol=protocol)
         runs += setting.everywhere(student, **shared)
         for recipe in (thesis_recipe(student), zero):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kdlib.analysis.sentences import correction_sentence
 from kdlib.analysis.statistics import convergence, gains, overlap_weights, step_changes, withhold_stages
 from kdlib.config import InputError
 
@@ -30,6 +31,12 @@ def test_steps_adds_up_from_stage_to_stage():
     assert found["difference"].tolist()[1:] == pytest.approx([0.1, -0.05, 0.05])
     assert found["verdict"].tolist()[1:] == ["better", "worse", "better"]
     assert found.loc[1, ["low", "high"]].tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_two_stages_are_said_as_one_change():
+    found = step_changes(stages({"thesis": [0.5, 0.6] * 4, "b": [0.7, 0.8] * 4}), ["thesis", "b"], [])
+    said = correction_sentence(found)
+    assert said == "From the published to the corrected protocol Dice changes by +0.200 [+0.200, +0.200] (better)."
 
 
 def test_pooled_dice_is_that_of_all_voxels_together():
