@@ -144,7 +144,10 @@ def describe(plan: Mapping[str, object]) -> str:
     """
     shared, parameters = plan["shared"], plan["parameters"]
     results, place = Path(shared["results"]), pick_device(shared["device"])
-    asked = {name: {run_key(r, results): r for r in requested_runs(name, parameters[name])} for name in parameters}
+    asked: dict[str, dict[str, Run]] = {name: {} for name in parameters}
+    for name, runs in asked.items():
+        for run in requested_runs(name, parameters[name]):
+            runs.setdefault(run_key(run, results), run)  # of two that are one, the first is trained
     missing = {key: run for runs in asked.values() for key, run in runs.items() if not is_done(run, results)}
     past = past_runs(results)
     seconds = foretell(list(missing.values()), past, results, place)

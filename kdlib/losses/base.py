@@ -136,6 +136,12 @@ def l2_normalize(vectors: Tensor, dim: int = 1) -> Tensor:
     return F.normalize(as_float(vectors), dim=dim, eps=1e-4)
 
 
+def vectors_at(maps: Tensor, positions: Tensor) -> Tensor:
+    """[n, N], the vectors of BNH[WD] maps at positions [n] of the flat BH[WD] grid. Channels last, nothing is copied
+    but they, and their gradient goes back to them alone."""
+    return maps.movedim(1, -1).flatten(0, -2).index_select(0, positions)
+
+
 def mean_over(values: Tensor, kept: Tensor | None) -> Tensor:
     """Mean of BH[WD] or BNH[WD] values over the positions that are `kept` (BH[WD] bool; None: all)."""
     if kept is None:

@@ -101,12 +101,12 @@ class SupervisedContrastiveLoss(DistillationLoss):
 
     def compare(self, student, teacher, labels, kept, context):
         positions = self.draw(labels, context.generator)
-        image, pixel = positions // labels[0].numel(), positions % labels[0].numel()
+        image = positions // labels[0].numel()
         key_labels = own_labels = labels.flatten()[positions]
         key_patients = patients = None
         if self.bank is not None or self.same_patient:
             key_patients = patients = base.patients_of(context, student, "supervised contrastive loss")[image]
-        anchors, keys = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+        anchors, keys = (l2_normalize(base.vectors_at(maps, positions)) for maps in (student, teacher))
         own_keys = keys
         if self.bank is not None and len(self.bank):
             vectors, bank_labels, bank_patients, _ = self.bank.entries()

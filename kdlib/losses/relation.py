@@ -163,8 +163,7 @@ class CrossImageRelation(DistillationLoss):
         drawn = _draw(groups, self.pixels, context.generator)
         if kept is not None:
             drawn = kept.flatten().nonzero()[:, 0][drawn]
-        image, pixel = drawn // flat.shape[1], drawn % flat.shape[1]
-        of_student, of_teacher = (l2_normalize(maps.flatten(2)[image, :, pixel]) for maps in (student, teacher))
+        of_student, of_teacher = (l2_normalize(base.vectors_at(maps, drawn)) for maps in (student, teacher))
         banks = ((self.pixel_bank, self.pixel_keys), (self.region_bank, self.region_keys))
         for weight, (bank, keys) in zip(self.weights[1:], banks, strict=True):
             if len(bank):
@@ -172,7 +171,7 @@ class CrossImageRelation(DistillationLoss):
                 loss = loss + weight * _divergence(of_student @ vectors, of_teacher @ vectors)
 
         if patients is not None:
-            self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[image], context.step)
+            self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[drawn // flat.shape[1]], context.step)
             self._push_regions(teacher, labels, classes, patients, context.step)
         return loss
 
