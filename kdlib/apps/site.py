@@ -36,7 +36,6 @@ def run_site(options: argparse.Namespace) -> int:
     studies = sorted({path.parents[1] for path in options.results.glob("*/notebooks/report.ipynb")})
     if not studies:
         raise InputError(f"{options.results} holds no study with a report: run make study first")
-    links = []
     for study in studies:
         target = options.output / study.name
         shutil.rmtree(target, ignore_errors=True)
@@ -45,16 +44,13 @@ def run_site(options: argparse.Namespace) -> int:
             continue
         for page in render(study, leave_out=["06_figures"]):  # it draws again what the others show
             write_text(target / page.relative_to(study), _without_paths(page, study))
-        name = html.escape(study.name)
-        picture = study / PICTURE
-        if picture.is_file():
+        if (picture := study / PICTURE).is_file():
             shutil.copyfile(picture, target / "overview.png")
-        shown = f'<img src="{name}/overview.png" alt="what distillation changes: {name}">' if picture.is_file() else ""
-        links.append(f'<h2><a href="{name}/report.html">{name}</a></h2>{shown}')
+    links = [_link(page.parent) for page in sorted(options.output.glob("*/report.html"))]  # those of other days, too
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     page = f"<!DOCTYPE html><html lang='en'><head>{head}<title>kdlib: studies</title></head><body><h1>Studies</h1>"
     write_text(options.output / "index.html", f"{page}{''.join(links)}</body></html>\n")
-    print(f"wrote {options.output / 'index.html'} of {len(links)} of {len(studies)} studies")
+    print(f"wrote {options.output / 'index.html'} of {len(links)} studies")
     for page, block, study in options.block:
         if not (options.results / study / f"{block}.md").is_file():
             print(f"left as it is: {page}, since {study} has no {block}.md yet")
@@ -62,6 +58,13 @@ def run_site(options: argparse.Namespace) -> int:
         write_text(Path(page), with_block(Path(page), block, options.results / study))
         print(f"wrote {block} of {study} into {page}")
     return 0
+
+
+def _link(folder: Path) -> str:
+    """A study's line of the index."""
+    name, picture = html.escape(folder.name), folder / "overview.png"
+    shown = f'<img src="{name}/overview.png" alt="what distillation changes: {name}">' if picture.is_file() else ""
+    return f'<h2><a href="{name}/report.html">{name}</a></h2>{shown}'
 
 
 def _parameters(chapter: Path) -> dict[str, object]:

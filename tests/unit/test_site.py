@@ -34,12 +34,21 @@ def test_studies_of_the_phantom_and_of_open_data_become_pages_without_paths(tmp_
     study(results, "phantom", data="phantom")
     study(results, "brains", data=data_set(tmp_path / "brains", licence="CC-BY-SA 4.0"))
     assert main(["site", f"--results={results}", f"--output={out}"]) == 0
-    assert capsys.readouterr().out == f"wrote {out}/index.html of 2 of 2 studies\n"
+    assert capsys.readouterr().out == f"wrote {out}/index.html of 2 studies\n"
     index = (out / "index.html").read_text()
     for name in ("phantom", "brains"):
         assert f'href="{name}/report.html"' in index
         assert "Report of" in (out / name / "report.html").read_text()
         assert str(tmp_path) not in (out / name / "notebooks" / "01_baseline.html").read_text()
+
+
+def test_the_index_keeps_the_pages_of_studies_that_are_not_here(tmp_path):
+    out = tmp_path / "site"
+    for place, name in (("there", "phantom"), ("here", "later")):
+        study(tmp_path / place, name, data="phantom")
+        assert main(["site", f"--results={tmp_path / place}", f"--output={out}"]) == 0
+    index = (out / "index.html").read_text()
+    assert [index.count(f'href="{name}/report.html"') for name in ("phantom", "later")] == [1, 1]
 
 
 @pytest.mark.parametrize(
