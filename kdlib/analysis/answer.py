@@ -133,10 +133,11 @@ def answer_markdown(table: pd.DataFrame, picture: str) -> str:
     bullets = [f"- {sentence}" for sentence in answer_sentences(table)]
     lines = [f"**{lead_sentence(table)}**", "", *bullets, "", terms_sentence(table), ""]
     picture = f"![What distillation changes]({picture})"
-    return "\n".join([*lines, picture, "", _verdict_first(table, ANSWER_COLUMNS)])
+    return "\n".join([*lines, picture, "", verdicts_markdown(table, ANSWER_COLUMNS)])
 
 
-def _verdict_first(table: pd.DataFrame, columns: Sequence[str]) -> str:
+def verdicts_markdown(table: pd.DataFrame, columns: Sequence[str]) -> str:
+    """These columns of a table of comparisons as Markdown, its verdicts bold."""
     return markdown(table.assign(verdict="**" + table["verdict"] + "**")[list(columns)])
 
 
@@ -211,7 +212,7 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
 def fractions_markdown(table: pd.DataFrame) -> str:
     """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook."""
     said = " ".join(fraction_sentences(table))
-    return f"**{said}**\n\n{terms_sentence(table)}\n\n{_verdict_first(table, FRACTION_COLUMNS)}"
+    return f"**{said}**\n\n{terms_sentence(table)}\n\n{verdicts_markdown(table, FRACTION_COLUMNS)}"
 
 
 def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib.analysis.answer import fractions, markdown
+from kdlib.analysis.answer import fractions, verdicts_markdown
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
@@ -164,4 +164,4 @@ def table_markdown(table: pd.DataFrame) -> str:
     rows = of_people(table)
     rows = rows[rows["knowledge"] != CONTROL].sort_values("difference", ascending=False)
     rows = rows.sort_values("verdict", key=lambda column: column == NOT_CONVERGED, kind="stable")
-    return markdown(rows.assign(verdict="**" + rows["verdict"] + "**")[PRINTED])
+    return verdicts_markdown(rows, PRINTED)

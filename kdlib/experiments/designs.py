@@ -38,6 +38,7 @@ from kdlib.experiments.recipes import (
     pseudo_labels,
     thesis_recipe,
     unlabelled,
+    zero_weights,
 )
 from kdlib.experiments.source import run_source
 from kdlib.files import check_study
@@ -251,14 +252,11 @@ def correction(setting: Setting, student: str = "S1", teacher: str = "T1", ends:
         raise InputError(
             f"target {setting.target!r} has several classes: pooled Dice and the one-channel softmax need one; name it"
         )
-    zero = thesis_recipe(student)
-    silent = tuple(dataclasses.replace(term, weight=0.0) for term in zero.terms)
-    zero = dataclasses.replace(zero, name="zero_weights", terms=silent, control="zero_weights")
     runs, stages = [], cumulative_correction()
     for protocol in (stages[0], stages[-1]) if ends else stages:
         shared = dict(fraction=0.5, protocol=protocol)
         runs += setting.everywhere(student, **shared)
-        for recipe in (thesis_recipe(student), zero):
+        for recipe in (thesis_recipe(student), zero_weights(student)):
             runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **shared)
     return runs
 

@@ -91,6 +91,13 @@ def distiller(loss: str, student: str) -> Recipe:
     return Recipe(loss, terms=terms, balance=BALANCE)
 
 
+def zero_weights(student: str) -> Recipe:
+    """Control of the thesis's recipe: its terms weigh nothing."""
+    recipe = thesis_recipe(student)
+    silent = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
+    return dataclasses.replace(recipe, name="zero_weights", control="zero_weights", terms=silent)
+
+
 def controls(student: str, teacher: str, **setting) -> list[Run]:
     """Negative controls of the thesis's recipe: if they do as well as it does, distillation is worth nothing.
 
@@ -102,16 +109,13 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
         setting: the other fields of the runs.
     """
     recipe = thesis_recipe(student)
-    silent = tuple(dataclasses.replace(term, weight=0.0) for term in recipe.terms)
-
     frozen = tuple(t if t.name == "PMD" else dataclasses.replace(t, projector="frozen") for t in recipe.terms)
     taught = {
-        "zero_weights": dict(terms=silent), "random_teacher": dict(teacher="random"),
-        "shuffled_teacher": dict(teacher="shuffled"), "frozen_projectors": dict(terms=frozen),
-        "redrawn_projectors": dict(redrawn_projectors=True),
+        "random_teacher": dict(teacher="random"), "shuffled_teacher": dict(teacher="shuffled"),
+        "frozen_projectors": dict(terms=frozen), "redrawn_projectors": dict(redrawn_projectors=True),
     }  # fmt: skip
     changed = [dataclasses.replace(recipe, name=name, control=name, **change) for name, change in taught.items()]
-    runs = [Run(model=student, teacher=teacher, recipe=recipe, **setting) for recipe in changed]
+    runs = [Run(model=student, teacher=teacher, recipe=each, **setting) for each in (zero_weights(student), *changed)]
     alone = [
         Recipe("label_smoothing", smoothing=0.1, control="label_smoothing"),
         Recipe("longer_training", budget="teacher+student", control="longer_training"),
