@@ -117,7 +117,7 @@ check: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "not slow" tests/unit
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rs --durations=15 -n auto --dist loadfile --max-worker-restart=0 \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -rsfE --durations=15 -n auto --dist loadfile --max-worker-restart=0 \
 	    --cov=kdlib --cov-report=term:skip-covered
 
 bench: $(STAMP)
