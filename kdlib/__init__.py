@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 HOMES = {
     "config": (
         "PROFILES", "PROTOCOLS", "InputError", "Preprocessing", "Profile", "Protocol", "Recipe", "Run", "Term",
-        "TrainingError", "cumulative_correction", "lookup", "override_profile",
+        "TrainingError", "correction_stages", "lookup", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table", "warning_table"),
     "analysis.calibration": ("expected_calibration_error",),

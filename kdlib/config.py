@@ -14,13 +14,13 @@ from typing import Annotated, Literal, get_args
 
 import cattrs
 
-from kdlib.protocol import LOGIT_CUT, PROTOCOLS, PUBLISHED_OPTIMISATION, SWITCHES, Protocol, cumulative_correction
+from kdlib.protocol import LOGIT_CUT, PROTOCOLS, PUBLISHED_OPTIMISATION, SWITCHES, Protocol, correction_stages
 from kdlib.recipe import BASELINE, SCALES, TEACHER_RECIPE, UNLABELLED, Optimisation, Recipe, Term
 from kdlib.strict import AtLeastOne, InputError, Positive, Range, Seed, TrainingError, check_fields, lookup
 
 __all__ = [  # of other files, but imported from here
     "BASELINE", "PROTOCOLS", "SCALES", "SWITCHES", "TEACHER_RECIPE", "UNLABELLED", "InputError", "Optimisation",
-    "Protocol", "Recipe", "Term", "TrainingError", "cumulative_correction", "lookup",
+    "Protocol", "Recipe", "Term", "TrainingError", "correction_stages", "lookup",
 ]  # fmt: skip
 
 STUDENTS = ("S1", "S2", "E1")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdlib.recipe import Optimisation
-from kdlib.strict import check_fields
+from kdlib.strict import check_fields, lookup
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,29 @@ def cumulative_correction() -> list[Protocol]:
     for switch, name in SWITCHES.items():
         steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
     return steps
+
+
+def single_faults() -> list[Protocol]:
+    """`corrected`, and then each fault alone put back into it; each protocol is named after its fault."""
+    corrected = PROTOCOLS["corrected"]
+    faults = [dataclasses.replace(corrected, name=switch.replace("_", " "), **{switch: True}) for switch in SWITCHES]
+    return [corrected, *faults]
+
+
+def correction_stages(way: str) -> list[Protocol]:
+    """The protocols that chapter 5 compares.
+
+    Args:
+        way: "cumulative", one fault after another corrected; "ends", the first and the last of these; or "single", each
+            fault alone put back into the corrected protocol, which comes first.
+
+    Raises: InputError: another way.
+    """
+    steps = cumulative_correction()
+    ways = {"cumulative": steps, "ends": [steps[0], steps[-1]], "single": single_faults()}
+    return lookup("way of correction", way, ways)
+
+
+def is_single(stages: Sequence[str]) -> bool:
+    """Whether these are single faults put back, by the protocol that they begin with, and not a way to `corrected`."""
+    return stages[0] == "corrected"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.analysis import show
-from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare
+from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare, compare_classes
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, knowledge, methods, percent
 from kdlib.analysis.sentences import (
@@ -21,12 +21,15 @@ from kdlib.analysis.sentences import (
     withhold,
 )
 from kdlib.analysis.tables import HEADINGS
+from kdlib.protocol import is_single
 
 ANSWER_COLUMNS = [  # of `answer`, to print
     "verdict", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain", "dice_teacher",
 ]  # fmt: skip
-
-
+CLASS_COLUMNS = [  # of `by_class`, to print
+    "verdict", "class", "millilitres", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain",
+    "dice_teacher",
+]  # fmt: skip
 FRACTION_COLUMNS = [  # of `fractions`, to print
     "verdict", "student", "labels", "learns", "dice_alone", "dice", "change", "gain", "closed", "dice_teacher",
 ]  # fmt: skip
@@ -71,6 +74,52 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
 def _gain(change: pd.Series) -> str:
     """How many patients gain, of how many; what is equal but for rounding is no gain."""
     return f"{(change.round(12) > 0).sum()} of {len(change)}"
+
+
+def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    """Where distillation helps and where it hurts: the main table class by class, large organs first.
+
+    Args:
+        cases: tidy, of several classes, with students alone and distilled, and their teachers; metric truth_volume.
+        history: of the same trainings, for their convergence.
+
+    Returns: one row per class and comparison (`statistics.compare_classes`, one family of tests), the verdict first:
+        class, millilitres (mean of the true volume), student, teacher, dice_alone, dice_distilled, change
+        (with interval, as text), gain (patients), dice_teacher, n, difference, low, high, interval and p_holm.
+    """
+    compared = withhold(compare_classes(cases, baseline_pairs(cases)), convergence(history))
+    rows = []
+    for name, verdicts in compared.groupby("class", sort=False):
+        of = cases[cases["class"] == name]
+        size = of.loc[of["metric"] == "truth_volume", "value"].mean()
+        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(millilitres=size)
+        found.insert(1, "class", name)
+        rows.append(found)
+    table = pd.concat(rows).sort_values("millilitres", ascending=False, kind="stable", ignore_index=True)
+    return table.drop(columns=["labels", "parameters", "volumes", "seeds"])
+
+
+def class_sentence(table: pd.DataFrame) -> str:
+    """In which classes distillation helps and in which it hurts, and whether it is the small ones.
+
+    Args:
+        table: of `by_class`.
+    """
+    if table["class"].nunique() == 1:
+        return f"There is one class, {table['class'].iloc[0]}."
+    said = []
+    for (student, teacher), rows in table.groupby(["student", "teacher"], sort=False):
+        parts = []
+        for verdict in ("better", "worse"):
+            names = list(rows.loc[rows["verdict"] == verdict, "class"])
+            parts.append(f"{verdict} in {listed(names) if names else 'none'}")
+        half = rows["millilitres"] < rows["millilitres"].median()
+        means = [signed(f"{rows.loc[part, 'difference'].mean():+.3f}") for part in (half, ~half)]
+        said.append(
+            f"{student} distilled from {teacher} is, of {len(rows)} classes, {listed(parts)}; on average it changes by "
+            f"{means[0]} Dice in the smaller half of the classes and by {means[1]} in the larger."
+        )
+    return " ".join(said)
 
 
 def lead_sentence(table: pd.DataFrame) -> str:
@@ -216,19 +265,19 @@ def fractions_markdown(table: pd.DataFrame) -> str:
 
 
 def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:
-    """What each step of the cumulative correction is worth, as Markdown.
+    """What each step of the cumulative correction is worth, or each fault put back alone, as Markdown.
 
     Args:
         changes: from `statistics.step_changes`.
         gains: from `statistics.gains`, with the zero-weight control among its references.
     """
     control = gains[gains["label_b"] == CONTROLS["zero_weights"]].set_index("stage")
-    rows = []
+    single, rows = is_single(list(changes["step"])), []
     for row in changes.itertuples():
         gain = control.loc[row.step] if row.step in control.index else None
         rows.append({
-            "step": row.step, "Dice of the distilled student": row.dice,
-            "change by this step [95 % interval]": "" if pd.isna(row.difference) else
+            "fault put back" if single else "step": row.step, "Dice of the distilled student": row.dice,
+            f"change by this {'fault' if single else 'step'} [95 % interval]": "" if pd.isna(row.difference) else
             f"{interval_of(row.difference, row.low, row.high)}, {row.verdict}",
             "gain over the zero-weight control here": "" if gain is None else
             f"{interval_of(*gain[['difference', 'low', 'high']])}, {gain['verdict']}",

@@ -13,6 +13,7 @@ from kdlib.analysis.intervals import canonical_order, studentised
 from kdlib.analysis.patients import per_patient, volumes
 from kdlib.analysis.sentences import NOT_CONVERGED
 from kdlib.config import InputError
+from kdlib.protocol import is_single
 
 
 def overlap_weights(table: pd.DataFrame, by: str = "method", pooled: bool = False) -> pd.DataFrame:
@@ -118,25 +119,31 @@ def _of_stage(table: pd.DataFrame, stage: str, pooled: Sequence[str]) -> pd.Data
 
 
 def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[str]) -> pd.DataFrame:
-    """The cumulative correction: how the Dice of one method changes from stage to stage of the protocol.
+    """How the Dice of one method changes from stage to stage of the protocol, or with single faults put back into it.
 
     Args:
         table: tidy, of one method and one class, with the stage as `protocol`.
-        stages: in order, the first the published protocol.
+        stages: in order. The first is the published protocol, and each stage is compared with the one before; or it
+            is "corrected", and each other stage, with one fault put back, is compared with it.
         pooled: the stages whose Dice is that of pooled voxels.
 
-    Returns: one row per stage and a last one, "corrected", for the whole way: step, dice, difference to the stage
-        before (of the last row to the first stage), its 95 % interval (low, high and its name), p_adjusted
-        (`paired_permutation`, of all rows together), smallest_p, verdict (as `paired` has it), n and volumes.
+    Returns: one row per stage and, of the way from the published protocol, a last one, "corrected", for the whole:
+        step, before (the stage that it is compared with, "" of the first), dice, difference, its 95 % interval (low,
+        high and its name), p_adjusted (`paired_permutation`, of all rows together), smallest_p, verdict (as `paired`
+        has it), n and volumes.
 
     Raises: InputError: a stage is missing, or has other patients than the one before.
     """
     values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
-    last = len(stages) - 1
-    found = paired_changes(values, [(0, 0), *((stage, stage - 1) for stage in range(1, last + 1)), (last, 0)])
+    steps, numbers = [*stages], range(1, len(stages))
+    pairs = [(0, 0), *((number, 0 if is_single(stages) else number - 1) for number in numbers)]
+    if not is_single(stages):
+        steps, pairs = [*steps, "corrected"], [*pairs, (len(stages) - 1, 0)]
+    found = paired_changes(values, pairs)
     # the first stage is no change
     found.loc[0, ["difference", "low", "high", "interval", "p_adjusted", "verdict"]] = *[np.nan] * 3, "", *[np.nan] * 2
-    found.insert(0, "step", [*stages, "corrected"])
+    found.insert(0, "step", steps)
+    found.insert(1, "before", ["", *(stages[before] for _, before in pairs[1:])])
     n = found.pop("n")
     return found.assign(n=n, volumes=volumes(table[table["metric"] == "dice"]))
 
@@ -179,9 +186,8 @@ def withhold_stages(
     rising = set(unfinished.itertuples(index=False, name=None))
     held = [not rising.isdisjoint({(row.stage, method), (row.stage, row.reference)}) for row in gains.itertuples()]
     gains = gains.assign(verdict=gains["verdict"].mask(np.array(held), NOT_CONVERGED))
-    stages = list(changes["step"][:-1])
-    before = [None, *stages[:-1], stages[0]]
-    after = [*stages, stages[-1]]
-    held = [first is not None and not rising.isdisjoint({(first, method), (second, method)})
-            for first, second in zip(before, after, strict=True)]  # fmt: skip
+    steps = list(changes["step"])
+    after = steps if is_single(steps) else [*steps[:-1], steps[-2]]  # the last row is of the whole way
+    pairs = zip(changes["before"], after, strict=True)
+    held = [bool(first) and not rising.isdisjoint({(first, method), (second, method)}) for first, second in pairs]
     return gains, changes.assign(verdict=changes["verdict"].mask(np.array(held), NOT_CONVERGED))

@@ -145,12 +145,12 @@ def _losses(saved: Saved) -> Figure:
     return figures.forest(against_baseline(saved.found), ranks=order, shares=cases["seed"].nunique() > 1)
 
 
-def _terms(saved: Saved, protocol: str | None = None) -> Figure:
+def _terms(saved: Saved, protocol: int | None = None) -> Figure:
     history = saved.found.history
-    rows = history[history["method"] == trio(saved.found)["S1 distilled"]] if protocol is None else history
-    if protocol is not None:
-        rows = history[(history["role"] == "distilled") & (history["protocol"] == protocol)]
-    return figures.gradient_diagnostics(rows)
+    if protocol is None:
+        return figures.gradient_diagnostics(history[history["method"] == trio(saved.found)["S1 distilled"]])
+    chosen = history["protocol"].unique()[protocol]
+    return figures.gradient_diagnostics(history[history["role"].eq("distilled") & history["protocol"].eq(chosen)])
 
 
 def _learning(saved: Saved) -> Figure:
@@ -205,15 +205,13 @@ GALLERY: Mapping[str, Entry] = {
     "05_correction": Entry(
         "05_correction",
         lambda saved: figures.cumulative_correction(saved.table("05_gains"), saved.table("05_correction")),
-        "Cumulative correction: Dice with and without distillation, one published fault corrected at a time.",
+        "Correction: Dice with and without distillation, one published fault corrected, or put back, at a time.",
     ),
-    "05_gradient_diagnostics_published": Entry(
-        "05_correction", partial(_terms, protocol="thesis"), "Gradient diagnostics of the terms, published protocol."
+    "05_gradient_diagnostics_first": Entry(
+        "05_correction", partial(_terms, protocol=0), "Gradient diagnostics of the terms under the first protocol."
     ),
-    "05_gradient_diagnostics_corrected": Entry(
-        "05_correction",
-        lambda saved: _terms(saved, protocol=saved.found.history["protocol"].iloc[-1]),
-        "Gradient diagnostics of the terms, corrected protocol.",
+    "05_gradient_diagnostics_last": Entry(
+        "05_correction", partial(_terms, protocol=-1), "Gradient diagnostics of the terms under the last protocol."
     ),
     "07_fractions": Entry(
         "07_fractions", lambda saved: figures.along(saved.found.cases, "fraction"),

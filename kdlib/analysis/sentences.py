@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from kdlib.protocol import is_single
+
 NOT_CONVERGED = "not converged"
 VERDICTS = {
     "better": "does better than", "worse": "does worse than", "equivalent": "is equivalent to",
@@ -147,30 +149,40 @@ def cost_sentence(costs: pd.DataFrame) -> str:
 
 
 def correction_sentence(changes: pd.DataFrame) -> str:
-    """What the cumulative correction changed, from `statistics.step_changes`."""
-    whole = changes.iloc[-1]
-    steps = changes.iloc[1:-1]
+    """What the correction changed, or what a single fault does, from `statistics.step_changes`."""
+    single, whole = is_single(list(changes["step"])), changes.iloc[-1]
+    steps = changes.iloc[1:] if single else changes.iloc[1:-1]
     decided = steps[steps["verdict"].isin(["better", "worse"])]
     most = steps.loc[steps["difference"].abs().idxmax()]
-    text = "From the published to the corrected protocol Dice changes by "
-    text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
-    if len(steps) == 1:
-        return f"{text}."
-    text += f"; the largest single change is {interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}."
-    named = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else ""
-    return f"{text} {len(decided)} of {len(steps)} steps {'is' if len(decided) == 1 else 'are'} decided{named}."
+    largest = f"{interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}"
+    if single:
+        text = f"Put back alone into the corrected protocol, the fault that changes Dice most changes it by {largest}."
+    else:
+        text = "From the published to the corrected protocol Dice changes by "
+        text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
+        if len(steps) == 1:
+            return f"{text}."
+        text += f"; the largest single change is {largest}."
+    named, what = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else "", "faults" if single else "steps"
+    return f"{text} {len(decided)} of {len(steps)} {what} {'is' if len(decided) == 1 else 'are'} decided{named}."
 
 
 def gains_sentence(gains: pd.DataFrame) -> str:
-    """What distillation is worth in the first and the last stage of the correction, from `statistics.gains`."""
+    """What distillation is worth in the published and in the corrected protocol, or in the latter and with that fault
+    put back with which it is worth most; from `statistics.gains`."""
+    stages = list(gains["stage"].unique())
+    ends = {"under the published protocol": stages[0], "under the corrected protocol": stages[-1]}
+    if is_single(stages):
+        back = gains[gains["stage"] != stages[0]]
+        most = back.loc[back["difference"].idxmax(), "stage"]
+        ends = {"under the corrected protocol": stages[0], f"most with one fault put back, {most},": most}
     parts = []
-    for where, end in (("published", 0), ("corrected", -1)):
-        rows = gains[gains["stage"] == gains["stage"].iloc[end]]
+    for where, stage in ends.items():
         said = [
             f"{interval_of(*row[['difference', 'low', 'high']])} against {row['label_b']} ({row['verdict']})"
-            for _, row in rows.iterrows()
+            for _, row in gains[gains["stage"] == stage].iterrows()
         ]
-        parts.append(f"under the {where} protocol by {listed(said)}")
+        parts.append(f"{where} by {listed(said)}")
     n = int(gains["n"].iloc[0])
     return f"Distillation changes the student's Dice {'; '.join(parts)}. {n} patient{'s' * (n > 1)}, 95 % intervals."
 

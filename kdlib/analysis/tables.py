@@ -33,7 +33,7 @@ HEADINGS = {  # column -> heading of a printed table
     "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
     "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
     "change": "change [95 % interval]", "gain": "patients that gain", "dice_teacher": "teacher's Dice",
-    "closed": "gap to the teacher closed", "times": "length", "learns": "what it learns",
+    "closed": "gap to the teacher closed", "millilitres": "volume (ml)", "times": "length", "learns": "what it learns",
     "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
     "error_overlap": "overlap of errors (Dice)", "ece": "calibration error",
 }  # fmt: skip
@@ -85,13 +85,6 @@ def all_means(table: pd.DataFrame) -> pd.DataFrame:
     known = {name: metric.heading for name, metric in METRICS.items() if (table["metric"] == name).any()}
     columns = {heading: summarise(table, metric=name).set_index("label")["mean"] for name, heading in known.items()}
     return pd.DataFrame(columns).assign(n=summarise(table).set_index("label")["n"]).rename_axis(None)
-
-
-def by_class(table: pd.DataFrame, metric: str = "dice") -> pd.DataFrame:
-    """Mean over patients of each method (rows, by label) and target class (columns)."""
-    means = summarise(table, ["method", "class"], metric).pivot(index="method", columns="class", values="mean")
-    labels = method_labels(table)
-    return means.loc[list(labels)].rename(index=labels).rename_axis(None).rename_axis(None, axis="columns")
 
 
 def thesis_row(method: pd.Series | Mapping[str, object]) -> pd.Series:

@@ -24,7 +24,7 @@ from kdlib.config import (
     Recipe,
     Run,
     Term,
-    cumulative_correction,
+    correction_stages,
     lookup,
     override_profile,
 )
@@ -239,21 +239,21 @@ def loss_comparison(
     return list(dict.fromkeys(runs))
 
 
-def correction(setting: Setting, student: str = "S1", teacher: str = "T1", ends: bool = False) -> list[Run]:
-    """Baseline, zero weights and the distilled student at every step from the published to the corrected protocol.
+def correction(setting: Setting, student: str = "S1", teacher: str = "T1", way: str = "cumulative") -> list[Run]:
+    """Baseline, zero weights and the distilled student under every protocol of a way of correction.
 
     Args:
-        ends: only at the first and the last of them, the two protocols themselves.
+        way: of `correction_stages`: cumulative, ends or single.
 
     Raises:
-        InputError: the target has several classes.
+        InputError: the target has several classes, or another way.
     """
     if len(setting.classes) > 1:
         raise InputError(
             f"target {setting.target!r} has several classes: pooled Dice and the one-channel softmax need one; name it"
         )
-    runs, stages = [], cumulative_correction()
-    for protocol in (stages[0], stages[-1]) if ends else stages:
+    runs = []
+    for protocol in correction_stages(way):
         shared = dict(fraction=0.5, protocol=protocol)
         runs += setting.everywhere(student, **shared)
         for recipe in (thesis_recipe(student), zero_weights(student)):

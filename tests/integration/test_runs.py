@@ -34,7 +34,7 @@ from kdlib.config import (
     Run,
     Term,
     TrainingError,
-    cumulative_correction,
+    correction_stages,
 )  # fmt: skip
 from kdlib.experiments import runner, source, store, tables
 from kdlib.experiments.identity import identity
@@ -263,7 +263,7 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
     monkeypatch.setattr(runner, "collect", lambda runs, results: None)
     runs = [
         dataclasses.replace(run, protocol=protocol)
-        for protocol in cumulative_correction()
+        for protocol in correction_stages("cumulative")
         for run in runs_on(phantom)[:2]
     ]
     thesis = dict(teacher="T1", fraction=0.5, data=str(phantom), target="spleen", profile=TINY)

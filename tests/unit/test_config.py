@@ -21,7 +21,7 @@ from kdlib.config import (
     Recipe,
     Run,
     Term,
-    cumulative_correction,
+    correction_stages,
     derive_seed,
     from_json,
     lookup,
@@ -137,12 +137,23 @@ def test_options_of_labels_are_dropped_where_labels_are():
 
 
 def test_the_bridge_mends_one_fault_at_a_time():
-    protocols = cumulative_correction()
+    protocols = correction_stages("cumulative")
     assert protocols[0] == PROTOCOLS["thesis"]
     faults = [[getattr(protocol, switch) for switch in SWITCHES] for protocol in protocols]
     assert [sum(row) for row in faults] == list(range(len(SWITCHES), -1, -1))
     fields = {field.name for field in dataclasses.fields(protocols[0])}
     assert fields == {"name", *SWITCHES}, "a protocol is its switches and nothing else"
+
+
+def test_single_faults_are_put_back_into_the_corrected_protocol():
+    first, *faults = correction_stages("single")
+    assert first == PROTOCOLS["corrected"] and [fault.name for fault in faults][:2] == ["own optimisers", "byte image"]
+    assert [{name for name in SWITCHES if getattr(fault, name)} for fault in faults] == [{name} for name in SWITCHES]
+    assert correction_stages("ends") == [PROTOCOLS["thesis"], correction_stages("cumulative")[-1]]
+    with pytest.raises(
+        InputError, match="way of correction 'all' does not exist: choose from cumulative, ends, single"
+    ):
+        correction_stages("all")
 
 
 def test_thesis_profile_is_the_thesis_size():

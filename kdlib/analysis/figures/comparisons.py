@@ -18,6 +18,7 @@ from kdlib.analysis.patients import patients_text
 from kdlib.analysis.sentences import interval_of
 from kdlib.analysis.tables import small_sample_note
 from kdlib.config import InputError
+from kdlib.protocol import is_single
 
 DIFFERENCE = ["a", "b", "label_a", "label_b", "n", "difference", "low", "high", "interval", "verdict"]
 STABILITY = {"first": "first", "beats": "better"}  # column of `kdlib.analysis.statistics.ranks` -> print
@@ -165,7 +166,8 @@ def _difference_note(differences: pd.DataFrame, metric: str) -> str:
 
 @plt.rc_context(style.STYLE)
 def cumulative_correction(gains: pd.DataFrame, changes: pd.DataFrame) -> Figure:
-    """Dice from the published to the corrected protocol: of the distilled student and of each reference, and the gap.
+    """Dice from the published to the corrected protocol: of the distilled student and of each reference, and the gap;
+    or with each fault alone put back into the corrected one, where no line joins the stages.
 
     Args:
         gains: from `kdlib.analysis.statistics.gains`, one row per stage and reference.
@@ -177,14 +179,22 @@ def cumulative_correction(gains: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     style.need_columns(gains, needed, "gains", "kdlib.analysis.statistics.gains (notebook 05)")
     stages, references = list(gains["stage"].unique()), list(gains["label_b"].unique())
     size = (style.DOUBLE, (9 * len(stages) + 26) * style.MM)
+    single = is_single(stages)
+    looks = [
+        dict(color="black", marker="s", markersize=3.5, linestyle="none" if single else "-"),
+        dict(color=style.GREY, marker="o", markersize=3.5, linestyle="none" if single else "--"),
+    ]
     figure, axes = plt.subplots(1, len(references), figsize=size, sharex=True, sharey=True, squeeze=False)
     places = np.arange(len(stages))
     for ax, reference in zip(axes[0], references, strict=True):
         rows = gains[gains["label_b"] == reference].set_index("stage").loc[stages]
         other = rows["dice"] - rows["difference"]
-        ax.fill_betweenx(places, other, rows["dice"], color=style.PALE, alpha=0.5, linewidth=0)
-        ax.plot(other, places, color=style.GREY, linestyle="--", marker="o", markersize=3.5)
-        ax.plot(rows["dice"], places, color="black", marker="s", markersize=3.5)
+        if single:
+            ax.hlines(places, other, rows["dice"], color=style.PALE, linewidth=3)
+        else:
+            ax.fill_betweenx(places, other, rows["dice"], color=style.PALE, alpha=0.5, linewidth=0)
+        ax.plot(other, places, **looks[1])
+        ax.plot(rows["dice"], places, **looks[0])
         for y, row in zip(places, rows.itertuples(), strict=True):
             colour = style.VERDICTS[row.verdict][0] if row.verdict in ("better", "worse") else style.DARK
             text = style.signed(f"{row.difference:+.3f}")
@@ -195,20 +205,16 @@ def cumulative_correction(gains: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         ax.margins(x=0.16)
     axes[0, 0].set_yticks(places, [textwrap.fill(str(stage), 34) for stage in stages])
     axes[0, 0].set_ylim(len(stages) - 0.5, -0.5)
-    lines = {
-        "distilled": dict(color="black", marker="s", markersize=3.5),
-        "the student that it is compared with": dict(color=style.GREY, linestyle="--", marker="o", markersize=3.5),
-    }
+    lines = dict(zip(("distilled", "the student that it is compared with"), looks, strict=True))
     style.legend_below(figure, style.legend_lines(lines), columns=2, handlelength=3)
     counts, whole = patients_text(gains["n"]), changes.iloc[-1]
     note = (
-        f"Lines: Dice after each stage ({counts}), the mean over patients, or, as long as that fault is kept, that of "
+        f"Dice {'with each fault alone put back' if single else 'after each stage'} ({counts}), the mean over "
+        f"patients, or, {'with' if single else 'as long as'} pooled Dice{'' if single else ' is kept'}, that of their "
+        "pooled voxels; shaded: the gap, its size beside it, coloured where it is decided (paired permutation test, "
+        "max-T adjusted for all gaps)."
     )
-    note += (
-        "their pooled voxels; shaded: the gap, its size beside it, coloured where it is decided (paired permutation "
-    )
-    note += "test, max-T adjusted for all gaps)."
-    if pd.notna(whole["low"]):
+    if not single and pd.notna(whole["low"]):
         change = interval_of(*whole[["difference", "low", "high"]])
         note += f" The distilled student from start to end: {change}, {whole['verdict']}."
     figure.set_label(f"{note} {small_sample_note(gains)}".strip())

@@ -11,6 +11,8 @@ from kdlib.analysis.answer import (
     answer,
     answer_markdown,
     answer_sentences,
+    by_class,
+    class_sentence,
     fraction_sentences,
     fractions,
     fractions_markdown,
@@ -43,6 +45,32 @@ def test_one_row_per_student_and_teacher_with_the_verdict_first(cases):
     first = table.iloc[0]
     assert (first["dice_alone"], first["dice_distilled"], first["dice_teacher"]) == pytest.approx((0.735, 0.785, 0.9))
     assert first["change"] == "+0.050 [+0.050, +0.050]" and first["labels"] == "50 %"
+
+
+def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
+    down = cases["method"].eq("KD(T1, S1)") & cases["metric"].eq("dice")
+    small = cases.assign(value=cases["value"].mask(down, cases["value"] - 0.08))  # 0.05 gained becomes 0.03 lost
+    parts = [part.assign(**{"class": name}) for name, part in {"adrenal": small, "spleen": cases}.items()]
+    volume = [part[part["metric"] == "dice"].assign(metric="truth_volume", value=ml)
+              for part, ml in zip(parts, (5.0, 200.0), strict=True)]  # fmt: skip
+    both = pd.concat([*parts, *volume], ignore_index=True)
+    history = pd.DataFrame([dict(identity(name), run=name, epoch=epoch, name="val_dice", value=0.7)
+                            for name in VALUES for epoch in (1, 4, 5)])  # fmt: skip
+    table = by_class(both, history)
+    assert table["class"].tolist() == ["spleen"] * 2 + ["adrenal"] * 2 and table["millilitres"].tolist()[::2] == [
+        200,
+        5,
+    ]
+    assert table["verdict"].tolist() == ["better", "inconclusive", "worse", "inconclusive"]
+    first = table.iloc[0]
+    assert first["dice_teacher"] == pytest.approx(0.9) and first["difference"] == pytest.approx(0.05)
+    assert first["p_holm"] == pytest.approx(4 / 2**7), "one family of four tests"
+    said = class_sentence(table)
+    assert said.startswith(
+        "S1 distilled from T1 is, of 2 classes, better in spleen and worse in adrenal; on average it changes by "
+        "\N{MINUS SIGN}0.030 Dice in the smaller half of the classes and by +0.050 in the larger."
+    )
+    assert class_sentence(table[table["class"] == "spleen"]) == "There is one class, spleen."
 
 
 def test_sentences_and_markdown_say_what_the_table_says(cases):

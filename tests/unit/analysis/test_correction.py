@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.analysis.sentences import correction_sentence
+from kdlib.analysis.sentences import correction_sentence, gains_sentence
 from kdlib.analysis.statistics import convergence, gains, overlap_weights, step_changes, withhold_stages
 from kdlib.config import InputError
 
@@ -37,6 +37,32 @@ def test_two_stages_are_said_as_one_change():
     found = step_changes(stages({"thesis": [0.5, 0.6] * 4, "b": [0.7, 0.8] * 4}), ["thesis", "b"], [])
     said = correction_sentence(found)
     assert said == "From the published to the corrected protocol Dice changes by +0.200 [+0.200, +0.200] (better)."
+
+
+def test_single_faults_are_each_compared_with_the_corrected_protocol():
+    dice = {"corrected": [0.8] * 8, "byte image": [0.7] * 8, "pooled dice": [0.82, 0.78] * 4}
+    found = step_changes(stages(dice), list(dice), [])
+    assert list(found["step"]) == list(dice) and found["before"].tolist() == ["", "corrected", "corrected"]
+    assert found["difference"].tolist()[1:] == pytest.approx([-0.1, 0.0])
+    assert found["verdict"].tolist()[1:] == ["worse", "inconclusive"]
+    said = correction_sentence(found)
+    assert "the fault that changes Dice most changes it by \N{MINUS SIGN}0.100" in said and "by: byte image" in said
+    assert said.endswith("1 of 2 faults is decided (byte image).")
+    worth = pd.DataFrame([
+        dict(stage=stage, label_b="alone", difference=value, low=value, high=value, verdict="better", n=8)
+        for stage, value in {"corrected": 0.0, "byte image": 0.01, "pooled dice": 0.03}.items()
+    ])  # fmt: skip
+    said = gains_sentence(worth)
+    assert "under the corrected protocol by +0.000" in said and "put back, pooled dice, by +0.030" in said
+
+
+def test_single_faults_that_have_not_converged_get_no_verdict():
+    dice = {"corrected": [0.8] * 8, "byte image": [0.7] * 8}
+    changes = step_changes(stages(dice), list(dice), [])
+    rising = pd.DataFrame([dict(protocol="byte image", method="KD", converged=False)])
+    worth = pd.DataFrame([dict(stage=stage, reference="alone", verdict="better") for stage in dice])
+    worth, changes = withhold_stages(worth, changes, rising, "KD")
+    assert worth["verdict"].tolist() == ["better", "not converged"] and changes["verdict"].iloc[1] == "not converged"
 
 
 def test_pooled_dice_is_that_of_all_voxels_together():

@@ -575,6 +575,16 @@ def test_cumulative_correction_is_two_lines_and_the_gap(n):
     assert ("from start to end" in figure.get_label()) == (n > 1)
 
 
+def test_single_faults_are_points_that_no_line_joins():
+    gains, changes = stages(3)
+    names = ["corrected", "byte image", "pooled dice"]
+    gains["stage"] = gains["stage"].map(dict(zip(gains["stage"].unique(), names, strict=True)))
+    figure = cumulative_correction(gains, changes)
+    check(figure, DOUBLE)
+    assert {line.get_linestyle() for ax in figure.axes for line in ax.lines} == {"None"}
+    assert "with each fault alone put back" in figure.get_label() and "start to end" not in figure.get_label()
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 ROLES = {"teacher": "T1", "student": "S1 (50 %)", "distilled student": "KD(T1, S1)"}

@@ -82,8 +82,12 @@ def test_comparison_and_correction(tmp_path):
     }
     runs = [run for run in requested_runs("05_correction", {"results": tmp_path}) if run.model == "S1"]
     assert len(runs) == 3 * (len(SWITCHES) + 1)
-    ends = [r for r in requested_runs("05_correction", {"results": tmp_path, "ends": True}) if r.model == "S1"]
+    ends = [r for r in requested_runs("05_correction", {"results": tmp_path, "way": "ends"}) if r.model == "S1"]
     assert ends == [*runs[:3], *runs[-3:]], "the two protocols alone"
+    single = [r for r in requested_runs("05_correction", {"results": tmp_path, "way": "single"}) if r.model == "S1"]
+    assert len(single) == len(runs) and [run.protocol.name for run in single[:4]] == ["corrected"] * 3 + [
+        "own optimisers"
+    ]
     with pytest.raises(
         InputError, match="parameter of 03_ablation 'loss' does not exist: choose from .*student, teacher"
     ):
