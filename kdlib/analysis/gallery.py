@@ -182,7 +182,7 @@ GALLERY: Mapping[str, Entry] = {
         MAIN, lambda saved: figures.pairs(saved.arrays("02_pairs")),
         "Positive and negative pairs of the supervised contrastive loss.",
     ),
-    "02_failure": Entry(MAIN, _failure, "Dice by volume of the target and thickness of the slices."),
+    "02_failure": Entry(MAIN, _failure, "Dice by volume and enhancement of the target and thickness of the slices."),
     "02b_controls": Entry(
         "02b_controls", _controls, "The thesis's recipe against its negative controls: paired difference of Dice."
     ),

@@ -21,14 +21,16 @@ from kdlib.config import InputError
 
 @plt.rc_context(style.STYLE)
 def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | None = None) -> Figure:
-    """Where the methods fail: every patient's Dice against the target's volume and the thickness of the slices.
+    """Where the methods fail: each patient's Dice against the target's volume, its enhancement and the thickness of
+    slices.
 
-    Patients are grouped, by thirds of the volume (halves or none where they are few) and by thickness; lines join the
-    groups' means. A data set of one thickness has no second panel.
+    Patients are grouped, by thirds of volume and mean intensity (halves or none where they are few) and by thickness;
+    lines join the groups' means. A data set of one thickness has no panel of it, nor has one whose cases were saved
+    without mean intensities.
 
     Args:
         table: tidy, with the metrics dice and truth_volume.
-        cases: columns case and "thickness (mm)", as notebook 00 saves them.
+        cases: columns case, "thickness (mm)" and of each class "... mean intensity", as notebook 00 saves them.
         chosen: which methods to draw, by default all.
 
     Raises: InputError: a missing column, metric or method, or a case whose thickness is not known.
@@ -43,31 +45,33 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | No
     rows = rows_of(table, "truth_volume", ["method"])
     owner = rows.drop_duplicates("case").set_index("case")["patient" if "patient" in rows else "case"]
     volume = rows.groupby(["case", "class"])["value"].mean().groupby("case").sum()
-    thickness = cases.set_index("case")["thickness (mm)"].reindex(owner.index)
+    about = cases.set_index("case").reindex(owner.index)
+    thickness, intensity = about["thickness (mm)"], about.filter(like="mean intensity").mean(axis="columns")
     if thickness.isna().any():
         unknown = ", ".join(thickness.index[thickness.isna()])
         raise InputError(f"failure: no thickness of cases {unknown}; run notebook 00 of this study again")
-    volume, thickness = (of.groupby(owner).mean().loc[wide.index] for of in (volume, thickness.round(2)))
-    wide, volume, thickness = (of[volume > 0] for of in (wide, volume, thickness))  # log axis; no target, no failure
+    shown = volume, thickness.round(2), intensity
+    volume, thickness, intensity = (of.groupby(owner).mean().loc[wide.index] for of in shown)
+    # log axis; no target, no failure
+    wide, volume, thickness, intensity = (of[volume > 0] for of in (wide, volume, thickness, intensity))
     if wide.empty:
         raise InputError("failure: no patient with a target and a Dice of every method")
     labels, styles = method_labels(table), style.method_styles(table)
-    several = thickness.nunique() > 1
-    figure, axes = style.panels(1 + several, 1 + several, style.DOUBLE if several else style.SINGLE, 75, 0, sharey=True)
-    thirds = pd.qcut(volume.rank(method="first"), min(3, max(1, len(volume) // 4)), labels=False)
+    several, enhanced = thickness.nunique() > 1, intensity.notna().all() and intensity.nunique() > 1
+    count = 1 + several + enhanced
+    figure, axes = style.panels(count, count, style.DOUBLE if count > 1 else style.SINGLE, 75, 0, sharey=True)
     low, high = volume.min() / 1.1, volume.max() * 1.1
-    left, step = axes[0], (high / low) ** 0.02
-    found = volume.groupby(thirds).agg(["median", "min", "max", "size"])
-    kinds = _groups(left, wide, volume, thirds, found["median"], lambda x, move: x * step**move, styles)
-    for edge in np.sqrt(found["min"].to_numpy()[1:] * found["max"].to_numpy()[:-1]):
-        left.axvline(edge, color=style.PALE, linewidth=0.6, linestyle=":", zorder=0)
-    for group in found.itertuples():
-        where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-        left.annotate(f"n = {group.size}", (group.median, 1.0), **where)
-    style.log_axis(left.xaxis, low, high)
-    left.set(xlabel="true volume (ml)", ylabel="Dice")
+    step = (high / low) ** (0.02 * count / 2)
+    kinds = _thirds(axes[0], wide, volume, stats.gmean, lambda x, move: x * step**move, styles)
+    style.log_axis(axes[0].xaxis, low, high)
+    axes[0].set(xlabel="true volume (ml)", ylabel="Dice")
     named = wide.rename(columns=labels)
     note = _correlations(named, volume, "volume")
+    if enhanced:
+        width = 0.02 * count / 2 * np.ptp(intensity)
+        kinds += _thirds(axes[-1], wide, intensity, np.mean, lambda x, move: x + width * move, styles)
+        axes[-1].set(xlabel="mean intensity of the target (HU of CT)")
+        note += " " + _correlations(named, intensity, "mean intensity")
     if several:
         sharp = thickness
         if thickness.nunique() > 5:  # thirds, each at its median
@@ -87,6 +91,20 @@ def failure(table: pd.DataFrame, cases: pd.DataFrame, chosen: Sequence[str] | No
     points = f"Small points: patients ({counts}), seeds and classes averaged; large ones: means of groups of them and "
     figure.set_label(f"{points}{interval_text(kinds)}. {note}")
     return figure
+
+
+def _thirds(ax: Axes, wide: pd.DataFrame, at: pd.Series, middle: Callable, apart: Callable, styles: dict) -> list[str]:
+    """`_groups` by thirds of `at`, each at its median, with the `middle` between two of them marked, and their sizes;
+    returns the kinds of the groups' intervals."""
+    thirds = pd.qcut(at.rank(method="first"), min(3, max(1, len(at) // 4)), labels=False)
+    found = at.groupby(thirds).agg(["median", "min", "max", "size"])
+    kinds = _groups(ax, wide, at, thirds, found["median"], apart, styles)
+    for edge in middle([found["min"].to_numpy()[1:], found["max"].to_numpy()[:-1]], axis=0):
+        ax.axvline(edge, color=style.PALE, linewidth=0.6, linestyle=":", zorder=0)
+    for group in found.itertuples():
+        where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+        ax.annotate(f"n = {group.size}", (group.median, 1.0), **where)
+    return kinds
 
 
 def _groups(

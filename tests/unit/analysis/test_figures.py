@@ -392,6 +392,18 @@ def test_failure(cases, several):
         assert labels == [f"3\nn = {cases // 2}", f"5\nn = {cases // 2}"]
     assert ("thickness" in figure.get_label()) == several  # of what is not drawn, the caption says nothing
     assert ("T1 +1.00 [" in figure.get_label()) == (cases >= 6) and f"n = {cases}" in figure.get_label()
+    assert "intensity" not in figure.get_label()
+
+
+def test_failure_by_enhancement():
+    table, known = sized(["T1", "S1 (50 %)"], np.arange(50, 62), [3.0, 5.0] * 6)
+    known["spleen mean intensity"] = np.linspace(150, 95, 12)
+    figure = failure(table, known)
+    check(figure, DOUBLE)
+    assert len(figure.axes) == 3 and "HU" in figure.axes[2].get_xlabel()
+    assert "with mean intensity, 95 % interval and p: T1 \N{MINUS SIGN}1.00" in figure.get_label()
+    edges = [line.get_xdata()[0] for line in figure.axes[2].lines if line.get_linestyle() == ":"]
+    assert edges == pytest.approx([112.5, 132.5]), "half way between two thirds"
 
 
 def test_failure_of_many_thicknesses_and_of_few_patients_is_exact():

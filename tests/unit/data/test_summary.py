@@ -8,6 +8,7 @@ import pytest
 
 from kdlib.data import case_table
 from kdlib.data.decathlon import index
+from kdlib.data.summary import mean_intensity
 
 
 @pytest.mark.parametrize("codes, thickness", [("RAS", 4.0), ("LPS", 4.0), ("SRA", 1.0), ("ASL", 2.0)])
@@ -28,7 +29,10 @@ def test_the_thickness_is_that_of_axial_slices_in_any_orientation(tmp_path, code
         "training": [{"image": "./imagesTr/a_1.nii.gz", "label": "./labelsTr/a_1.nii.gz"}], "test": [],
     }  # fmt: skip
     (tmp_path / "dataset.json").write_text(json.dumps(description))
-    row = case_table(index(tmp_path), {"spleen": 1}).iloc[0]
+    dataset = index(tmp_path)
+    row = case_table(dataset, {"spleen": 1}).iloc[0]
     assert row["thickness (mm)"] == thickness
     assert [row[f"d{axis} (mm)"] for axis in "xyz"] == list(spacing)
-    assert row["spleen (ml)"] == pytest.approx(6 * 8 / 1000)
+    assert row["spleen (ml)"] == pytest.approx(6 * 8 / 1000) and "spleen mean intensity" not in row
+    inside = nib.load(tmp_path / "imagesTr" / "a_1.nii.gz").get_fdata()[label == 1]
+    assert mean_intensity(dataset.cases[0], {"spleen": 1, "liver": 2}) == {"spleen": pytest.approx(inside.mean())}
