@@ -27,7 +27,7 @@ ANSWER_COLUMNS = [  # of `answer`, to print
     "verdict", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain", "dice_teacher",
 ]  # fmt: skip
 CLASS_COLUMNS = [  # of `by_class`, to print
-    "verdict", "class", "millilitres", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain",
+    "verdict", "class", "volume", "student", "teacher", "dice_alone", "dice_distilled", "change", "gain",
     "dice_teacher",
 ]  # fmt: skip
 FRACTION_COLUMNS = [  # of `fractions`, to print
@@ -84,7 +84,7 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
         history: of the same trainings, for their convergence.
 
     Returns: one row per class and comparison (`statistics.compare_classes`, one family of tests), the verdict first:
-        class, millilitres (mean of the true volume), student, teacher, dice_alone, dice_distilled, change
+        class, volume (mean of the true ones, ml), student, teacher, dice_alone, dice_distilled, change
         (with interval, as text), gain (patients), dice_teacher, n, difference, low, high, interval and p_holm.
     """
     compared = withhold(compare_classes(cases, baseline_pairs(cases)), convergence(history))
@@ -92,10 +92,10 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     for name, verdicts in compared.groupby("class", sort=False):
         of = cases[cases["class"] == name]
         size = of.loc[of["metric"] == "truth_volume", "value"].mean()
-        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(millilitres=size)
+        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(volume=size)
         found.insert(1, "class", name)
         rows.append(found)
-    table = pd.concat(rows).sort_values("millilitres", ascending=False, kind="stable", ignore_index=True)
+    table = pd.concat(rows).sort_values("volume", ascending=False, kind="stable", ignore_index=True)
     return table.drop(columns=["labels", "parameters", "volumes", "seeds"])
 
 
@@ -113,7 +113,7 @@ def class_sentence(table: pd.DataFrame) -> str:
         for verdict in ("better", "worse"):
             names = list(rows.loc[rows["verdict"] == verdict, "class"])
             parts.append(f"{verdict} in {listed(names) if names else 'none'}")
-        half = rows["millilitres"] < rows["millilitres"].median()
+        half = rows["volume"] < rows["volume"].median()
         means = [signed(f"{rows.loc[part, 'difference'].mean():+.3f}") for part in (half, ~half)]
         said.append(
             f"{student} distilled from {teacher} is, of {len(rows)} classes, {listed(parts)}; on average it changes by "

@@ -125,8 +125,15 @@ def _reliability(saved: Saved) -> Figure:
     return figures.reliability(rows.assign(patient=rows["case"].map(owners)))
 
 
-def _failure(saved: Saved) -> Figure:
-    return figures.failure(saved.found.cases, saved.table("00_data_cases"), list(trio(saved.found).values()))
+def _failure(saved: Saved, chosen: Callable[[Results], Mapping[str, str]] = trio) -> Figure:
+    return figures.failure(saved.found.cases, saved.table("00_data_cases"), list(chosen(saved.found).values()))
+
+
+def _alone(found: Results) -> dict[str, str]:
+    """Model -> method: the first teacher, and the students alone on the fewest labels."""
+    rows = found.runs[found.runs["role"] == "baseline"]
+    few = rows[rows["fraction"] == rows["fraction"].min()].set_index("model")["method"]
+    return {"teacher": pick(found.runs, role="teacher"), **few}
 
 
 def _qualitative(saved: Saved) -> Figure:
@@ -165,6 +172,10 @@ GALLERY: Mapping[str, Entry] = {
     "01_learning_curves": Entry("01_baseline", _learning, "Baselines: validation Dice along the training."),
     "01_dice_per_method": Entry(
         "01_baseline", lambda saved: figures.dice_per_method(saved.found.cases), "Baselines: Dice of test patients."
+    ),
+    "01_failure": Entry(
+        "01_baseline", partial(_failure, chosen=_alone),
+        "Baselines: Dice by volume and enhancement of the target and thickness of the slices.",
     ),
     "02_comparisons": Entry(
         MAIN, lambda saved: figures.forest(verdicts_of(saved.found.cases, saved.found.history)),

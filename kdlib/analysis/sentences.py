@@ -91,6 +91,17 @@ def means_sentence(means: pd.DataFrame) -> str:
     return f"{text}; their intervals {'overlap' if worst['high'] >= best['low'] else 'do not overlap'}."
 
 
+def worst_patient_sentence(patients: pd.DataFrame) -> str:
+    """Which patient is hardest, and what it takes off each mean; from `statistics.by_patient_table`."""
+    dice = patients.drop(columns=["patient", "mean", "volume", "thickness", "intensity"])
+    worst, costs = patients.iloc[0], dice.iloc[1:].mean() - dice.mean()
+    return (
+        f"The hardest patient is {worst['patient']} ({worst['volume']:,.1f} ml, slices of {worst['thickness']:g} mm): "
+        f"Dice {dice.iloc[0].min():.3f} to {dice.iloc[0].max():.3f}, by network; without it the means of the networks "
+        f"would be {costs.min():.3f} to {costs.max():.3f} higher."
+    )
+
+
 def non_inferiority_sentence(table: pd.DataFrame) -> str:
     """Which students are not worse than their teachers by the margin of `statistics.non_inferiority`."""
     good = table.loc[table["verdict"] == "non-inferior", "label_a"]

@@ -32,6 +32,7 @@ from kdlib.analysis.tables import (
     THESIS_COLUMNS,
     THESIS_TABLE,
     all_means,
+    by_patient_table,
     caption_note,
     gradient_diagnostics,
     pivot_thesis,

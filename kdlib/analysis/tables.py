@@ -11,7 +11,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype, is_object_dtype
 from pandas.io.formats.style import Styler
 
-from kdlib.analysis.comparisons import ALPHA, with_identity
+from kdlib.analysis.comparisons import ALPHA, by_patient, with_identity
 from kdlib.analysis.intervals import interval, interval_text, seed_noise
 from kdlib.analysis.labels import IDENTITY, method_labels, methods
 from kdlib.analysis.metrics import METRICS
@@ -33,7 +33,8 @@ HEADINGS = {  # column -> heading of a printed table
     "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
     "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
     "change": "change [95 % interval]", "gain": "patients that gain", "dice_teacher": "teacher's Dice",
-    "closed": "gap to the teacher closed", "millilitres": "volume (ml)", "times": "length", "learns": "what it learns",
+    "closed": "gap to the teacher closed", "volume": "volume (ml)", "thickness": "slice thickness (mm)",
+    "intensity": "mean intensity (HU of CT)", "times": "length", "learns": "what it learns",
     "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
     "error_overlap": "overlap of errors (Dice)", "ece": "calibration error",
 }  # fmt: skip
@@ -85,6 +86,28 @@ def all_means(table: pd.DataFrame) -> pd.DataFrame:
     known = {name: metric.heading for name, metric in METRICS.items() if (table["metric"] == name).any()}
     columns = {heading: summarise(table, metric=name).set_index("label")["mean"] for name, heading in known.items()}
     return pd.DataFrame(columns).assign(n=summarise(table).set_index("label")["n"]).rename_axis(None)
+
+
+def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
+    """Every test patient's Dice by every method, the worst first, and what its scans are like.
+
+    Args:
+        table: tidy, of methods that were tested on the same patients.
+        cases: as notebook 00 saves them.
+
+    Returns: one row per patient: patient, mean (over the methods), volume (ml, of all classes), thickness (mm of axial
+        slices), intensity (mean in the target, HU of CT), and the Dice of each method, by label; means over its scans.
+    """
+    dice = by_patient(table, None, "dice", "method").rename(columns=method_labels(table))
+    about = cases.set_index("case")
+    scans = pd.DataFrame({
+        "volume": about.filter(like="(ml)").sum(axis="columns"), "thickness": about["thickness (mm)"],
+        "intensity": about.filter(like="mean intensity").mean(axis="columns"),
+    })  # fmt: skip
+    owner = table.drop_duplicates("case").set_index("case")["patient"]
+    found = scans.groupby(owner).mean().join(dice, how="right")
+    found.insert(0, "mean", dice.mean(axis="columns"))
+    return found.sort_values("mean").reset_index(names="patient")
 
 
 def thesis_row(method: pd.Series | Mapping[str, object]) -> pd.Series:

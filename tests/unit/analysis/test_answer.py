@@ -57,7 +57,7 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
     history = pd.DataFrame([dict(identity(name), run=name, epoch=epoch, name="val_dice", value=0.7)
                             for name in VALUES for epoch in (1, 4, 5)])  # fmt: skip
     table = by_class(both, history)
-    assert table["class"].tolist() == ["spleen"] * 2 + ["adrenal"] * 2 and table["millilitres"].tolist()[::2] == [
+    assert table["class"].tolist() == ["spleen"] * 2 + ["adrenal"] * 2 and table["volume"].tolist()[::2] == [
         200,
         5,
     ]

@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 from analysis_tables import identity, tidy
 
+from kdlib.analysis.sentences import worst_patient_sentence
 from kdlib.analysis.statistics import (
     THESIS_COLUMNS,
     THESIS_TABLE,
+    by_patient_table,
     compare,
     gradient_diagnostics,
     pivot_thesis,
@@ -133,4 +135,23 @@ def test_diagnostics_tell_active_terms_from_inactive_ones():
     assert found.loc[("a", "B-B"), ["share", "cosine", "projector_change"]].tolist() == [0.3, 0.5, 0.1]
     assert found.loc[("b", "B-B"), "infonce_over_chance"] == 1.0 and np.isnan(
         found.loc[("a", "B-B"), "infonce_over_chance"]
+    )
+
+
+def test_by_patient_table_has_the_worst_first_and_what_its_scans_are_like():
+    parts = [tidy({name: values}, **{k: v for k, v in identity(name).items() if k != "method"})
+             for name, values in {"T1": [0.9, 0.5, 0.8], "S1": [0.7, 0.1, 0.8]}.items()]  # fmt: skip
+    table = pd.concat(parts, ignore_index=True)
+    table["patient"] = table["case"].map({"case_0": "a", "case_1": "b", "case_2": "a"})  # two scans of one patient
+    cases = pd.DataFrame({
+        "case": ["case_0", "case_1", "case_2"], "thickness (mm)": [3.0, 5.0, 5.0],
+        "spleen (ml)": [100.0, 3000.0, 120.0], "spleen mean intensity": [120.0, 60.0, 100.0],
+    })  # fmt: skip
+    found = by_patient_table(table, cases)
+    assert found["patient"].tolist() == ["b", "a"] and found["T1"].tolist() == pytest.approx([0.5, 0.85])
+    assert found["mean"].tolist() == pytest.approx([0.3, 0.8])
+    assert found.loc[1, ["volume", "thickness", "intensity"]].tolist() == [110, 4, 110], "means over both scans"
+    assert worst_patient_sentence(found) == (
+        "The hardest patient is b (3,000.0 ml, slices of 5 mm): Dice 0.100 to 0.500, by network; without it the means "
+        "of the networks would be 0.175 to 0.325 higher."
     )
