@@ -15,6 +15,7 @@ from scipy import stats
 from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import interval, interval_text
 from kdlib.analysis.labels import method_labels
+from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of
 from kdlib.config import InputError
 
@@ -101,9 +102,9 @@ def _thirds(ax: Axes, wide: pd.DataFrame, at: pd.Series, middle: Callable, apart
     kinds = _groups(ax, wide, at, thirds, found["median"], apart, styles)
     for edge in middle([found["min"].to_numpy()[1:], found["max"].to_numpy()[:-1]], axis=0):
         ax.axvline(edge, color=style.PALE, linewidth=0.6, linestyle=":", zorder=0)
-    for group in found.itertuples():
+    for number, group in enumerate(found.itertuples()):  # every second one higher: medians may be close to each other
         where = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-        ax.annotate(f"n = {group.size}", (group.median, 1.0), **where)
+        ax.annotate(f"n = {group.size}", (group.median, 1.0 + 0.05 * (number % 2)), **where)
     return kinds
 
 
@@ -119,7 +120,8 @@ def _groups(
         sns.scatterplot(x=at, y=wide[method], s=9, ax=ax, legend=False, **points)
         means = wide[method].groupby(group).mean()
         low, high, names = zip(*(interval(values) for _, values in wide[method].groupby(group)), strict=True)
-        bars, at_groups = np.maximum([means - np.array(low), np.array(high) - means], 0), places.loc[means.index]
+        low, high = np.clip((low, high), *METRICS["dice"].bounds)
+        bars, at_groups = np.maximum([means - low, high - means], 0), places.loc[means.index]
         ax.errorbar(apart(at_groups, move), means, yerr=bars, elinewidth=1, markersize=6, zorder=3, **look)
         kinds += names
     ax.grid(axis="y")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from analysis_tables import check, distilled, identity, tidy
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 
 from kdlib.analysis.figures import (
@@ -402,6 +402,10 @@ def test_failure_by_enhancement():
     check(figure, DOUBLE)
     assert len(figure.axes) == 3 and "HU" in figure.axes[2].get_xlabel()
     assert "with mean intensity, 95 % interval and p: T1 \N{MINUS SIGN}1.00" in figure.get_label()
+    outlier = table.assign(value=table["value"].mask(table["metric"].eq("dice") & table["case"].eq("case_5"), 0.0))
+    bars = [path.vertices[:, 1] for ax in failure(outlier, known).axes for group in ax.collections
+            if isinstance(group, LineCollection) for path in group.get_paths()]  # fmt: skip
+    assert bars and min(map(min, bars)) >= 0 and max(map(max, bars)) <= 1, "no interval beyond what a Dice can be"
     edges = [line.get_xdata()[0] for line in figure.axes[2].lines if line.get_linestyle() == ":"]
     assert edges == pytest.approx([112.5, 132.5]), "half way between two thirds"
 
