@@ -136,7 +136,7 @@ def run_study(options: argparse.Namespace, command: Sequence[str]) -> int:
     with _alone(folder) as lock:
         _forget(folder, options.only)
         failures: dict[str, dict] = {}
-        if _snakemake(folder, config, words, lock):
+        if _until_all_is_done(folder, config, words, lock):
             failures = _failures(folder, experiments)
             done = [name for name in experiments if (folder / "jobs" / name / "done.json").exists()]
             if any(name > "01" for name in done) and "report" not in failures:  # draw from what there is
@@ -210,6 +210,26 @@ def _options(executor: str, cores: int) -> list[str]:
         if not shutil.which("sacct") or subprocess.run(["sacct"], capture_output=True).returncode:
             words += ["--slurm-status-command", "squeue"]  # without accounting it would wait for ever
     return [*words, "--default-resources", "runtime=1440", "mem_mb=16000"]
+
+
+def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequence[str], lock: int) -> bool:
+    """Runs Snakemake until a pass makes nothing new; returns whether anything failed.
+
+    One pass may leave jobs out: where a job runs whose result others take as `ancient`, Snakemake 9 does not look at
+    whether these have reasons of their own to run, such as a changed notebook (snakemake/snakemake#4166).
+    """
+
+    def made() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("jobs/*/done.json")}
+
+    before = made()
+    while not (failed := _snakemake(folder, config, words, lock)):
+        after = made()
+        new = {name for name, time in after.items() if before.get(name) != time}
+        if not new or new >= {*config["experiments"]}:
+            break
+        before = after
+    return failed
 
 
 def _snakemake(folder: Path, config: Mapping[str, object], words: Sequence[str], lock: int, *targets: str) -> bool:

@@ -180,6 +180,11 @@ def test_failures_hold_up_nothing_else_and_the_same_command_does_what_is_missing
     assert done() == ["06_figures", "report"]
     assert done("--only", "00_data") == ["00_data", "report"], "what is asked for by name is run again"
     assert done() == [], "a new look at the same data trains and draws nothing again"
+    write(notebooks, "00_data", "print('changed')", TABLE.replace("{name}", "00_data"))
+    write(notebooks, "03_ablation", "print('changed')", TABLE.replace("{name}", "03_ablation"))
+    both = {"00_data", "03_ablation", "06_figures", "report"}
+    assert set(done()) == both, "what has changed is run again though the data that it waits for are looked at again"
+    assert done() == []
 
 
 def test_a_path_that_snakemake_would_break_on_a_cluster_is_refused(tmp_path, notebooks, capfd):
