@@ -23,7 +23,7 @@ DECIDED = ("better", "non-inferior")  # verdicts that a printed table sets in bo
 BOLD = "textbf:--rwrap;"
 OVERLAP = ("iou", "dice", "recall", "precision")
 HEADINGS = {  # column -> heading of a printed table
-    "label": "method", "label_a": "method", "label_b": "compared with", "p_holm": "adjusted p",
+    "label": "method", "label_a": "method", "label_b": "compared with", "before": "compared with", "p_holm": "adjusted p",
     "p_adjusted": "adjusted p", "smallest_p": "smallest possible p", "rank_low": "rank, low", "rank_high": "rank, high",
     "minimum_detectable": "minimum detectable", "infonce_over_chance": "InfoNCE / chance",
     "projector_change": "projector change", "share": "share of the gradient", "n": "patients", "mean": "mean Dice",
@@ -98,7 +98,8 @@ def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
     Returns: one row per patient: patient, mean (over the methods), volume (ml, of all classes), thickness (mm of axial
         slices), intensity (mean in the target, HU of CT), and the Dice of each method, by label; means over its scans.
     """
-    dice = by_patient(table, None, "dice", "method").rename(columns=method_labels(table))
+    labels = method_labels(table)
+    dice = by_patient(table, None, "dice", "method")[list(labels)].rename(columns=labels)
     about = cases.set_index("case")
     scans = pd.DataFrame({
         "volume": about.filter(like="(ml)").sum(axis="columns"), "thickness": about["thickness (mm)"],
