@@ -23,8 +23,9 @@ DECIDED = ("better", "non-inferior")  # verdicts that a printed table sets in bo
 BOLD = "textbf:--rwrap;"
 OVERLAP = ("iou", "dice", "recall", "precision")
 HEADINGS = {  # column -> heading of a printed table
-    "label": "method", "label_a": "method", "label_b": "compared with", "before": "compared with", "p_holm": "adjusted p",
-    "p_adjusted": "adjusted p", "smallest_p": "smallest possible p", "rank_low": "rank, low", "rank_high": "rank, high",
+    "label": "method", "label_a": "method", "label_b": "compared with", "before": "compared with",
+    "p_holm": "adjusted p", "p_adjusted": "adjusted p", "smallest_p": "smallest possible p",
+    "rank_low": "rank, low", "rank_high": "rank, high",
     "minimum_detectable": "minimum detectable", "infonce_over_chance": "InfoNCE / chance",
     "projector_change": "projector change", "share": "share of the gradient", "n": "patients", "mean": "mean Dice",
     "sd": "SD", "dice": "Dice", "dice_25": "Dice at 25 % of the steps", "dice_50": "at 50 %", "dice_100": "at 100 %",
