@@ -264,23 +264,28 @@ def fractions_markdown(table: pd.DataFrame) -> str:
     return f"**{said}**\n\n{terms_sentence(table)}\n\n{verdicts_markdown(table, FRACTION_COLUMNS)}"
 
 
-def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame) -> str:
+def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame, by_volume: pd.DataFrame) -> str:
     """What each step of the cumulative correction is worth, or each fault put back alone, as Markdown.
 
     Args:
         changes: from `statistics.step_changes`.
         gains: from `statistics.gains`, with the zero-weight control among its references.
+        by_volume: the same, with the Dice of volumes at every stage.
     """
-    control = gains[gains["label_b"] == CONTROLS["zero_weights"]].set_index("stage")
+    heading = "gain over the zero-weight control here"
+    controls = {
+        heading + where: of[of["label_b"] == CONTROLS["zero_weights"]].set_index("stage")
+        for where, of in {"": gains, ", by Dice of volumes": by_volume}.items()
+    }
     single, rows = is_single(list(changes["step"])), []
     for row in changes.itertuples():
-        gain = control.loc[row.step] if row.step in control.index else None
         rows.append({
             "fault put back" if single else "step": row.step, "Dice of the distilled student": row.dice,
             f"change by this {'fault' if single else 'step'} [95 % interval]": "" if pd.isna(row.difference) else
             f"{interval_of(row.difference, row.low, row.high)}, {row.verdict}",
-            "gain over the zero-weight control here": "" if gain is None else
-            f"{interval_of(*gain[['difference', 'low', 'high']])}, {gain['verdict']}",
+        } | {
+            name: f"{interval_of(*of.loc[row.step, ['difference', 'low', 'high']])}, {of.loc[row.step, 'verdict']}"
+            if row.step in of.index else "" for name, of in controls.items()
         })  # fmt: skip
     note = (
         "A change counts as better or worse where its interval excludes 0 and a paired permutation test, adjusted over "

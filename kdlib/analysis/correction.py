@@ -74,6 +74,7 @@ def paired_changes(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> pd.D
             several, parts = _weighted(dice[:, drawn], weight[:, drawn])
             spreads = (parts[0] - parts[1]).std(axis=1)
             low, high, kind = studentised(difference, share.std(), several[0] - several[1], spreads, n)
+            low, high = np.clip((low, high), -1, 1)  # a difference of two Dice is no larger
         rows.append(dict(n=n, dice=means[0], difference=difference, low=low, high=high, interval=kind))
     found = pd.DataFrame(rows).assign(p_adjusted=paired_permutation(values, pairs), smallest_p=smallest_p(n))
     return found.assign(verdict=[verdict(row.p_adjusted, row.low, row.high, "dice") for row in found.itertuples()])

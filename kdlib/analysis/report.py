@@ -89,7 +89,8 @@ def findings(folder: Path) -> show.Shown:
     changes = _table(folder, "05_correction")
     if changes is not None:
         gains = read_csv(folder / "tables" / "05_gains.csv")
-        write_text(folder / "worth.md", answer.correction_markdown(changes, gains))
+        by_volume = read_csv(folder / "tables" / "05_gains_by_volume.csv")
+        write_text(folder / "worth.md", answer.correction_markdown(changes, gains, by_volume))
         parts += [show.heading("From the published to the corrected protocol"), show.say(gains_sentence(gains))]
         parts += _picture(folder, "05_correction")
     return sum(parts, show.say())

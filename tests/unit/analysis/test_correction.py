@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kdlib.analysis.answer import correction_markdown
 from kdlib.analysis.sentences import correction_sentence, gains_sentence
 from kdlib.analysis.statistics import convergence, gains, overlap_weights, step_changes, withhold_stages
 from kdlib.config import InputError
@@ -63,6 +64,23 @@ def test_single_faults_that_have_not_converged_get_no_verdict():
     worth = pd.DataFrame([dict(stage=stage, reference="alone", verdict="better") for stage in dice])
     worth, changes = withhold_stages(worth, changes, rising, "KD")
     assert worth["verdict"].tolist() == ["better", "not converged"] and changes["verdict"].iloc[1] == "not converged"
+
+
+def test_the_page_has_the_gain_over_zero_weights_by_pooled_dice_and_by_volumes():
+    # pooled, the large second patient decides: 2 * (9 + 10) / 220 against 2 * (9 + 40) / 220
+    worth = {"distilled": [0.9, 0.1], "control": [0.9, 0.4]}
+    parts = [stages({"thesis": dice, "corrected": dice}, [10.0, 100.0]).assign(method=name)
+             for name, dice in worth.items()]  # fmt: skip
+    table = pd.concat(parts).assign(control="zero_weights")
+    names = ["thesis", "corrected"]
+    pooled, by_volume = (gains(table, "distilled", ["control"], names, of) for of in (["thesis"], []))
+    assert pooled["difference"].tolist() == pytest.approx([-30 / 110, -0.15])
+    labelled = [of.assign(label_b="zero-weight control") for of in (pooled, by_volume)]
+    page = correction_markdown(step_changes(parts[0], names, ["thesis"]), *labelled)
+    row = next(line for line in page.splitlines() if line.startswith("| thesis"))
+    assert "\N{MINUS SIGN}0.273 [" in row and "\N{MINUS SIGN}0.150 [" in row
+    assert "gain over the zero-weight control here, by Dice of volumes" in page
+    assert pooled["low"].min() >= -1 and pooled["high"].max() <= 1, "no interval beyond what a difference can be"
 
 
 def test_pooled_dice_is_that_of_all_voxels_together():
