@@ -213,7 +213,7 @@ def _options(executor: str, cores: int) -> list[str]:
 
 
 def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequence[str], lock: int) -> bool:
-    """Runs Snakemake until a pass makes nothing new; returns whether anything failed.
+    """Runs Snakemake until a pass makes nothing that none before it has made; returns whether anything failed.
 
     One pass may leave jobs out: where a job runs whose result others take as `ancient`, Snakemake 9 does not look at
     whether these have reasons of their own to run, such as a changed notebook (snakemake/snakemake#4166).
@@ -222,13 +222,12 @@ def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequen
     def made() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("jobs/*/done.json")}
 
-    before = made()
+    before, done = made(), set()
     while not (failed := _snakemake(folder, config, words, lock)):
-        after = made()
-        new = {name for name, time in after.items() if before.get(name) != time}
-        if not new or new >= {*config["experiments"]}:
+        new = {name for name, time in made().items() if before.get(name) != time}
+        if new == done or new >= {*config["experiments"]}:  # a forced job runs in each pass
             break
-        before = after
+        done = new
     return failed
 
 
