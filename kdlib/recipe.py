@@ -130,7 +130,8 @@ class Optimisation:
         warmup: share of the steps in which the learning rate rises.
         target_share: share of the (labelled) slices of each batch that hold target; None draws slices at random.
         precision: of networks, in training and evaluation: "bf16", "fp32", or "auto" for bf16 where the processor
-            multiplies it natively (then a run's manifest says which it was). Losses are always computed in float32.
+            multiplies it natively (then a run's manifest says which it was), but float32 for volumes on a CPU. Losses
+            are always computed in float32.
         kernels: "plain", or "fused": batch norms of frozen teachers folded into their convolutions, and the optimiser's
             fused kernel where it has one (AdamW). The same numbers to rounding.
         replay: so many batches are drawn, with their augmentation, and come again and again: what the teachers give for

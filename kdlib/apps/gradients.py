@@ -78,7 +78,7 @@ def _terms(
     """
     images = images.contiguous(memory_format=torch.channels_last)
     seen = {name: teacher_forward(tap, images) for name, tap in hooks.items()}
-    with autocast(images.device):
+    with autocast(images.device, images.dim() - 2):
         output, features = state.hooks(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
         totals = dict.fromkeys(state.distiller.terms, 0.0)

@@ -41,7 +41,7 @@ def predict_cases(model: nn.Module, bank: Bank, batch: int = 32) -> dict[str, Te
     C is 1 (sigmoid) for one class, classes + 1 (softmax, channel 0 background) for several.
     """
     parts: dict[str, list[Tensor]] = {case: [] for case in bank.cases}
-    with inference(model) as device:
+    with inference(model, bank.dims) as device:
         for logits, _, owner in slice_logits(model, bank, device, batch):
             for number in owner.unique().tolist():
                 parts[bank.cases[number]].append(probabilities(logits[owner == number]))

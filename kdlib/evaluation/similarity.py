@@ -81,7 +81,7 @@ def features_at(
     taps = FeatureHooks(model, model.scales, scales or model.scales)
     parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
     try:
-        with inference(model) as device:
+        with inference(model, bank.dims) as device:
             for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
                 images, _ = bank.batch(chosen.to(bank.images[0].device))
                 images = images.to(device, memory_format=CHANNELS_LAST[bank.dims])

@@ -166,7 +166,7 @@ def manifest_header(run: Run, found: TrainingData, results: Path, device: torch.
         "code": {"hash": CODE_HASH, "files": CODE},
         "git": git_state(),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "precision": precision_on(device, run.optimisation.precision),
+        "precision": precision_on(device, run.preprocessing.dimensions, run.optimisation.precision),
         **machine(),
         "processes": processes,
         "notebook": os.path.relpath(notebook, results) if notebook else None,

@@ -57,11 +57,12 @@ def load_network(folder: Path, student: Student) -> nn.Module:
 
 
 def _torch(folder: Path, student: Student, device: str) -> Backend:
-    layout = CHANNELS_LAST[student.preprocessing.dimensions]
+    dimensions = student.preprocessing.dimensions
+    layout = CHANNELS_LAST[dimensions]
     model = load_network(folder, student).to(pick_device(device), memory_format=layout)
 
     def run(images: Tensor) -> Tensor:
-        with inference(model) as place:
+        with inference(model, dimensions) as place:
             images = images.to(place, memory_format=layout)
             return model(images, reconstruct=False).segmentation.float().cpu()
 

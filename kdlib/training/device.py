@@ -49,14 +49,30 @@ def precision(name: str) -> Iterator[None]:
         PRECISION.reset(before)
 
 
-def precision_on(device: torch.device, name: str = "auto") -> str:
-    """ "bf16" or "fp32": of "auto" bf16 where it is native (about twice as fast on such a CPU)."""
+def precision_on(device: torch.device, dimensions: int = 2, name: str = "auto") -> str:
+    """ "bf16" or "fp32": of "auto" bf16 where it is native (about twice as fast on such a CPU).
+
+    Volumes on a CPU take float32: oneDNN's bfloat16 gradients of the weights of 3D convolutions read unset memory where
+    a map is about as deep as the kernel (3 x 3 x 3 at depth 2, 5 x 5 x 5 at 1, 3 and 4), and some of them are NaN.
+
+    Args:
+        device: where networks compute.
+        dimensions: 2 for slices, 3 for volumes.
+        name: the precision asked for, "auto", "bf16" or "fp32".
+
+    Raises: InputError: "bf16" for volumes on a CPU.
+    """
+    if dimensions == 3 and device.type == "cpu":
+        if name == "bf16":
+            raise InputError("precision bf16: on a CPU volumes have no sound gradients in it; give 'auto' or 'fp32'")
+        return "fp32"
     return name if name != "auto" else "bf16" if computes_bf16(device) else "fp32"
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """The precision that `precision` has set, by default "auto"; losses stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, PRECISION.get()) == "bf16")
+def autocast(device: torch.device, dimensions: int = 2) -> torch.autocast:
+    """The precision of slices or volumes that `precision` has set, by default "auto"; losses stay float32."""
+    enabled = precision_on(device, dimensions, PRECISION.get()) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ CONVOLUTIONS, NORMS = (nn.Conv2d, nn.Conv3d), (nn.BatchNorm2d, nn.BatchNorm3d)
 @torch.no_grad()
 def teacher_forward(hooks: FeatureHooks, images: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
     """A frozen network's features and logits of images."""
-    with autocast(images.device):
+    with autocast(images.device, images.dim() - 2):
         output, features = hooks(processes.share(images), reconstruct=False)
     return {name: processes.gather(maps) for name, maps in (features | {"logits": output.segmentation}).items()}
 

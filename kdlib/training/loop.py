@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
 def student_losses(state: RunState, batch: Batch, processes: Processes = ALONE) -> dict[str, Tensor]:
     """The forward pass of a run: every unweighted loss by name."""
     run, recipe, labels, teachers = state.run, state.run.effective_recipe, batch.labels, batch.teachers
-    with autocast(batch.images.device):
+    with autocast(batch.images.device, batch.images.dim() - 2):
         output, features = state.hooks(processes.share(batch.images), reconstruct=recipe.reconstruction_weight > 0)
         logits, reconstruction = map(processes.gather, output)
         features = {name: processes.gather(maps) for name, maps in features.items()} | {"logits": logits}

@@ -15,12 +15,13 @@ from kdlib.training.device import autocast
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients, in the precision of training; the mode before comes back. Yields the device."""
+def inference(model: nn.Module, dimensions: int) -> Iterator[torch.device]:
+    """Eval mode without gradients, in the precision that slices (2 dimensions) or volumes (3) train in; the mode
+    before comes back. Yields the device."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), autocast(device, dimensions):
             yield device
     finally:
         model.train(training)
@@ -71,7 +72,7 @@ def volume_dice(model: nn.Module, bank: Bank, batch: int = 32, threshold: float 
         threshold: probability above which a pixel of a one-channel model is foreground.
         pooled: take the pixels of all volumes together, as the published study did, so that large organs decide.
     """
-    with inference(model) as device:
+    with inference(model, bank.dims) as device:
         # of every class and volume: both masks, prediction, truth
         volumes = torch.zeros(len(bank.classes), 3, len(bank.cases), dtype=torch.int64, device=device)
         for logits, labels, cases in slice_logits(model, bank, device, batch):

@@ -32,7 +32,7 @@ from kdlib.models import Output, build_model, cost
 from kdlib.training import loop
 from kdlib.training.checkpoint import Checkpoint, save_tensors
 from kdlib.training.loop import train_cohort
-from kdlib.training.state import new_model
+from kdlib.training.state import RunState, new_model
 from kdlib.training.validation import volume_logits
 
 CHANGES = {"dimensions": 3, "size": 16, "spacing": 16.0}
@@ -203,6 +203,19 @@ def test_a_training_of_volumes_resumes_to_the_bit(tmp_path, monkeypatch):
         assert same(one.model.state_dict(), other.model.state_dict()) and same(one.best, other.best)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["T1", "E1"])
+def test_a_training_of_volumes_does_not_depend_on_what_memory_held_before(model):
+    def after(value: float) -> RunState:
+        junk = [torch.full((count,), value) for count in (300, 1000, 5000, 20_000, 100_000, 400_000) for _ in range(4)]
+        del junk  # what is freed is what the training's own arrays are made of
+        return train([run_of(model)])[0]
+
+    one, other = after(0.0), after(float("nan"))
+    assert one.failure is other.failure is None
+    assert one.history == other.history and same(one.model.state_dict(), other.model.state_dict())
+
+
 def test_costs_are_those_of_patches():
     table = cost(0.125, 16, models=["S1"], dims=3).set_index("size")
     flat = cost(0.125, 16, models=["S1"]).set_index("size")
@@ -279,6 +292,13 @@ def test_a_run_is_exported_with_its_patch_and_segments_a_scan(done, tmp_path, to
 def test_a_profile_that_cannot_be_is_one_line(changes, message):
     with pytest.raises(InputError, match=message):
         override_profile("quick", CHANGES | changes)
+
+
+def test_bf16_of_volumes_on_a_cpu_is_one_line(tmp_path, phantom_of):
+    how = dataclasses.replace(profile_of().teacher, precision="bf16")
+    run = run_of("T1", data=str(phantom_of(9)), profile=dataclasses.replace(profile_of(), teacher=how))
+    with pytest.raises(InputError, match="precision bf16: on a CPU volumes have no sound gradients in it; give 'auto'"):
+        study([run], tmp_path, "cpu")
 
 
 def test_a_protocol_and_a_loss_option_of_slices_are_refused(tmp_path):

@@ -36,7 +36,16 @@ def test_cpu_precision_follows_the_processor(monkeypatch, able, expected):
 def test_a_precision_that_is_asked_for_is_taken_whatever_the_processor(name):
     with precision(name), autocast(CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name] and precision_on(CPU, name) == name
+    assert product.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name] and precision_on(CPU, 2, name) == name
     with autocast(CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert (product.dtype == torch.bfloat16) == (precision_on(CPU) == "bf16") == computes_bf16(CPU), "as before"
+
+
+def test_volumes_compute_in_float32_on_a_cpu_and_refuse_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert precision_on(CPU, 2) == "bf16" and precision_on(CPU, 3) == precision_on(CPU, 3, "fp32") == "fp32"
+    with autocast(CPU, 3):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(InputError, match="precision bf16: on a CPU volumes have no sound gradients in it"):
+        precision_on(CPU, 3, "bf16")
