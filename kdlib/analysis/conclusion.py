@@ -32,8 +32,9 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     Args:
         folders: of studies, with their `tables`.
 
-    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data, knowledge (one of
-        `KNOWLEDGE` or "control"), fraction, length, times (the length as text) and parameters.
+    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data (the data set and
+        its class, or the number of them), knowledge (one of `KNOWLEDGE` or "control"), fraction, length, times (the
+        length as text) and parameters.
 
     Raises: InputError: a folder without any such chapter.
     """
@@ -69,10 +70,12 @@ def _comparisons(
     table = fractions(cases, verdicts, masters)
     taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
     length = taught.get("length", pd.Series(1.0, taught.index))
+    classes = cases["class"].unique()
+    target = classes[0] if len(classes) == 1 else f"{len(classes)} classes"
     return table.assign(
-        chapter=name, data=runs["data"].iloc[0], knowledge=[knowledge(row)[0] for _, row in taught.iterrows()],
-        fraction=taught["fraction"].to_numpy(), length=length.to_numpy(), times=[f"{value:g} x" for value in length],
-        parameters=table["a"].map(parameters),
+        chapter=name, data=f"{runs['data'].iloc[0]}, {target}",
+        knowledge=[knowledge(row)[0] for _, row in taught.iterrows()], fraction=taught["fraction"].to_numpy(),
+        length=length.to_numpy(), times=[f"{value:g} x" for value in length], parameters=table["a"].map(parameters),
     )  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def _packed_or_not(path: Path) -> Path | None:
 
 def of_people(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of scans of people, without those of the phantom; all where there are no others."""
-    people = table[table["data"].str.lower() != "phantom"]
+    people = table[~table["data"].str.lower().str.startswith("phantom,")]
     return people if len(people) else table
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -65,8 +66,10 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     save(tmp_path / "made", "07_x", [(TEACHER, 0.9), (ALONE, 0.2), (KL, 0.9)], data="Phantom")
     table = conclusion.everything([tmp_path / name for name in ("near", "far", "rising", "made")])
     said = conclusion.sentences(table)
-    assert said[0].startswith("Of 3 comparisons") and "Scans (8 patients) and CT (8 patients)" in said[0]
-    assert "S1 with 10 % of the labels on CT from pseudo-labels of T1: +0.100" in said[1]
+    assert (
+        said[0].startswith("Of 3 comparisons") and "Scans, spleen (8 patients) and CT, spleen (8 patients)" in said[0]
+    )
+    assert "S1 with 10 % of the labels on CT, spleen from pseudo-labels of T1: +0.100" in said[1]
     assert "50 % of the gap to T1" in said[1] and "8 of 8 patients gain" in said[1]
     assert "by +0.001 (1 comparison); where it is further away, by +0.021 to +0.100 (2 comparisons)" in said[2]
     assert said[-1].endswith("predictions +0.011 (2) and pseudo-labels +0.100 (1).")
@@ -80,6 +83,18 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
         "Phantom" not in page and "zero-weight" not in page and page.splitlines()[-1].startswith("| **not converged**")
     )
     assert page.index("pseudo-labels of T1 |") < page.index("KL from T1 |"), "the largest change first"
+
+
+def test_data_are_named_with_their_class_or_the_number_of_them(tmp_path):
+    save(tmp_path / "one", "02_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT")
+    path = tmp_path / "one" / "tables" / "02_x_cases.csv"
+    cases = pd.read_csv(path)
+    write_csv(tmp_path / "all" / "tables" / "02_x_cases.csv", pd.concat([cases, cases.assign(**{"class": "liver"})]))
+    for part in ("history", "runs"):
+        shutil.copy(path.with_name(f"02_x_{part}.csv"), tmp_path / "all" / "tables")
+    table = conclusion.everything([tmp_path / "one", tmp_path / "all"])
+    assert list(table["data"]) == ["CT, spleen", "CT, 2 classes"]
+    assert "on CT, spleen (8 patients) and CT, 2 classes (8 patients)" in conclusion.sentences(table)[0]
 
 
 def test_nobody_gains(tmp_path):
