@@ -164,7 +164,8 @@ def terms_sentence(table: pd.DataFrame) -> str:
     n, seeds = int(table["n"].max()), int(table["seeds"].iloc[0])
     text = (
         f"Mean Dice of {n} test patients, {seeds} seed{'s' * (seeds > 1)}; changes are paired by patient, with 95 % "
-        f'intervals. "Equivalent": less than {SAME["dice"]:g} Dice either way.'
+        f"intervals{' of patients: one seed does not show how much trainings differ' * (seeds == 1)}. "
+        f'"Equivalent": neither better nor worse, and less than {SAME["dice"]:g} Dice either way.'
     )
     if (table["verdict"] == "inconclusive").any():
         text += ' "Inconclusive": so many patients do not decide it, by a test adjusted over all comparisons.'

@@ -104,9 +104,12 @@ def sentences(table: pd.DataFrame) -> list[str]:
     known = rows.dropna(subset="gap")
     near = known["gap"] < NEAR
     if near.any() and (~near).any():
+        mixed = not set(known["knowledge"][near]) & set(known["knowledge"][~near])
         said.append(
-            f"It depends on what there is to learn: where the student alone is within {NEAR:g} Dice of its teacher, a "
-            f"teacher changes Dice by {_span(known[near])}; where it is further away, by {_span(known[~near])}."
+            f"Where the student alone is within {NEAR:g} Dice of its teacher, a teacher changes Dice by "
+            f"{_span(known[near])}; where it is further away, by {_span(known[~near])}."
+            + " What the teachers give differs between the two, so the distance may not be the reason."
+            * mixed
         )
     if rows["fraction"].nunique() > 1:
         said.append(f"The most that a teacher brings, by labels: {_best_by(rows, 'fraction', 'labels')}.")
@@ -115,7 +118,10 @@ def sentences(table: pd.DataFrame) -> list[str]:
             f"{name} {signed(f'{part.mean():+.3f}')} ({len(part)})"
             for name in KNOWLEDGE if len(part := rows.loc[rows["knowledge"] == name, "difference"])
         ]  # fmt: skip
-        said.append(f"On average over what was compared, by what the teacher gives: {listed(parts)}.")
+        said.append(
+            "By what the teacher gives, on average over what was compared (each on data and labels of its own: no "
+            f"ranking): {listed(parts)}."
+        )
     if rows["length"].nunique() > 1:
         said.append(f"The most that a teacher brings, by length of training: {_best_by(rows, 'length', 'times')}.")
     return said

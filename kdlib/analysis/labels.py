@@ -23,7 +23,12 @@ CONTROLS = {  # column `control` -> label
     "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
     "self_distillation": "self-distillation",
 }  # fmt: skip
-KNOWLEDGE = ("features", "predictions", "predictions, unlabelled images", "pseudo-labels")  # what a teacher gives
+KNOWLEDGE = (
+    "features (and predictions)",
+    "predictions",
+    "predictions, unlabelled images",
+    "pseudo-labels",
+)  # what a teacher gives
 CONTROL = "control"
 DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
 
@@ -69,7 +74,7 @@ def knowledge(method: pd.Series) -> tuple[str, str]:
         what = "the thesis's terms"
     if method.get("unlabelled"):
         return "predictions, unlabelled images", f"{what} from {method['teacher']}, on unlabelled images too"
-    return "features" if features else "predictions", f"{what} from {method['teacher']}"
+    return KNOWLEDGE[0] if features else "predictions", f"{what} from {method['teacher']}"
 
 
 def method_labels(table: pd.DataFrame) -> dict[str, str]:
