@@ -49,7 +49,7 @@ def when(table: pd.DataFrame) -> Figure:
     handles += style.legend_lines({data: dot | dict(marker=marker) for data, marker in markers.items()})
     handles += style.legend_lines({"not decided": dot | dict(markerfacecolor="white")})
     handles += style.legend_lines({"as good as the teacher": dict(color=style.GREY, linestyle="--")})
-    style.legend_below(figure, handles, columns=4)
+    style.legend_below(figure, handles)
     figure.set_label(
         f"Points: mean change of Dice with its 95 % interval, paired by patient "
         f"({patients_text(rows['n'], rows['volumes'])}); grey: less than {SAME['dice']:g} Dice either way."
