@@ -259,10 +259,28 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
     return said
 
 
-def fractions_markdown(table: pd.DataFrame) -> str:
-    """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook."""
-    said = " ".join(fraction_sentences(table))
-    return f"**{said}**\n\n{terms_sentence(table)}\n\n{verdicts_markdown(table, FRACTION_COLUMNS)}"
+def images_sentence(compared: pd.DataFrame) -> str:
+    """Whether unlabelled images help by the teacher or by themselves.
+
+    Args:
+        compared: from `statistics.compare` of `statistics.image_pairs`.
+    """
+    said = [
+        f"{row.label_a} against {row.label_b} {interval_of(row.difference, row.low, row.high)} ({row.verdict})"
+        for row in compared.itertuples()
+    ]
+    return f"The teacher, or the images? {'; '.join(said)}."
+
+
+def fractions_markdown(table: pd.DataFrame, images: pd.DataFrame | None = None) -> str:
+    """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook.
+
+    Args:
+        images: of `images_sentence`, where images were unlabelled.
+    """
+    said = [f"**{' '.join(fraction_sentences(table))}**", terms_sentence(table)]
+    said += [] if images is None else [images_sentence(images)]
+    return "\n\n".join([*said, verdicts_markdown(table, FRACTION_COLUMNS)])
 
 
 def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame, by_volume: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -160,6 +161,22 @@ def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -
     pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]
     if not pairs:
         raise InputError(f"no {' or '.join(roles)} student with itself alone on the same labels: run notebook 02")
+    return pairs
+
+
+def image_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """What asks whether unlabelled images help by the teacher or by themselves: distillation on all images with that on
+    the labelled ones, and both that and pseudo-labels with self-consistency, which has the images and no teacher.
+
+    Returns: pairs of values of the column `method`, of one student, label fraction and length each; none where no image
+        was unlabelled.
+    """
+    pairs = []
+    for _, rows in methods(table).groupby(["model", "fraction", "length"], sort=False):
+        distilled = rows[rows["role"] == "distilled"]
+        everywhere, labelled = (distilled.index[distilled["unlabelled"] == kind] for kind in (True, False))
+        pseudo, alone = (rows.index[rows["control"] == kind] for kind in ("pseudo_labels", "self_consistency"))
+        pairs += [*product(everywhere, labelled), *product([*everywhere, *pseudo], alone)]
     return pairs
 
 

@@ -82,7 +82,7 @@ def findings(folder: Path) -> show.Shown:
             lines = comparison_sentences(found, labels, runs["seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
-                write_text(folder / "labels.md", answer.fractions_markdown(shares))
+                write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
                 said = [*answer.fraction_sentences(shares), *said]
             parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))

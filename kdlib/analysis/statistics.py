@@ -8,6 +8,7 @@ from kdlib.analysis.comparisons import (
     compare,
     compare_classes,
     holm,
+    image_pairs,
     minimum_detectable_difference,
     non_inferiority,
     paired,

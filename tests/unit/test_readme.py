@@ -75,7 +75,8 @@ def test_the_readme_says_of_the_study_what_its_tables_say():
     table = pd.read_csv(folder / "tables" / "02_answer.csv")
     assert answer_markdown(table, "figures/02_overview.png") == (folder / "answer.md").read_text(encoding="utf-8")
     shares = pd.read_csv(folder / "tables" / "07_answer.csv")
-    assert fractions_markdown(shares) == (folder / "labels.md").read_text(encoding="utf-8")
+    images = pd.read_csv(folder / "tables" / "07_images.csv")
+    assert fractions_markdown(shares, images) == (folder / "labels.md").read_text(encoding="utf-8")
     for block, study in (("answer", "hippocampus"), ("when", "conclusion")):
         assert with_block(ROOT / "README.md", block, ROOT / "results" / study) == README, "run: make site"
 

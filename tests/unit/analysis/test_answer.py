@@ -16,9 +16,10 @@ from kdlib.analysis.answer import (
     fraction_sentences,
     fractions,
     fractions_markdown,
+    images_sentence,
     lead_sentence,
 )
-from kdlib.analysis.statistics import baseline_pairs, compare
+from kdlib.analysis.statistics import baseline_pairs, compare, image_pairs
 from kdlib.config import InputError
 
 VALUES = {
@@ -112,11 +113,40 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     assert lines[0].startswith("**With 50 %") and lines[6].startswith(
         "| **better** | S1 | 50 % | the thesis's terms from T1 | 0.735 | 0.785 |"
     )
+    compared = compare(chosen, [("KD(T1, S1)", "S1 (50 %)")])
+    assert images_sentence(compared) in fractions_markdown(table, compared).splitlines()
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
     assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
     row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
     assert np.isnan(row["gap_closed"]) and row["closed"] == ""
+
+
+def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
+    """Of each student and fraction: KL on all images with KL on labelled ones and with agreement; masks with agreement."""
+
+    def of(model, fraction, dice, **about):
+        columns = identity(f"{model} {fraction} {about}", model=model, fraction=fraction, length=1.0, **about)
+        return tidy({columns["method"]: dice + 0.01 * np.arange(8)}).assign(**columns)
+
+    def ways(model, fraction):
+        taught = dict(model=model, fraction=fraction, teacher="T1", role="distilled", loss="kl", terms="PMD")
+        control = dict(model=model, fraction=fraction, role="control", unlabelled=True)
+        return [
+            of(**taught, dice=0.8, unlabelled=False), of(**taught, dice=0.84, unlabelled=True),
+            of(**control, dice=0.82, teacher="self", control="self_consistency"),
+            of(**control, dice=0.9, teacher="T1", control="pseudo_labels"),
+        ]  # fmt: skip
+
+    whole = of("S1", 1.0, 0.85, teacher="T1", role="distilled", loss="kl", terms="PMD", unlabelled=False)
+    table = pd.concat([*ways("S1", 0.1), *ways("E1", 0.5), whole], ignore_index=True)
+    pairs = image_pairs(table)
+    found = compare(table, pairs)
+    assert len(pairs) == 6 and found["difference"].tolist() == pytest.approx([0.04, 0.02, 0.08] * 2)
+    assert image_pairs(whole) == []
+    said = images_sentence(found[found["a"].str.startswith("E1")])
+    assert said.startswith("The teacher, or the images? ") and said.count("against self-consistency") == 2
+    assert "+0.040 [+0.040, +0.040] (better)" in said
 
 
 def test_a_student_alone_has_no_answer(cases):
