@@ -259,27 +259,27 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
     return said
 
 
-def images_sentence(compared: pd.DataFrame) -> str:
-    """Whether unlabelled images help by the teacher or by themselves.
+def images_markdown(compared: pd.DataFrame) -> str:
+    """Whether unlabelled images help by the teacher or by themselves, as Markdown.
 
     Args:
         compared: from `statistics.compare` of `statistics.image_pairs`.
     """
     said = [
-        f"{row.label_a} against {row.label_b} {interval_of(row.difference, row.low, row.high)} ({row.verdict})"
+        f"- {row.label_a} against {row.label_b}: {interval_of(row.difference, row.low, row.high)}, {row.verdict}"
         for row in compared.itertuples()
     ]
-    return f"The teacher, or the images? {'; '.join(said)}."
+    return "\n".join(["Is it the teacher, or the unlabelled images?", "", *said])
 
 
 def fractions_markdown(table: pd.DataFrame, images: pd.DataFrame | None = None) -> str:
     """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook.
 
     Args:
-        images: of `images_sentence`, where images were unlabelled.
+        images: of `images_markdown`, where images were unlabelled.
     """
     said = [f"**{' '.join(fraction_sentences(table))}**", terms_sentence(table)]
-    said += [] if images is None else [images_sentence(images)]
+    said += [] if images is None else [images_markdown(images)]
     return "\n\n".join([*said, verdicts_markdown(table, FRACTION_COLUMNS)])
 
 

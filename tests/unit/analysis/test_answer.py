@@ -16,7 +16,7 @@ from kdlib.analysis.answer import (
     fraction_sentences,
     fractions,
     fractions_markdown,
-    images_sentence,
+    images_markdown,
     lead_sentence,
 )
 from kdlib.analysis.statistics import baseline_pairs, compare, image_pairs
@@ -114,7 +114,7 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
         "| **better** | S1 | 50 % | the thesis's terms from T1 | 0.735 | 0.785 |"
     )
     compared = compare(chosen, [("KD(T1, S1)", "S1 (50 %)")])
-    assert images_sentence(compared) in fractions_markdown(table, compared).splitlines()
+    assert images_markdown(compared) in fractions_markdown(table, compared)
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
     assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
@@ -123,7 +123,7 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
 
 
 def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
-    """Of each student and fraction: KL on all images with KL on labelled ones and with agreement; masks with agreement."""
+    """Of each student and fraction: KL on all images with KL on labelled ones; it, and masks, with self-consistency."""
 
     def of(model, fraction, dice, **about):
         columns = identity(f"{model} {fraction} {about}", model=model, fraction=fraction, length=1.0, **about)
@@ -144,9 +144,9 @@ def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
     found = compare(table, pairs)
     assert len(pairs) == 6 and found["difference"].tolist() == pytest.approx([0.04, 0.02, 0.08] * 2)
     assert image_pairs(whole) == []
-    said = images_sentence(found[found["a"].str.startswith("E1")])
-    assert said.startswith("The teacher, or the images? ") and said.count("against self-consistency") == 2
-    assert "+0.040 [+0.040, +0.040] (better)" in said
+    first, _, *said = images_markdown(found[found["a"].str.startswith("E1")]).splitlines()
+    assert first == "Is it the teacher, or the unlabelled images?" and all(line.startswith("- ") for line in said)
+    assert said[0].endswith(": +0.040 [+0.040, +0.040], better") and said[1].count("self-consistency") == 1
 
 
 def test_a_student_alone_has_no_answer(cases):
