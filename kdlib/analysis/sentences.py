@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from kdlib.config import TEACHERS
 from kdlib.protocol import is_single
 
 NOT_CONVERGED = "not converged"
@@ -146,16 +147,23 @@ def agreement_sentence(means: pd.DataFrame, student: str, distilled: str) -> str
 
 
 def cost_sentence(costs: pd.DataFrame) -> str:
-    """What a student costs beside its teacher, and where a shrunk teacher costs less than S2."""
+    """What the first student costs beside the first teacher, and which shrunk teachers are faster than a student.
+
+    Args:
+        costs: of `kdlib.models.cost`, with at least one teacher and one student.
+    """
     own = costs[costs["size"] == "study"].set_index("model")
-    part = own.loc["S1", "inference_parameters"] / own.loc["T1", "inference_parameters"]
-    pace = own.loc["S1", "latency_ms"] / own.loc["T1", "latency_ms"]
-    text = f"As trained here S1 has {part:.1%} of T1's parameters and takes {pace:.0%} of its time on a CPU."
-    cheap = [name for name in ("T1", "T2") if own.loc[name, "latency_ms"] < own.loc["S2", "latency_ms"]]
-    if cheap:
-        text += (
-            f" {listed(cheap)}, narrower here than in the thesis, {'are' if len(cheap) > 1 else 'is'} faster than S2."
-        )
+    teachers, students = ([name for name in own.index if (name in TEACHERS) == kind] for kind in (True, False))
+    time, teacher, student = own["latency_ms"], teachers[0], students[0]
+    part = own.loc[student, "inference_parameters"] / own.loc[teacher, "inference_parameters"]
+    pace = time[student] / time[teacher]
+    text = (
+        f"As trained here {student} has {part:.1%} of {teacher}'s parameters and takes {pace:.0%} of its time on a CPU."
+    )
+    slow = time[students].idxmax()
+    if cheap := [name for name in teachers if time[name] < time[slow]]:
+        are = "are" if len(cheap) > 1 else "is"
+        text += f" {listed(cheap)}, narrower here than in the thesis, {are} faster than {slow}."
     return text
 
 

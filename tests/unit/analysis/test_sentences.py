@@ -83,6 +83,8 @@ def test_inactive_terms_and_shrunk_teachers_are_named():
     ))  # fmt: skip
     assert "5.0% of T1's parameters" in cost_sentence(costs) and "50% of its time" in cost_sentence(costs)
     assert "T1, narrower here than in the thesis, is faster than S2" in cost_sentence(costs)
+    few = costs[costs["model"].isin(["T1", "S1"])]
+    assert cost_sentence(few).endswith("50% of its time on a CPU."), "a study of one teacher and one student"
 
 
 def test_numbers_in_sentences():
