@@ -20,11 +20,12 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
     so that Dice at 50 % of the steps is less than that of a training of half the length.
 
     Args:
-        history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`.
+        history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`; of distilled students
+            with the columns role, model and teacher.
         by: columns that make a method.
 
     Returns: a table with columns `by`, label (of methods), runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice)
-        and converged (the gain is at most 0.01).
+        and converged (the gain is at most 0.01, and so is that of its teachers in this history).
 
     Raises: InputError: the history holds no validation Dice.
     """
@@ -42,7 +43,23 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
     groups = table.groupby(list(by), sort=False)
     found = groups[["dice_25", "dice_50", "dice_100", "last_fifth"]].mean()
     found.insert(0, "runs", groups.size())
-    found = found.assign(converged=found["last_fifth"] <= TOLERATED_GAIN).reset_index()
+    rising = found["last_fifth"] > TOLERATED_GAIN
+    found = found.assign(converged=~(rising | _taught_by(rising, dice))).reset_index()
     if "method" in by:
         found.insert(len(by), "label", found["method"].map(method_labels(history)))
     return found
+
+
+def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
+    """Of each method (index of `rising`, after its protocol if any): whether a teacher of it, there, is `rising`."""
+    by = rising.index.names
+    if not {"role", "model", "teacher"} <= set(dice):
+        return pd.Series(False, rising.index)
+    about = dice.drop_duplicates(by).set_index(by).loc[rising.index]
+    place = [key[:-1] if len(by) > 1 else () for key in rising.index]
+    teachers = zip(place, about["model"], rising & (about["role"] == "teacher"), strict=True)
+    masters = {(at, model) for at, model, unfinished in teachers if unfinished}
+    taught = zip(place, about["teacher"], strict=True)
+    return pd.Series(
+        [any((at, name) in masters for name in str(names).split("+")) for at, names in taught], rising.index
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from kdlib.analysis.convergence import TOLERATED_GAIN
 from kdlib.config import TEACHERS
 from kdlib.protocol import is_single
 
@@ -208,15 +209,17 @@ def gains_sentence(gains: pd.DataFrame) -> str:
 
 def convergence_sentence(convergence: pd.DataFrame) -> str:
     """Which trainings have converged, in one sentence."""
-    rising = convergence[~convergence["converged"]]
+    rising = convergence[convergence["last_fifth"] > TOLERATED_GAIN]
     if rising.empty:
         most = f"{convergence['last_fifth'].max():.3f} Dice"
         return f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most}."
     parts = [f"{row.label} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
-    return (
+    text = (
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "
-        f"training still gained more than 0.01 Dice for {', '.join(parts)}."
+        f"training still gained more than {TOLERATED_GAIN:g} Dice for {', '.join(parts)}."
     )
+    taught = convergence.loc[~convergence["converged"] & (convergence["last_fifth"] <= TOLERATED_GAIN), "label"]
+    return f"{text} Nor does what such a teacher taught: {listed(taught)}." if len(taught) else text
 
 
 def sweep_sentence(trials: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@ import pytest
 
 from kdlib import InputError
 from kdlib.analysis.convergence import convergence
+from kdlib.analysis.sentences import convergence_sentence
 
 
 def history(**runs):
@@ -26,6 +27,26 @@ def test_methods_are_means_over_their_runs_and_judged_each_alone():
     table = convergence(history(a=[still_rising, flat], b=[flat])).set_index("method")
     assert table.loc["a", "last_fifth"] == pytest.approx(0.05) and not table.loc["a", "converged"]
     assert table.loc["b", "converged"] and table["runs"].to_dict() == {"a": 2, "b": 1}
+
+
+def test_what_a_teacher_taught_has_converged_when_the_teacher_has():
+    rising, flat = [0.1 * epoch for epoch in range(1, 6)], [0.5] * 5
+    about = pd.DataFrame(
+        [["T1", "teacher", "T1", ""], ["T2", "teacher", "T2", ""], ["s", "baseline", "S1", ""],
+         ["one", "distilled", "S1", "T1"], ["two", "distilled", "S1", "T2"], ["both", "control", "S1", "T2+T1"]],
+        columns=["method", "role", "model", "teacher"],
+    )  # fmt: skip
+    found = history(**{name: [rising if name == "T1" else flat] for name in about["method"]} | {"a": [flat]})
+    found = found.merge(about, how="left")
+    table = convergence(found)
+    converged = table.set_index("method")["converged"]
+    assert converged.to_dict() == dict(T1=False, T2=True, s=True, one=False, two=True, both=False, a=True)
+    said = convergence_sentence(table)
+    assert said.startswith("1 of 7 methods") and said.count("+0.100") == 1 and "such a teacher taught: " in said
+    apart = pd.concat([found.assign(protocol="x"), found[found["method"] != "T1"].assign(protocol="y")])
+    apart["run"] += apart["protocol"]
+    converged = convergence(apart, ("protocol", "method")).set_index(["protocol", "method"])["converged"]
+    assert not converged["x", "one"] and converged["y", "one"], "each protocol has its own teacher"
 
 
 def test_a_history_without_validation_is_one_clear_line():
