@@ -74,7 +74,7 @@ def knowledge(method: pd.Series) -> tuple[str, str]:
         what = "the thesis's terms"
     if method.get("unlabelled"):
         return "predictions, unlabelled images", f"{what} from {method['teacher']}, on unlabelled images too"
-    return KNOWLEDGE[0] if features else "predictions", f"{what} from {method['teacher']}"
+    return "features (and predictions)" if features else "predictions", f"{what} from {method['teacher']}"
 
 
 def method_labels(table: pd.DataFrame) -> dict[str, str]:

@@ -8,7 +8,7 @@ from analysis_tables import check, identity, tidy
 
 from kdlib.analysis import conclusion, figures
 from kdlib.analysis.figures.style import DOUBLE
-from kdlib.analysis.labels import KNOWLEDGE, knowledge, methods
+from kdlib.analysis.labels import knowledge, methods
 from kdlib.apps.notebooks import NOTEBOOKS
 from kdlib.config import InputError
 from kdlib.files import write_csv
@@ -110,10 +110,10 @@ def test_what_a_student_learns_is_named():
     feature = identity("KD(T1, S1)", method="f", loss="at", loss_label="attention", terms="B-B")
     given = pd.DataFrame([thesis, KL, unlabelled, feature, PSEUDO, SILENT]).fillna({"unlabelled": False})
     assert [knowledge(row) for _, row in methods(given).iterrows()] == [
-        (KNOWLEDGE[0], "the thesis's terms from T2"),
+        ("features (and predictions)", "the thesis's terms from T2"),
         ("predictions", "KL from T1"),
         ("predictions, unlabelled images", "KL from T1, on unlabelled images too"),
-        (KNOWLEDGE[0], "attention, B-B from T1"),
+        ("features (and predictions)", "attention, B-B from T1"),
         ("pseudo-labels", "pseudo-labels of T1"),
         ("control", "zero-weight control"),
     ]
