@@ -51,7 +51,10 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
 
 
 def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
-    """Of each method (index of `rising`, after its protocol if any): whether a teacher of it, there, is `rising`."""
+    """Of each method (index of `rising`, after its protocol if any): whether a teacher of it, there, is `rising`.
+
+    A control with zero weights has a teacher that teaches it nothing.
+    """
     by = rising.index.names
     if not {"role", "model", "teacher"} <= set(dice):
         return pd.Series(False, rising.index)
@@ -59,7 +62,8 @@ def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
     place = [key[:-1] if len(by) > 1 else () for key in rising.index]
     teachers = zip(place, about["model"], rising & (about["role"] == "teacher"), strict=True)
     masters = {(at, model) for at, model, unfinished in teachers if unfinished}
-    taught = zip(place, about["teacher"], strict=True)
+    silent = about["control"] == "zero_weights" if "control" in about else False
+    taught = zip(place, about["teacher"].mask(silent, ""), strict=True)
     return pd.Series(
         [any((at, name) in masters for name in str(names).split("+")) for at, names in taught], rising.index
     )

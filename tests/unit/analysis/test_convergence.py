@@ -33,16 +33,18 @@ def test_what_a_teacher_taught_has_converged_when_the_teacher_has():
     rising, flat = [0.1 * epoch for epoch in range(1, 6)], [0.5] * 5
     about = pd.DataFrame(
         [["T1", "teacher", "T1", ""], ["T2", "teacher", "T2", ""], ["s", "baseline", "S1", ""],
-         ["one", "distilled", "S1", "T1"], ["two", "distilled", "S1", "T2"], ["both", "control", "S1", "T2+T1"]],
+         ["one", "distilled", "S1", "T1"], ["two", "distilled", "S1", "T2"], ["both", "control", "S1", "T2+T1"],
+         ["silent", "control", "S1", "T1"]],
         columns=["method", "role", "model", "teacher"],
     )  # fmt: skip
+    about["control"] = about["method"].map({"silent": "zero_weights"})
     found = history(**{name: [rising if name == "T1" else flat] for name in about["method"]} | {"a": [flat]})
     found = found.merge(about, how="left")
     table = convergence(found)
     converged = table.set_index("method")["converged"]
-    assert converged.to_dict() == dict(T1=False, T2=True, s=True, one=False, two=True, both=False, a=True)
+    assert converged.to_dict() == dict(T1=False, T2=True, s=True, one=False, two=True, both=False, silent=True, a=True)
     said = convergence_sentence(table)
-    assert said.startswith("1 of 7 methods") and said.count("+0.100") == 1 and "such a teacher taught: " in said
+    assert said.startswith("1 of 8 methods") and said.count("+0.100") == 1 and "such a teacher taught: " in said
     apart = pd.concat([found.assign(protocol="x"), found[found["method"] != "T1"].assign(protocol="y")])
     apart["run"] += apart["protocol"]
     converged = convergence(apart, ("protocol", "method")).set_index(["protocol", "method"])["converged"]
