@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 
 
 def golden_runs(results: Path) -> dict[str, Run]:
-    """Every kind of run by a name: networks, fractions, teachers, controls, losses, protocols, classes."""
+    """Every kind of run by a name, of one fold: networks, fractions, teachers, controls, losses, protocols, classes."""
     tiny = dict(width=0.125, folds=3, teacher_epochs=2, student_epochs=2, teacher_steps=4, student_steps=4)
     profile = dataclasses.replace(  # the golden files outlive a change of the profile
         override_profile("quick", tiny),
@@ -46,17 +46,15 @@ def golden_runs(results: Path) -> dict[str, Run]:
     data = make_phantom(results / "golden-phantom", patients=16)
     whole = dict(data=str(data), target="spleen", profile=profile)
     runs = {}
-    for fold in (0, 1):
-        setting = dict(whole, fold=fold)
-        for model in ("T1", "T2"):
-            runs[f"fold{fold} {model}"] = Run(model=model, **setting)
+    for model in ("T1", "T2"):
+        runs[model] = Run(model=model, **whole)
+    for model in ("S1", "S2"):
+        for fraction in (1.0, 0.5):
+            runs[f"{model} {fraction}"] = Run(model=model, fraction=fraction, **whole)
+    for teacher in ("T1", "T2", "T1+T2"):
         for model in ("S1", "S2"):
-            for fraction in (1.0, 0.5):
-                runs[f"fold{fold} {model} {fraction}"] = Run(model=model, fraction=fraction, **setting)
-        for teacher in ("T1", "T2", "T1+T2"):
-            for model in ("S1", "S2"):
-                taught = dict(teacher=teacher, recipe=thesis_recipe(model), fraction=0.5)
-                runs[f"fold{fold} KD {teacher} {model}"] = Run(model=model, **taught, **setting)
+            taught = dict(teacher=teacher, recipe=thesis_recipe(model), fraction=0.5)
+            runs[f"KD {teacher} {model}"] = Run(model=model, **taught, **whole)
     half = dict(whole, fraction=0.5)
     for number, run in enumerate(controls("S1", "T1", **half)):
         runs[f"control {number}"] = run
