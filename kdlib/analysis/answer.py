@@ -12,6 +12,7 @@ from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, knowledge, methods, percent
 from kdlib.analysis.sentences import (
+    NOT_CONVERGED,
     VERDICTS,
     correction_sentence,
     gains_sentence,
@@ -33,6 +34,11 @@ CLASS_COLUMNS = [  # of `by_class`, to print
 FRACTION_COLUMNS = [  # of `fractions`, to print
     "verdict", "student", "labels", "learns", "dice_alone", "dice", "change", "gain", "closed", "dice_teacher",
 ]  # fmt: skip
+LENGTH_COLUMNS = ["verdict", "student", "times", *FRACTION_COLUMNS[3:]]  # the same, of trainings of several lengths
+PLATEAUS = {  # verdict on the longest trainings -> what it says
+    "better": "a higher plateau", "worse": "a lower plateau", "equivalent": "the same plateau",
+    "inconclusive": "whether the plateau is higher is not decided", NOT_CONVERGED: "no plateau yet",
+}  # fmt: skip
 
 
 def verdicts_of(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
@@ -195,14 +201,16 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
     """What a teacher is worth to each student, and how much of the gap to the teacher that closes.
 
     Args:
-        cases: tidy, with students alone and taught on several label fractions, and their teacher.
+        cases: tidy, with students alone and taught on several label fractions or for several lengths, and their
+            teacher.
         verdicts: from `statistics.compare`, of the taught students with the same student alone on the same labels.
         masters: further tables, to look for the teacher in.
 
-    Returns: one row per comparison, the verdict first: student, labels (share), learns (`knowledge`), dice_alone,
-        dice, change (text with interval), gain (patients), gap (from the student alone to its teacher, or to the only
-        one that there is; NaN without one), gap_closed (share of it; NaN where it is less than 0.01 Dice) and closed
-        (the same as text), teacher, dice_teacher, n, volumes, seeds, difference, low, high, interval, p_holm, a and b.
+    Returns: one row per comparison, the verdict first: student, labels (share), length, times (the same as text),
+        learns (`knowledge`), dice_alone, dice, change (text with interval), gain (patients), gap (from the student
+        alone to its teacher, or to the only one that there is; NaN without one), gap_closed (share of it; NaN where it
+        is less than 0.01 Dice) and closed (the same as text), teacher, dice_teacher, n, volumes, seeds, difference,
+        low, high, interval, p_holm, a and b.
     """
     found, rows = methods(cases), []
     for row in verdicts.itertuples():
@@ -212,9 +220,10 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         name, reached = _teacher(method["teacher"], values.index, (cases, *masters))
         gap = reached - means[row.b]
         closed = row.difference / gap if gap > SAME["dice"] else np.nan
+        length = method.get("length", 1.0)
         rows.append(dict(
-            verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]),
-            learns=knowledge(method)[1], dice_alone=means[row.b], dice=means[row.a],
+            verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]), length=length,
+            times=f"{length:g} x", learns=knowledge(method)[1], dice_alone=means[row.b], dice=means[row.a],
             change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
             gap=gap, gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
@@ -257,6 +266,32 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
             f"{best['verdict']}{closed}."
         )
     return said
+
+
+def length_sentences(table: pd.DataFrame) -> list[str]:
+    """Does a teacher raise the plateau or only the speed? One sentence for each student and way of learning.
+
+    Args:
+        table: of `fractions`, of one label fraction. The longest training shows the plateau; speed is the length from
+            which on the best Dice of the student alone is reached but for 0.01.
+    """
+    said = []
+    for (student, learns), rows in table.sort_values("length").groupby(["student", "learns"], sort=False):
+        longest, reached = rows.iloc[-1], rows["dice_alone"].max() - SAME["dice"]
+        alone, taught = (rows.loc[rows[name] >= reached, "times"] for name in ("dice_alone", "dice"))
+        from_ = "at no length" if taught.empty else f"from {taught.iloc[0]}"
+        said.append(
+            f"{student} taught by {learns}: {longest['change']} Dice at {longest['times']} the usual steps "
+            f"({longest['verdict']}), {PLATEAUS[longest['verdict']]}. Alone it comes within {SAME['dice']:g} of its "
+            f"best Dice from {alone.iloc[0]} on, so taught {from_}{' on' * (not taught.empty)}."
+        )
+    return said
+
+
+def lengths_markdown(table: pd.DataFrame) -> str:
+    """`length_sentences` and the table of `fractions` as Markdown, for a page that shows no notebook."""
+    said = "\n".join(f"- {sentence}" for sentence in length_sentences(table))
+    return "\n\n".join([said, terms_sentence(table), verdicts_markdown(table, LENGTH_COLUMNS)])
 
 
 def images_markdown(compared: pd.DataFrame) -> str:

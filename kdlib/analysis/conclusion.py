@@ -33,8 +33,7 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
         folders: of studies, with their `tables`.
 
     Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data (the data set and
-        its class, or the number of them), knowledge (one of `KNOWLEDGE` or "control"), fraction, length, times (the
-        length as text) and parameters.
+        its class, or the number of them), knowledge (one of `KNOWLEDGE` or "control"), fraction and parameters.
 
     Raises: InputError: a folder without any such chapter.
     """
@@ -69,13 +68,12 @@ def _comparisons(
     verdicts = withhold(compare(cases, baseline_pairs(cases, ("distilled", "control"))), convergence(history))
     table = fractions(cases, verdicts, masters)
     taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
-    length = taught.get("length", pd.Series(1.0, taught.index))
     classes = cases["class"].unique()
     target = classes[0] if len(classes) == 1 else f"{len(classes)} classes"
     return table.assign(
         chapter=name, data=f"{runs['data'].iloc[0]}, {target}",
         knowledge=[knowledge(row)[0] for _, row in taught.iterrows()], fraction=taught["fraction"].to_numpy(),
-        length=length.to_numpy(), times=[f"{value:g} x" for value in length], parameters=table["a"].map(parameters),
+        parameters=table["a"].map(parameters),
     )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def opening(folder: Path) -> show.Shown:
 def findings(folder: Path) -> show.Shown:
     """What each chapter found: a question, its answer, its figure, and every comparison to open.
 
-    Writes what the cumulative correction found as `worth.md`, and what the label fractions did as `labels.md`.
+    Writes what the cumulative correction found as `worth.md`, the label fractions as `labels.md`, and the lengths as
+    `length.md`.
     """
     runs, parts = runs_of(folder), []
     labels = method_labels(runs) if len(runs) else {}
@@ -84,6 +85,9 @@ def findings(folder: Path) -> show.Shown:
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
                 write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
                 said = [*answer.fraction_sentences(shares), *said]
+            if name == "08_comparisons" and (lengths := _table(folder, "08_answer")) is not None:
+                write_text(folder / "length.md", answer.lengths_markdown(lengths))
+                said = [*answer.length_sentences(lengths), *said]
             parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
     changes = _table(folder, "05_correction")

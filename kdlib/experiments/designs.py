@@ -283,8 +283,9 @@ def label_fractions(
 def training_length(
     setting: Setting, student: str = "S1", teacher: str = "T1", lengths: Sequence[float] = LENGTHS
 ) -> list[Run]:
-    """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own."""
-    runs = []
+    """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own; the teacher
+    has its usual one."""
+    runs = teachers(setting, [teacher])
     for length in lengths:
         half = dict(fraction=0.5, length=length)
         runs += setting.everywhere(student, **half)

@@ -18,6 +18,8 @@ from kdlib.analysis.answer import (
     fractions_markdown,
     images_markdown,
     lead_sentence,
+    length_sentences,
+    lengths_markdown,
 )
 from kdlib.analysis.statistics import baseline_pairs, compare, image_pairs
 from kdlib.config import InputError
@@ -147,6 +149,27 @@ def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
     first, _, *said = images_markdown(found[found["a"].str.startswith("E1")]).splitlines()
     assert first == "Is it the teacher, or the unlabelled images?" and all(line.startswith("- ") for line in said)
     assert said[0].endswith(": +0.040 [+0.040, +0.040], better") and said[1].count("self-consistency") == 1
+
+
+def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter_ones_who_is_faster():
+    alone, taught = {0.5: 0.6, 1.0: 0.795, 2.0: 0.8}, {0.5: 0.79, 1.0: 0.81, 2.0: 0.83}
+    parts = []
+    for way, dices in dict(alone=alone, taught=taught).items():
+        about = dict(role="baseline")
+        if way == "taught":
+            about = dict(role="distilled", teacher="T1", loss="kl", terms="PMD")
+        for length, dice in dices.items():
+            about |= dict(model="S1", fraction=0.5, length=length, method=f"{way}{length}")
+            parts.append(tidy({about["method"]: dice + 0.01 * np.linspace(-1, 1, 8)}).assign(**about))
+    table = pd.concat(parts, ignore_index=True)
+    rows = fractions(table, compare(table, baseline_pairs(table)))
+    assert rows["times"].tolist() == ["0.5 x", "1 x", "2 x"] and rows["length"].tolist() == [0.5, 1, 2]
+    (said,) = length_sentences(rows.iloc[::-1])
+    assert "S1 taught by kl from T1: +0.030 [+0.030, +0.030] Dice at 2 x the usual steps (better), a higher" in said
+    assert said.endswith("Alone it comes within 0.01 of its best Dice from 1 x on, so taught from 0.5 x on.")
+    page = lengths_markdown(rows.assign(verdict="not converged", dice=0.0))
+    assert "(not converged), no plateau yet." in page and "so taught at no length.\n" in page
+    assert page.count("| **not converged** |") == 3 and "| length |" in page
 
 
 def test_a_student_alone_has_no_answer(cases):
