@@ -14,6 +14,7 @@ from kdlib.analysis.labels import CONTROLS, knowledge, methods, percent
 from kdlib.analysis.sentences import (
     NOT_CONVERGED,
     VERDICTS,
+    comparison_sentences,
     correction_sentence,
     gains_sentence,
     interval_of,
@@ -294,27 +295,26 @@ def lengths_markdown(table: pd.DataFrame) -> str:
     return "\n\n".join([said, terms_sentence(table), verdicts_markdown(table, LENGTH_COLUMNS)])
 
 
-def images_markdown(compared: pd.DataFrame) -> str:
+def images_markdown(compared: pd.DataFrame, seeds: int) -> str:
     """Whether unlabelled images help by the teacher or by themselves, as Markdown.
 
     Args:
         compared: from `statistics.compare` of `statistics.image_pairs`.
+        seeds: trainings per method and fold.
     """
-    said = [
-        f"- {row.label_a} against {row.label_b}: {interval_of(row.difference, row.low, row.high)}, {row.verdict}"
-        for row in compared.itertuples()
-    ]
-    return "\n".join(["Is it the teacher, or the unlabelled images?", "", *said])
+    labels = dict(zip([*compared["a"], *compared["b"]], [*compared["label_a"], *compared["label_b"]], strict=True))
+    said = comparison_sentences(compared, labels, seeds)
+    return "\n".join(["Is it the teacher, or the unlabelled images?", "", *(f"- {sentence}" for sentence in said)])
 
 
 def fractions_markdown(table: pd.DataFrame, images: pd.DataFrame | None = None) -> str:
     """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook.
 
     Args:
-        images: of `images_markdown`, where images were unlabelled.
+        images: comparisons as for `images_markdown`, where images were unlabelled.
     """
     said = [f"**{' '.join(fraction_sentences(table))}**", terms_sentence(table)]
-    said += [] if images is None else [images_markdown(images)]
+    said += [] if images is None else [images_markdown(images, int(table["seeds"].max()))]
     return "\n\n".join([*said, verdicts_markdown(table, FRACTION_COLUMNS)])
 
 

@@ -41,9 +41,7 @@ def interval_of(value: float, low: float, high: float, sign: str = "+") -> str:
     return signed(text if np.isnan(low) else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def comparison_sentences(
-    verdicts: pd.DataFrame, labels: Mapping[str, str], seeds: int, metric: str = "Dice", unit: str = ""
-) -> list[str]:
+def comparison_sentences(verdicts: pd.DataFrame, labels: Mapping[str, str], seeds: int) -> list[str]:
     """One sentence per comparison: methods, effect with its interval, patients, seeds, adjusted p and verdict.
 
     Args:
@@ -53,11 +51,11 @@ def comparison_sentences(
     """
     sentences = []
     for row in verdicts.itertuples():
-        effect = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{f' {unit}' if unit else ''}"
+        effect = interval_of(row.difference, row.low, row.high)
         trained = f"{row.n} patients, {seeds} seed{'s' if seeds > 1 else ''}"
         p = "" if pd.isna(row.p_holm) else f", p {row.p_holm:.3f}" if row.p_holm >= 0.001 else ", p < 0.001"
         a, b = (labels.get(name, name) for name in (row.a, row.b))
-        sentences.append(f"{a} {VERDICTS[row.verdict]} {b}: {metric} {effect} ({trained}{p}).")
+        sentences.append(f"{a} {VERDICTS[row.verdict]} {b}: Dice {effect} ({trained}{p}).")
     return sentences
 
 

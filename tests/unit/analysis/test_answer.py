@@ -116,7 +116,7 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
         "| **better** | S1 | 50 % | the thesis's terms from T1 | 0.735 | 0.785 |"
     )
     compared = compare(chosen, [("KD(T1, S1)", "S1 (50 %)")])
-    assert images_markdown(compared) in fractions_markdown(table, compared)
+    assert images_markdown(compared, 1) in fractions_markdown(table, compared)
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
     assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
@@ -146,9 +146,12 @@ def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
     found = compare(table, pairs)
     assert len(pairs) == 6 and found["difference"].tolist() == pytest.approx([0.04, 0.02, 0.08] * 2)
     assert image_pairs(whole) == []
-    first, _, *said = images_markdown(found[found["a"].str.startswith("E1")]).splitlines()
+    first, _, *said = images_markdown(found[found["a"].str.startswith("E1")], 1).splitlines()
     assert first == "Is it the teacher, or the unlabelled images?" and all(line.startswith("- ") for line in said)
-    assert said[0].endswith(": +0.040 [+0.040, +0.040], better") and said[1].count("self-consistency") == 1
+    assert (
+        said[0].endswith("Dice +0.040 [+0.040, +0.040] (8 patients, 1 seed, p 0.047).") and " does better " in said[0]
+    )
+    assert said[1].count("self-consistency") == 1
 
 
 def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter_ones_who_is_faster():

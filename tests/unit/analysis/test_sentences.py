@@ -27,7 +27,7 @@ LABELS = {"d": "KD(T1, S1)", "s": "S1 (50 %)", "t": "T1"}
 def test_a_sentence_says_effect_interval_patients_seeds_and_p():
     assert comparison_sentences(VERDICTS, LABELS, 3) == [
         "KD(T1, S1) does better than S1 (50 %): Dice +0.012 [+0.004, +0.021] (72 patients, 3 seeds, p < 0.001).",
-        "KD(T1, S1) differs inconclusively from T1: Dice -0.020 [-0.030, +0.001] (72 patients, 3 seeds, p 0.310).",
+        "KD(T1, S1) differs inconclusively from T1: Dice −0.020 [−0.030, +0.001] (72 patients, 3 seeds, p 0.310).",
     ]
 
 
