@@ -79,13 +79,13 @@ def correction_stages(way: str) -> list[Protocol]:
     """The protocols that chapter 5 compares.
 
     Args:
-        way: "cumulative", one fault after another corrected; "ends", the first and the last of these; or "single", each
-            fault alone put back into the corrected protocol, which comes first.
+        way: "cumulative", one fault after another corrected; "ends", the published and the corrected protocol; or
+            "single", each fault alone put back into the corrected protocol, which comes first.
 
     Raises: InputError: another way.
     """
     steps = cumulative_correction()
-    ways = {"cumulative": steps, "ends": [steps[0], steps[-1]], "single": single_faults()}
+    ways = {"cumulative": steps, "ends": [steps[0], PROTOCOLS["corrected"]], "single": single_faults()}
     return lookup("way of correction", way, ways)
 
 

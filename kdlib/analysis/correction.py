@@ -128,7 +128,7 @@ def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[st
             is "corrected", and each other stage, with one fault put back, is compared with it.
         pooled: the stages whose Dice is that of pooled voxels.
 
-    Returns: one row per stage and, of the way from the published protocol, a last one, "corrected", for the whole:
+    Returns: one row per stage and, of a way from the published protocol by several steps, "corrected" for the whole:
         step, before (the stage that it is compared with, "" of the first), dice, difference, its 95 % interval (low,
         high and its name), p_adjusted (`paired_permutation`, of all rows together), smallest_p, verdict (as `paired`
         has it), n and volumes.
@@ -138,7 +138,7 @@ def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[st
     values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
     steps, numbers = [*stages], range(1, len(stages))
     pairs = [(0, 0), *((number, 0 if is_single(stages) else number - 1) for number in numbers)]
-    if not is_single(stages):
+    if not is_single(stages) and len(stages) > 2:
         steps, pairs = [*steps, "corrected"], [*pairs, (len(stages) - 1, 0)]
     found = paired_changes(values, pairs)
     # the first stage is no change
@@ -188,7 +188,8 @@ def withhold_stages(
     held = [not rising.isdisjoint({(row.stage, method), (row.stage, row.reference)}) for row in gains.itertuples()]
     gains = gains.assign(verdict=gains["verdict"].mask(np.array(held), NOT_CONVERGED))
     steps = list(changes["step"])
-    after = steps if is_single(steps) else [*steps[:-1], steps[-2]]  # the last row is of the whole way
+    of_whole = len(steps) > 2 and not is_single(steps)  # the last row is of the whole way
+    after = [*steps[:-1], steps[-2]] if of_whole else steps
     pairs = zip(changes["before"], after, strict=True)
     held = [bool(first) and not rising.isdisjoint({(first, method), (second, method)}) for first, second in pairs]
     return gains, changes.assign(verdict=changes["verdict"].mask(np.array(held), NOT_CONVERGED))

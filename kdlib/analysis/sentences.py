@@ -169,6 +169,10 @@ def cost_sentence(costs: pd.DataFrame) -> str:
 def correction_sentence(changes: pd.DataFrame) -> str:
     """What the correction changed, or what a single fault does, from `statistics.step_changes`."""
     single, whole = is_single(list(changes["step"])), changes.iloc[-1]
+    text = "From the published to the corrected protocol Dice changes by "
+    text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
+    if len(changes) == 2:
+        return f"{text}."
     steps = changes.iloc[1:] if single else changes.iloc[1:-1]
     decided = steps[steps["verdict"].isin(["better", "worse"])]
     most = steps.loc[steps["difference"].abs().idxmax()]
@@ -176,10 +180,6 @@ def correction_sentence(changes: pd.DataFrame) -> str:
     if single:
         text = f"Put back alone into the corrected protocol, the fault that changes Dice most changes it by {largest}."
     else:
-        text = "From the published to the corrected protocol Dice changes by "
-        text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
-        if len(steps) == 1:
-            return f"{text}."
         text += f"; the largest single change is {largest}."
     named, what = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else "", "faults" if single else "steps"
     return f"{text} {len(decided)} of {len(steps)} {what} {'is' if len(decided) == 1 else 'are'} decided{named}."

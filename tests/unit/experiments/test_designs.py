@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from kdlib.config import SWITCHES, InputError
+from kdlib.config import PROTOCOLS, SWITCHES, InputError
 from kdlib.experiments import (
     EXPERIMENTS,
     Setting,
@@ -83,7 +83,9 @@ def test_comparison_and_correction(tmp_path):
     runs = [run for run in requested_runs("05_correction", {"results": tmp_path}) if run.model == "S1"]
     assert len(runs) == 3 * (len(SWITCHES) + 1)
     ends = [r for r in requested_runs("05_correction", {"results": tmp_path, "way": "ends"}) if r.model == "S1"]
-    assert ends == [*runs[:3], *runs[-3:]], "the two protocols alone"
+    expected = [dataclasses.replace(run, protocol=PROTOCOLS["corrected"]) for run in runs[-3:]]
+    assert ends == [*runs[:3], *expected]
+    assert [run_key(run, tmp_path) for run in expected] == [run_key(run, tmp_path) for run in runs[-3:]]
     single = [r for r in requested_runs("05_correction", {"results": tmp_path, "way": "single"}) if r.model == "S1"]
     assert len(single) == len(runs) and [run.protocol.name for run in single[:4]] == ["corrected"] * 3 + [
         "own optimisers"
