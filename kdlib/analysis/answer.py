@@ -278,13 +278,16 @@ def length_sentences(table: pd.DataFrame) -> list[str]:
     """
     said = []
     for (student, learns), rows in table.sort_values("length").groupby(["student", "learns"], sort=False):
-        longest, reached = rows.iloc[-1], rows["dice_alone"].max() - SAME["dice"]
-        alone, taught = (rows.loc[rows[name] >= reached, "times"] for name in ("dice_alone", "dice"))
-        from_ = "at no length" if taught.empty else f"from {taught.iloc[0]}"
+        longest = rows.iloc[-1]
+        alone, taught = (rows.loc[rows[name].idxmax()] for name in ("dice_alone", "dice"))
+        enough = alone["dice_alone"] - SAME["dice"]
+        first, first_taught = (rows.loc[rows[name] >= enough, "times"] for name in ("dice_alone", "dice"))
+        there = "at no length" if first_taught.empty else f"from {first_taught.iloc[0]} on"
         said.append(
             f"{student} taught by {learns}: {longest['change']} Dice at {longest['times']} the usual steps "
-            f"({longest['verdict']}), {PLATEAUS[longest['verdict']]}. Alone it comes within {SAME['dice']:g} of its "
-            f"best Dice from {alone.iloc[0]} on, so taught {from_}{' on' * (not taught.empty)}."
+            f"({longest['verdict']}), {PLATEAUS[longest['verdict']]}. Alone its best Dice is {alone['dice_alone']:.3f} "
+            f"({alone['times']}), within {SAME['dice']:g} from {first.iloc[0]} on; so taught it is there {there}, and "
+            f"at best {taught['dice']:.3f} ({taught['times']})."
         )
     return said
 

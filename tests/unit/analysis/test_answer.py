@@ -169,9 +169,10 @@ def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter
     assert rows["times"].tolist() == ["0.5 x", "1 x", "2 x"] and rows["length"].tolist() == [0.5, 1, 2]
     (said,) = length_sentences(rows.iloc[::-1])
     assert "S1 taught by kl from T1: +0.030 [+0.030, +0.030] Dice at 2 x the usual steps (better), a higher" in said
-    assert said.endswith("Alone it comes within 0.01 of its best Dice from 1 x on, so taught from 0.5 x on.")
+    assert "Alone its best Dice is 0.800 (2 x), within 0.01 from 1 x on;" in said
+    assert said.endswith("so taught it is there from 0.5 x on, and at best 0.830 (2 x).")
     page = lengths_markdown(rows.assign(verdict="not converged", dice=0.0))
-    assert "(not converged), no plateau yet." in page and "so taught at no length.\n" in page
+    assert "(not converged), no plateau yet." in page and "so taught it is there at no length, and" in page
     assert page.count("| **not converged** |") == 3 and "| length |" in page
 
 
