@@ -67,7 +67,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   SNAKEMAKE_ARGS        more options for Snakemake, e.g. SNAKEMAKE_ARGS="--default-resources runtime=600 mem_mb=8000"
   QUICK                 QUICK=1 tries every benchmark in small, in about a minute
   LONG                  LONG=1 measures also what takes an hour; with DATA, the time to a Dice on that data set
-  COVER                 COVER=1 measures which lines of kdlib the tests reach; the tests take a quarter longer
+  COVER                 COVER=1 measures which lines of kdlib the tests reach; they then take longer
   LAB                   more options for JupyterLab, e.g. LAB="--no-browser --port=8890"
   PYTHON                the interpreter that .venv is made with; the newest that is found when empty
 endef

@@ -92,3 +92,8 @@ def correction_stages(way: str) -> list[Protocol]:
 def is_single(stages: Sequence[str]) -> bool:
     """Whether these are single faults put back, by the protocol that they begin with, and not a way to `corrected`."""
     return stages[0] == "corrected"
+
+
+def has_steps(stages: Sequence[str]) -> bool:
+    """Whether these go to `corrected` by several steps, so that the whole way is a change of its own."""
+    return len(stages) > 2 and not is_single(stages)

@@ -13,7 +13,7 @@ from kdlib.analysis.intervals import canonical_order, studentised
 from kdlib.analysis.patients import per_patient, volumes
 from kdlib.analysis.sentences import NOT_CONVERGED
 from kdlib.config import InputError
-from kdlib.protocol import is_single
+from kdlib.protocol import has_steps, is_single
 
 
 def overlap_weights(table: pd.DataFrame, by: str = "method", pooled: bool = False) -> pd.DataFrame:
@@ -138,7 +138,7 @@ def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[st
     values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
     steps, numbers = [*stages], range(1, len(stages))
     pairs = [(0, 0), *((number, 0 if is_single(stages) else number - 1) for number in numbers)]
-    if not is_single(stages) and len(stages) > 2:
+    if has_steps(stages):
         steps, pairs = [*steps, "corrected"], [*pairs, (len(stages) - 1, 0)]
     found = paired_changes(values, pairs)
     # the first stage is no change
@@ -188,8 +188,7 @@ def withhold_stages(
     held = [not rising.isdisjoint({(row.stage, method), (row.stage, row.reference)}) for row in gains.itertuples()]
     gains = gains.assign(verdict=gains["verdict"].mask(np.array(held), NOT_CONVERGED))
     steps = list(changes["step"])
-    of_whole = len(steps) > 2 and not is_single(steps)  # the last row is of the whole way
-    after = [*steps[:-1], steps[-2]] if of_whole else steps
+    after = [*steps[:-1], steps[-2]] if has_steps(steps) else steps  # the last row is of the whole way
     pairs = zip(changes["before"], after, strict=True)
     held = [bool(first) and not rising.isdisjoint({(first, method), (second, method)}) for first, second in pairs]
     return gains, changes.assign(verdict=changes["verdict"].mask(np.array(held), NOT_CONVERGED))

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.analysis.convergence import TOLERATED_GAIN
 from kdlib.config import TEACHERS
-from kdlib.protocol import is_single
+from kdlib.protocol import has_steps, is_single
 
 NOT_CONVERGED = "not converged"
 VERDICTS = {
@@ -168,19 +168,19 @@ def cost_sentence(costs: pd.DataFrame) -> str:
 
 def correction_sentence(changes: pd.DataFrame) -> str:
     """What the correction changed, or what a single fault does, from `statistics.step_changes`."""
-    single, whole = is_single(list(changes["step"])), changes.iloc[-1]
+    names, whole = list(changes["step"]), changes.iloc[-1]
+    single, several = is_single(names), has_steps(names)
     text = "From the published to the corrected protocol Dice changes by "
     text += f"{interval_of(*whole[['difference', 'low', 'high']])} ({whole['verdict']})"
-    if len(changes) == 2:
+    if not (single or several):
         return f"{text}."
-    steps = changes.iloc[1:] if single else changes.iloc[1:-1]
+    steps = changes.iloc[1:-1] if several else changes.iloc[1:]
     decided = steps[steps["verdict"].isin(["better", "worse"])]
     most = steps.loc[steps["difference"].abs().idxmax()]
     largest = f"{interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}"
+    text += f"; the largest single change is {largest}."
     if single:
         text = f"Put back alone into the corrected protocol, the fault that changes Dice most changes it by {largest}."
-    else:
-        text += f"; the largest single change is {largest}."
     named, what = f" ({listed(decided['step'])})" if 0 < len(decided) <= 4 else "", "faults" if single else "steps"
     return f"{text} {len(decided)} of {len(steps)} {what} {'is' if len(decided) == 1 else 'are'} decided{named}."
 
