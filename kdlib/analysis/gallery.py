@@ -185,6 +185,10 @@ GALLERY: Mapping[str, Entry] = {
         MAIN, lambda saved: figures.dice_per_method(saved.found.cases),
         "Teachers, students alone and distilled students: Dice of test patients.",
     ),
+    "02_classes": Entry(
+        MAIN, lambda saved: figures.by_class(saved.table("02_classes")),
+        "What distillation changes class by class, large classes first.",
+    ),
     "02_efficiency": Entry(MAIN, _efficiency, "Dice of test patients against the cost of a network."),
     "02_qualitative": Entry(MAIN, _qualitative, "Best, median and worst test volume of the distilled student by Dice."),
     "02_learning_curves": Entry(MAIN, _learning, "Distillation: validation Dice along the training."),

@@ -1,4 +1,5 @@
-"""Figures that compare methods with each other: a forest of paired differences, and the cumulative correction."""
+"""Figures that compare methods with each other: a forest of paired differences, also class by class, and the cumulative
+correction."""
 
 from __future__ import annotations
 
@@ -90,6 +91,48 @@ def forest(
     return figure
 
 
+@plt.rc_context(style.STYLE)
+def by_class(table: pd.DataFrame) -> Figure:
+    """What distillation changes class by class, large classes first: a panel per student and teacher.
+
+    Args:
+        table: of `kdlib.analysis.answer.by_class`.
+    """
+    needed = ["class", "volume", "student", "teacher", "dice_alone", "dice_teacher", "interval", "verdict"]
+    needed += ["n", "difference", "low", "high"]
+    style.need_columns(table, needed, "by class", "`kdlib.analysis.answer.by_class`")
+    volumes = table.drop_duplicates("class").set_index("class")["volume"]
+    names = [f"{name} ({ml:,.{0 if ml > 10 else 1}f} ml)" for name, ml in volumes.items()]
+    pairs = list(table.groupby(["student", "teacher"], sort=False))
+    columns, ends = min(len(pairs), 2), [table["low"].min(), table["high"].max()]
+    figure, axes = style.panels(
+        2 * len(pairs),
+        2 * columns,
+        style.DOUBLE,
+        4.8 * len(names) + 22,
+        8,
+        sharey=True,
+        width_ratios=[2.0, 0.7] * columns,
+    )
+    for ((student, teacher), rows), main, side in zip(pairs, axes[::2], axes[1::2], strict=True):
+        rows = rows.set_index("class").loc[volumes.index]
+        for y, row in enumerate(rows.itertuples()):
+            look = style.verdict_look(row.verdict) | dict(elinewidth=1.2, markersize=5)
+            style.draw_interval(main, y, row.difference, row.low, row.high, **look)
+        style.name_rows(main, names, "")
+        main.set_xlim(ends[0] - 0.05 * np.ptp(ends), ends[1] + 0.05 * np.ptp(ends))
+        main.set_title(f"{student} from {teacher}")
+        _difference_axis(main, "the same alone", "dice")
+        main.xaxis.get_major_locator().set_params(nbins=4)
+        _numbers(side, rows[["dice_alone", "dice_teacher"]].to_numpy(), ["alone", teacher])
+    used = [verdict for verdict in style.VERDICTS if verdict in set(table["verdict"])]
+    style.legend_below(figure, style.legend_lines({verdict: style.verdict_look(verdict) for verdict in used}))
+    figure.set_label(
+        f"Points and bars: {_difference_note(table, 'dice')} Numbers: mean Dice of student alone and teacher."
+    )
+    return figure
+
+
 def _collapsed(rows: pd.DataFrame) -> pd.Series:
     """Which differences are so far below the others that they would flatten them."""
     size = rows["difference"].abs()
@@ -135,12 +178,18 @@ def _ranks(ax: Axes, ranks: pd.DataFrame, count: int) -> None:
 
 def _stability(ax: Axes, shares: pd.DataFrame) -> None:
     """Shares of resamples as per cent."""
-    for (y, x), share in np.ndenumerate(shares.to_numpy(float)):
-        if not np.isnan(share):
-            ax.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
-    ax.set(xlim=(-0.6, shares.shape[1] - 0.4), xlabel="% of resamples")
-    ax.set_xticks(range(shares.shape[1]), [STABILITY[column] for column in shares], rotation=90)
-    ax.scatter(range(shares.shape[1]), [0] * shares.shape[1], s=0)
+    _numbers(ax, 100 * shares.to_numpy(float), [STABILITY[column] for column in shares], ".0f")
+    ax.set_xlabel("% of resamples")
+
+
+def _numbers(ax: Axes, values: np.ndarray, names: Sequence[str], form: str = ".2f") -> None:
+    """A column of numbers for each name, row by row of the panel beside it."""
+    for (y, x), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ax.text(x, y, f"{value:{form}}", ha="center", va="center", fontsize=8)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.set_xticks(range(len(names)), names, rotation=90)
+    ax.scatter(range(len(names)), [0] * len(names), s=0)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 

@@ -22,6 +22,7 @@ from kdlib.analysis.figures import (
     DOUBLE,
     SINGLE,
     along,
+    by_class,
     choose_cases,
     cumulative_correction,
     dice_per_method,
@@ -566,6 +567,36 @@ def test_methods_that_collapsed_lie_beyond_a_break():
     assert "not converged" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def organs(pairs=(("S1", "T1"), ("E1", "T1"))) -> pd.DataFrame:
+    volumes = {"liver": 1769.8, "esophagus": 17.2, "left adrenal gland": 5.05}
+    rows = []
+    for (number, (name, ml)), (student, teacher) in itertools.product(enumerate(volumes.items()), pairs):
+        change, verdict = 0.02 - 0.03 * number, ("better", "inconclusive", "worse")[number]
+        rows.append({"class": name} | dict(
+            volume=ml, student=student, teacher=teacher, dice_alone=0.9 - 0.2 * number, dice_teacher=0.95, n=24,
+            difference=change, low=change - 0.01 - 0.05 * (student == "E1"), high=change + 0.01, verdict=verdict,
+            interval="t", smallest_p=1e-6,
+        ))  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_every_class_has_its_row_in_the_panel_of_every_student_on_one_scale():
+    figure = by_class(organs())
+    check(figure, DOUBLE)
+    mains, sides = figure.axes[::2], figure.axes[1::2]
+    assert [ax.get_title() for ax in mains] == ["S1 from T1", "E1 from T1"]
+    assert mains[0].get_xlim() == mains[1].get_xlim()
+    names = [tick.get_text() for tick in mains[0].get_yticklabels()]
+    assert names == ["liver (1,770 ml)", "esophagus (17 ml)", "left adrenal gland (5.0 ml)"]
+    for ax, side in zip(mains, sides, strict=True):
+        assert points(ax) == pytest.approx([0.02, -0.01, -0.04])
+        assert [text.get_text() for text in side.texts] == ["0.90", "0.95", "0.70", "0.95", "0.50", "0.95"]
+    assert "6 comparisons" in figure.get_label() and mains[0].get_ylim()[0] > mains[0].get_ylim()[1]
+    many = by_class(organs([(student, teacher) for teacher in ("T1", "T2") for student in ("S1", "S2", "E1")]))
+    check(many, DOUBLE)
+    assert len(many.axes) == 12
+
+
 def stages(count=9, n=24) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = []
     for number in range(count):
@@ -731,6 +762,7 @@ def test_tables_without_what_is_drawn_are_refused():
         (reliability, (binned(["S1"]).drop(columns="method"),), "no method"),
         (forest, (family(MANY[:2])[1].iloc[:0],), "no rows"),
         (forest, (family(MANY[:2])[1], "dice", None, {MANY[1]["method"]: "scales"}), "are not all of E-E"),
+        (by_class, (organs().drop(columns="volume"),), "no volume"),
         (cumulative_correction, (stages()[0].drop(columns="verdict"), stages()[1]), "no verdict"),
         (qualitative, (slices(["S1"], "a"), {"teacher": "T1"}, {"best": "a"}, nothing), "no example slice of method"),
         (qualitative, (slices(["S1"], "a"), {"student": "S1"}, {}, nothing), "at least one"),
