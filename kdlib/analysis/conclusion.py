@@ -88,14 +88,19 @@ def of_people(table: pd.DataFrame) -> pd.DataFrame:
     return people if len(people) else table
 
 
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `everything` that sentences and figure are drawn from: of people, taught by a teacher, converged."""
+    rows = of_people(table)
+    return rows[(rows["verdict"] != NOT_CONVERGED) & (rows["knowledge"] != CONTROL)]
+
+
 def sentences(table: pd.DataFrame) -> list[str]:
     """What follows from everything that was compared: how often a teacher helps, where most, and what it depends on.
 
     Args:
-        table: of `everything`; those that have not converged count for nothing.
+        table: of `everything`; only what is `counted` counts.
     """
-    rows = of_people(table)
-    rows = rows[(rows["verdict"] != NOT_CONVERGED) & (rows["knowledge"] != CONTROL)]
+    rows = counted(table)
     if rows.empty:
         return ["No comparison of a converged student with itself alone."]
     said = [_count_sentence(rows), _most_sentence(rows)]

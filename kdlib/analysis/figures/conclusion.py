@@ -10,7 +10,6 @@ from kdlib.analysis.comparisons import SAME
 from kdlib.analysis.figures import style
 from kdlib.analysis.labels import KNOWLEDGE
 from kdlib.analysis.patients import patients_text
-from kdlib.analysis.sentences import NOT_CONVERGED
 from kdlib.config import InputError
 
 COLOURS = dict(zip(KNOWLEDGE, (style.BLUE, style.ORANGE, style.GREEN, style.PINK), strict=True))
@@ -19,19 +18,18 @@ MARKERS = "osD^vP"  # of data sets
 
 @plt.rc_context(style.STYLE)
 def when(table: pd.DataFrame) -> Figure:
-    """Change of Dice by a teacher, over the gap between the student alone and that teacher, for every comparison of
-    trainings that have converged.
+    """Change of Dice by a teacher, over the gap between the student alone and that teacher, for every comparison.
 
     Args:
-        table: of `conclusion.everything`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
+        table: of `conclusion.counted`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
 
-    Raises: InputError: a missing column, or no such comparison with a known teacher.
+    Raises: InputError: a missing column, or no comparison with a known teacher.
     """
     needed = ["data", "knowledge", "gap", "difference", "low", "high", "verdict", "n", "volumes"]
-    style.need_columns(table, needed, "when", "`kdlib.analysis.conclusion.everything`")
-    rows = table[table["knowledge"].isin(KNOWLEDGE) & (table["verdict"] != NOT_CONVERGED)].dropna(subset="gap")
+    style.need_columns(table, needed, "when", "`kdlib.analysis.conclusion.counted`")
+    rows = table.dropna(subset="gap")
     if rows.empty:
-        raise InputError("when: no comparison of a taught student that has converged and whose teacher is known")
+        raise InputError("when: no comparison whose teacher is known")
     figure, ax = plt.subplots(figsize=(style.DOUBLE, 95 * style.MM))
     markers = dict(zip(rows["data"].unique(), MARKERS, strict=False))
     for row in rows.itertuples():

@@ -127,15 +127,16 @@ def test_what_cannot_be_concluded_is_one_line(tmp_path):
         with pytest.raises(InputError, match=f"{name} holds no comparison with a student alone"):
             conclusion.everything([tmp_path / name])
     save(tmp_path / "one", "07_x", [(ALONE, 0.8), (KL, 0.78)])
-    with pytest.raises(InputError, match="a taught student that has converged and whose teacher is known"):
-        figures.when(conclusion.everything([tmp_path / "one"]))
+    with pytest.raises(InputError, match="no comparison whose teacher is known"):
+        figures.when(conclusion.counted(conclusion.everything([tmp_path / "one"])))
 
 
 def test_figure_has_a_mark_for_each_comparison(tmp_path):
     save(tmp_path / "one", "07_x", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.82), (PSEUDO, 0.85), (SILENT, 0.8)])
     save(tmp_path / "two", "07_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT")
     save(tmp_path / "rising", "07_x", [(TEACHER, 0.9), (ALONE, 0.1), (KL, 0.8)], data="MR", last=0.1)
-    drawn = figures.when(conclusion.everything([tmp_path / name for name in ("one", "two", "rising")]))
+    table = conclusion.everything([tmp_path / name for name in ("one", "two", "rising")])
+    drawn = figures.when(conclusion.counted(table))
     check(drawn, DOUBLE)
     assert len(drawn.axes[0].containers) == 3
 
