@@ -129,6 +129,12 @@ def class_sentence(table: pd.DataFrame) -> str:
     return " ".join(said)
 
 
+def classes_markdown(table: pd.DataFrame) -> str:
+    """`class_sentence` and the table of `by_class` as Markdown, for a page that shows no notebook."""
+    sized = table.assign(volume=table["volume"].map("{:.1f}".format))
+    return f"{class_sentence(table)}\n\n{verdicts_markdown(sized, CLASS_COLUMNS)}"
+
+
 def lead_sentence(table: pd.DataFrame) -> str:
     """How far the students alone are from the better teacher, and how often distillation changes that.
 

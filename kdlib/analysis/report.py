@@ -72,8 +72,8 @@ def opening(folder: Path) -> show.Shown:
 def findings(folder: Path) -> show.Shown:
     """What each chapter found: a question, its answer, its figure, and every comparison to open.
 
-    Writes what the cumulative correction found as `worth.md`, the label fractions as `labels.md`, and the lengths as
-    `length.md`.
+    Writes what the cumulative correction found as `worth.md`, the label fractions as `labels.md`, the lengths as
+    `length.md`, and several classes as `classes.md`.
     """
     runs, parts = runs_of(folder), []
     labels = method_labels(runs) if len(runs) else {}
@@ -90,6 +90,12 @@ def findings(folder: Path) -> show.Shown:
                 said = [*answer.length_sentences(lengths), *said]
             parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
+    classes = _table(folder, "02_classes")
+    if classes is not None and classes["class"].nunique() > 1:
+        write_text(folder / "classes.md", answer.classes_markdown(classes))
+        parts += [show.heading("In which classes?"), show.say(answer.class_sentence(classes))]
+        parts += _picture(folder, "02_classes")
+        parts.append(show.folded("each class", show.view(classes, columns=answer.CLASS_COLUMNS)))
     changes = _table(folder, "05_correction")
     if changes is not None:
         gains = read_csv(folder / "tables" / "05_gains.csv")

@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 from analysis_tables import identity, tidy
 
+from kdlib.analysis import report
 from kdlib.analysis.answer import (
     answer,
     answer_markdown,
     answer_sentences,
     by_class,
     class_sentence,
+    classes_markdown,
     fraction_sentences,
     fractions,
     fractions_markdown,
@@ -23,6 +25,7 @@ from kdlib.analysis.answer import (
 )
 from kdlib.analysis.statistics import baseline_pairs, compare, image_pairs
 from kdlib.config import InputError
+from kdlib.files import write_csv
 
 VALUES = {
     "T1": np.full(8, 0.9), "S1 (50 %)": 0.7 + 0.01 * np.arange(8), "KD(T1, S1)": 0.75 + 0.01 * np.arange(8),
@@ -74,6 +77,18 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
         "\N{MINUS SIGN}0.030 Dice in the smaller half of the classes and by +0.050 in the larger."
     )
     assert class_sentence(table[table["class"] == "spleen"]) == "There is one class, spleen."
+    page = classes_markdown(table)
+    assert page.startswith(said) and "| **worse** | adrenal | 5.0 | S1 | T1 | 0.735 | 0.705 |" in page
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_the_report_of_several_classes_says_where_it_helps(several, tmp_path):
+    row = dict(verdict="better", student="S1", teacher="T1", dice_alone=0.7, dice_distilled=0.8, change="+0.100",
+               gain="8 of 8", dice_teacher=0.9, n=8, difference=0.1, volume=5.0)  # fmt: skip
+    table = pd.DataFrame([row | {"class": "adrenal"}, row | {"class": "spleen" if several else "adrenal"}])
+    write_csv(tmp_path / "tables" / "02_classes.csv", table)
+    assert ("In which classes?" in report.findings(tmp_path).text) == several
+    assert (tmp_path / "classes.md").is_file() == several
 
 
 def test_sentences_and_markdown_say_what_the_table_says(cases):
