@@ -139,14 +139,19 @@ def _count_sentence(rows: pd.DataFrame) -> str:
 
 
 def _most_sentence(rows: pd.DataFrame) -> str:
-    best = rows.loc[rows["difference"].idxmax()]
+    """Who gains the most, and who loses the most where a loss is decided."""
+    best, worst = (rows.loc[getattr(rows["difference"], end)()] for end in ("idxmax", "idxmin"))
     closed = f", {best['closed']} of the gap to {best['teacher']}" if best["closed"] else ""
+    said = f"The most is gained by {_who(best)} ({best['verdict']}; {best['gain']} patients gain{closed})."
     if best["difference"] <= 0:
-        return "In none of them does the student gain."
-    return (
-        f"The most is gained by {best['student']} with {best['labels']} of the labels on {best['data']} from "
-        f"{best['learns']}: {best['change']} Dice ({best['verdict']}; {best['gain']} patients gain{closed})."
-    )
+        said = "In none of them does the student gain."
+    lost = f" The most is lost by {_who(worst)} (worse; {worst['gain']} patients gain)."
+    return said + lost * (worst["verdict"] == "worse")
+
+
+def _who(row: pd.Series) -> str:
+    where = f"{row['student']} with {row['labels']} of the labels on {row['data']}"
+    return f"{where} from {row['learns']}: {row['change']} Dice"
 
 
 def _span(rows: pd.DataFrame) -> str:
