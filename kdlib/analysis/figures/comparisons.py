@@ -63,11 +63,10 @@ def forest(
     )
     panels = dict(zip(ratios, axes[0], strict=True))
     for y, row in enumerate(rows.itertuples()):
-        look = style.verdict_look(row.verdict) | dict(elinewidth=1.2, markersize=5)
         if far.iloc[y]:
             panels["far"].plot(row.difference, y, **style.verdict_look(row.verdict) | dict(markersize=5))
         else:
-            style.draw_interval(panels["main"], y, row.difference, row.low, row.high, **look)
+            _difference(panels["main"], y, row)
     style.name_rows(axes[0, 0], labels, "")
     _difference_axis(panels["main"], reference, metric, rows["label_a"].iloc[0] if not one and alone else "")
     if "far" in panels:
@@ -85,8 +84,7 @@ def forest(
         note += " Left of the break: methods that collapsed, without their intervals."
     if terms is not None:
         note += " Dark dots: terms that were on."
-    used = [verdict for verdict in style.VERDICTS if verdict in set(rows["verdict"])]
-    style.legend_below(figure, style.legend_lines({verdict: style.verdict_look(verdict) for verdict in used}))
+    _legend_of_verdicts(figure, rows["verdict"])
     figure.set_label(note)
     return figure
 
@@ -117,20 +115,29 @@ def by_class(table: pd.DataFrame) -> Figure:
     for ((student, teacher), rows), main, side in zip(pairs, axes[::2], axes[1::2], strict=True):
         rows = rows.set_index("class").loc[volumes.index]
         for y, row in enumerate(rows.itertuples()):
-            look = style.verdict_look(row.verdict) | dict(elinewidth=1.2, markersize=5)
-            style.draw_interval(main, y, row.difference, row.low, row.high, **look)
+            _difference(main, y, row)
         style.name_rows(main, names, "")
         main.set_xlim(ends[0] - 0.05 * np.ptp(ends), ends[1] + 0.05 * np.ptp(ends))
         main.set_title(f"{student} from {teacher}")
         _difference_axis(main, "the same alone", "dice")
         main.xaxis.get_major_locator().set_params(nbins=4)
         _numbers(side, rows[["dice_alone", "dice_teacher"]].to_numpy(), ["alone", teacher])
-    used = [verdict for verdict in style.VERDICTS if verdict in set(table["verdict"])]
-    style.legend_below(figure, style.legend_lines({verdict: style.verdict_look(verdict) for verdict in used}))
+    _legend_of_verdicts(figure, table["verdict"])
     figure.set_label(
         f"Points and bars: {_difference_note(table, 'dice')} Numbers: mean Dice of student alone and teacher."
     )
     return figure
+
+
+def _difference(ax: Axes, y: float, row: tuple) -> None:
+    """A paired difference with its interval in row `y`, in the look of its verdict."""
+    look = style.verdict_look(row.verdict) | dict(elinewidth=1.2, markersize=5)
+    style.draw_interval(ax, y, row.difference, row.low, row.high, **look)
+
+
+def _legend_of_verdicts(figure: Figure, verdicts: pd.Series) -> None:
+    used = [verdict for verdict in style.VERDICTS if verdict in set(verdicts)]
+    style.legend_below(figure, style.legend_lines({verdict: style.verdict_look(verdict) for verdict in used}))
 
 
 def _collapsed(rows: pd.DataFrame) -> pd.Series:
