@@ -32,8 +32,9 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     Args:
         folders: of studies, with their `tables`.
 
-    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data (the data set and
-        its class, or the number of them), knowledge (one of `KNOWLEDGE` or "control"), fraction and parameters.
+    Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data (the data set,
+        without a remark in parentheses, and its class, or the number of them), knowledge (one of `KNOWLEDGE` or
+        "control"), fraction and parameters.
 
     Raises: InputError: a folder without any such chapter.
     """
@@ -70,8 +71,9 @@ def _comparisons(
     taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
     classes = cases["class"].unique()
     target = classes[0] if len(classes) == 1 else f"{len(classes)} classes"
+    scans = runs["data"].iloc[0].partition(" (")[0]
     return table.assign(
-        chapter=name, data=f"{runs['data'].iloc[0]}, {target}",
+        chapter=name, data=f"{scans}, {target}",
         knowledge=[knowledge(row)[0] for _, row in taught.iterrows()], fraction=taught["fraction"].to_numpy(),
         parameters=table["a"].map(parameters),
     )  # fmt: skip

@@ -88,7 +88,7 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
 
 
 def test_data_are_named_with_their_class_or_the_number_of_them(tmp_path):
-    save(tmp_path / "one", "02_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT")
+    save(tmp_path / "one", "02_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT (24 subjects, windowed)")
     path = tmp_path / "one" / "tables" / "02_x_cases.csv"
     cases = pd.read_csv(path)
     write_csv(tmp_path / "all" / "tables" / "02_x_cases.csv", pd.concat([cases, cases.assign(**{"class": "liver"})]))
