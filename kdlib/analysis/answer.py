@@ -92,22 +92,32 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
     Returns: one row per class and comparison (`statistics.compare_classes`, one family of tests), the verdict first:
         class, volume (mean of the true ones, ml), student, teacher, dice_alone, dice_distilled, change
-        (with interval, as text), gain (patients), dice_teacher, n, difference, low, high, interval and p_holm.
+        (with interval, as text), gain (patients), dice_teacher, n, difference, low, high, interval, p_holm, and
+        never_alone and never (`_never_found`).
     """
     compared = withhold(compare_classes(cases, baseline_pairs(cases)), convergence(history))
     rows = []
     for name, verdicts in compared.groupby("class", sort=False):
         of = cases[cases["class"] == name]
         size = of.loc[of["metric"] == "truth_volume", "value"].mean()
-        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(volume=size)
+        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(
+            volume=size, never_alone=[_never_found(of, name) for name in verdicts["b"]],
+            never=[_never_found(of, name) for name in verdicts["a"]],
+        )  # fmt: skip
         found.insert(1, "class", name)
         rows.append(found)
     table = pd.concat(rows).sort_values("volume", ascending=False, kind="stable", ignore_index=True)
     return table.drop(columns=["labels", "parameters", "volumes", "seeds"])
 
 
+def _never_found(cases: pd.DataFrame, method: str) -> int:
+    """In how many trainings of a method no voxel of the class is right in any test case: Dice 0 throughout."""
+    dice = cases[(cases["method"] == method) & (cases["metric"] == "dice")]
+    return int((dice.groupby(["fold", "seed"])["value"].max() == 0).sum())
+
+
 def class_sentence(table: pd.DataFrame) -> str:
-    """In which classes distillation helps and in which it hurts, and whether it is the small ones.
+    """In which classes distillation helps and in which it hurts, whether it is the small ones, and which are not found.
 
     Args:
         table: of `by_class`.
@@ -126,6 +136,11 @@ def class_sentence(table: pd.DataFrame) -> str:
             f"{student} distilled from {teacher} is, of {len(rows)} classes, {listed(parts)}; on average it changes by "
             f"{means[0]} Dice in the smaller half of the classes and by {means[1]} in the larger."
         )
+        said += [
+            f"Trainings that find the {row['class']} in no test case: {row['never']} of {student} distilled from "
+            f"{teacher}, {row['never_alone']} of {student} alone."
+            for _, row in rows[rows["never"] != rows["never_alone"]].iterrows()
+        ]
     return " ".join(said)
 
 

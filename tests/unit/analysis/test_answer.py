@@ -77,6 +77,12 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
         "\N{MINUS SIGN}0.030 Dice in the smaller half of the classes and by +0.050 in the larger."
     )
     assert class_sentence(table[table["class"] == "spleen"]) == "There is one class, spleen."
+    assert "no test case" not in said and not table[["never", "never_alone"]].to_numpy().any()
+    lost = both["method"].eq("KD(T1, S1)") & both["metric"].eq("dice") & both["class"].eq("adrenal")
+    missed = by_class(both.assign(value=both["value"].mask(lost, 0.0)), history)
+    assert "Trainings that find the adrenal in no test case: 1 of S1 distilled from T1, 0 of S1 alone." in (
+        class_sentence(missed)
+    )
     page = classes_markdown(table)
     assert page.startswith(said) and "| **worse** | adrenal | 5.0 | S1 | T1 | 0.735 | 0.705 |" in page
 
@@ -84,7 +90,7 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
 @pytest.mark.parametrize("several", [True, False])
 def test_the_report_of_several_classes_says_where_it_helps(several, tmp_path):
     row = dict(verdict="better", student="S1", teacher="T1", dice_alone=0.7, dice_distilled=0.8, change="+0.100",
-               gain="8 of 8", dice_teacher=0.9, n=8, difference=0.1, volume=5.0)  # fmt: skip
+               gain="8 of 8", dice_teacher=0.9, n=8, difference=0.1, volume=5.0, never=0, never_alone=0)  # fmt: skip
     table = pd.DataFrame([row | {"class": "adrenal"}, row | {"class": "spleen" if several else "adrenal"}])
     write_csv(tmp_path / "tables" / "02_classes.csv", table)
     assert ("In which classes?" in report.findings(tmp_path).text) == several
