@@ -72,8 +72,10 @@ def write_cards(folder: Path | str, manifests: Mapping[str, dict]) -> list[Path]
     pages.filters |= {"table": markdown, "listed": _listed, "percent": lambda share: f"{100 * share:g} %"}
     written = [folder / "protocol.md"]
     write_text(written[0], pages.get_template("protocol.md.j2").render(facts(folder, manifests, runs, cases)))
+    tested = set(cases["run"])  # without what was trained to teach alone, as the peer of a self-distilled student
     for key, record in manifests.items():
-        if runs.loc[key, "role"] != "teacher" and "best.safetensors" in record.get("files", {}):
+        student = key in tested and runs.loc[key, "role"] != "teacher"
+        if student and "best.safetensors" in record.get("files", {}):
             name = re.sub(r"[^a-z0-9]+", "-", runs.loc[key, "label"].lower()).strip("-")
             written.append(folder / "cards" / f"{name}-{key}.md")
             text = pages.get_template("card.md.j2").render(card_facts(key, manifests, runs, cases))

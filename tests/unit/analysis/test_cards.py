@@ -195,6 +195,12 @@ def test_a_random_teacher_is_no_run(toy):
     assert "teacher: T1 with random weights" in text and not rows(text, "teacher |")
 
 
+def test_a_student_that_only_teaches_another_gets_no_card(toy):
+    written = toy.write()
+    records = toy.manifests()
+    assert write_cards(toy.folder, records | {"peer": records["s1"]}) == written
+
+
 def test_runs_without_a_manifest_and_studies_without_tables_are_named(toy, tmp_path):
     toy.write()
     records = toy.manifests()
