@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -78,39 +76,23 @@ def _onnx(folder: Path, student: Student, device: str) -> Backend:
 
 
 def _openvino(folder: Path, student: Student, device: str) -> Backend:
-    return openvino_backend(library("openvino").Core().read_model(folder / "model.xml"))
+    return openvino_backend(openvino_core().read_model(folder / "model.xml"))
 
 
-class SignalStack(ctypes.Structure):
-    """`stack_t` of signal.h: the memory in which this thread's signals are handled."""
+@functools.cache
+def openvino_core():
+    """The one `openvino.Core` of the process.
 
-    _fields_ = (("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
-@contextmanager
-def same_signal_stack() -> Iterator[None]:
-    """The thread has the signal stack afterwards that it had before.
-
-    OpenVINO's plugin for CPUs gives the thread a stack of its own for signals. Of several plugins that live at once it
-    frees one that is still in use: the next signal, be it Ctrl-C, would end the process without a word.
+    A second one's plugin for CPUs would, on its end, free the stack that this thread handles signals on, and the next
+    Ctrl-C would end the process without a word.
     """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    libc, before = ctypes.CDLL(None), SignalStack()
-    libc.sigaltstack(None, ctypes.byref(before))
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)
+    return library("openvino").Core()
 
 
-@same_signal_stack()
 def openvino_backend(model) -> Backend:
     """An `openvino.Model` on the CPU, in float32 where it is not int8."""
-    openvino = library("openvino")
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", PRECISION | threads)
+    compiled = openvino_core().compile_model(model, "CPU", PRECISION | threads)
     return lambda images: torch.from_numpy(compiled(images.contiguous().numpy())[0].copy())
 
 

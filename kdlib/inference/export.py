@@ -19,7 +19,7 @@ from kdlib.evaluation.cases import case_metrics
 from kdlib.evaluation.masks import true_mask
 from kdlib.files import sha256, write_json, write_text
 from kdlib.inference import FORMATS
-from kdlib.inference.backends import Backend, library, load_network, openvino_backend, same_signal_stack
+from kdlib.inference.backends import Backend, library, load_network, openvino_backend, openvino_core
 from kdlib.inference.card import licence_text, model_card
 from kdlib.inference.predict import mask_of, segment
 from kdlib.inference.scans import read_scan
@@ -109,10 +109,9 @@ def save_onnx(network: nn.Module, student: Student, made: Path) -> None:
 
 def openvino_model(network: nn.Module, student: Student):
     """The network as an `openvino.Model`, in float32; OpenVINO itself reads ONNX, and reports to nobody."""
-    openvino = library("openvino")
     with tempfile.TemporaryDirectory() as folder:
         save_onnx(network, student, Path(folder))
-        return openvino.Core().read_model(Path(folder) / "model.onnx")
+        return openvino_core().read_model(Path(folder) / "model.onnx")
 
 
 def _save_openvino(model, made: Path) -> None:
@@ -144,8 +143,7 @@ def quantise(model, images: list[Tensor]):
     os.environ.setdefault("NNCF_CI", "1")  # it reports its use to its authors otherwise
     nncf = library("nncf")
     nncf.set_log_level(40)
-    with same_signal_stack():
-        return nncf.quantize(model, nncf.Dataset([image.numpy() for image in images]), subset_size=len(images))
+    return nncf.quantize(model, nncf.Dataset([image.numpy() for image in images]), subset_size=len(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdlib.analysis.capacity import RUNTIMES
 from kdlib.config import Preprocessing, lookup
-from kdlib.inference.backends import library, load_backend, openvino_backend
+from kdlib.inference.backends import load_backend, openvino_backend, openvino_core
 from kdlib.inference.export import quantise, save_onnx
 from kdlib.inference.student import Student
 from kdlib.models import build_model, count_parameters, gflops, receptive_field
@@ -90,7 +90,7 @@ def _forward(model: nn.Module, student: Student, runtime: str, path: Path) -> Ca
     if runtime == "openvino-int8":
         shape = student.preprocessing.input_shape
         image = torch.linspace(0, 1, math.prod(shape)).view(1, *shape)  # time does not depend on the ranges
-        return openvino_backend(quantise(library("openvino").Core().read_model(path), [image]))
+        return openvino_backend(quantise(openvino_core().read_model(path), [image]))
 
     def forward(images: Tensor) -> object:
         with torch.autocast("cpu", torch.bfloat16, enabled=runtime == "bf16"):
