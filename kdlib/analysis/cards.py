@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kdlib.analysis.comparisons import ALPHA, SAME
 from kdlib.analysis.intervals import interval_text
-from kdlib.analysis.labels import method_labels
+from kdlib.analysis.labels import method_labels, percent
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.tables import summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
@@ -65,11 +65,7 @@ def write_cards(folder: Path | str, manifests: Mapping[str, dict]) -> list[Path]
         known = f"{len(missing)} of {cases['run'].nunique()} runs of its tables have no usable manifest"
         raise InputError(f"study {folder.name}: {known} ({', '.join(missing[:8])}): run the study again")
     runs = _runs(folder, manifests)
-    pages = Environment(
-        loader=PackageLoader("kdlib.analysis"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    pages.filters |= {"table": markdown, "listed": _listed, "percent": lambda share: f"{100 * share:g} %"}
+    pages = templates("kdlib.analysis")
     written = [folder / "protocol.md"]
     write_text(written[0], pages.get_template("protocol.md.j2").render(facts(folder, manifests, runs, cases)))
     tested = set(cases["run"])  # without what was trained to teach alone, as the peer of a self-distilled student
@@ -81,6 +77,16 @@ def write_cards(folder: Path | str, manifests: Mapping[str, dict]) -> list[Path]
             text = pages.get_template("card.md.j2").render(card_facts(key, manifests, runs, cases))
             write_text(written[-1], text)
     return written
+
+
+def templates(package: str) -> Environment:
+    """The pages that lie in a package's `templates/`."""
+    found = Environment(
+        loader=PackageLoader(package), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    found.filters |= {"table": markdown, "listed": _listed, "percent": percent}
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -168,12 +174,10 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
     finished = sorted(record["finished"] for record in records)
     budgets = ["label", "recipe", "protocol", "parameters", "optimiser", "learning rate", "batch", "epochs", "updates"]
     groups = runs.groupby(budgets, sort=False, as_index=False)
-    dropped = [record["data"].get("dropped") for record in records]
     return {
         "study": folder.name, "runs": _count(len(records), "run"), "first": finished[0], "last": finished[-1],
         "limits": _limits(records, runs, parts, n),
         "data": _listed(run.data for run in every), "target": _listed(run.target for run in every),
-        "dropped": None if None in dropped else _listed(case for some in dropped for case in some) or "none",
         "stops_at_defects": all(run.on_defect == "raise" for run in every), "flow": _flow(parts),
         "folds": max(run.profile.folds for run in every), "tested": sorted(parts["fold"].unique()),
         "digests": _listed(f"`{digest}`" for digest in parts["digest"]), "leaks": _leaks(parts),
@@ -384,13 +388,13 @@ def card_facts(key: str, manifests: Mapping[str, dict], runs: pd.DataFrame, case
         f"{run.teacher} ({run.effective_recipe.teacher}), run {_listed(teachers)}" if run.teacher else "none",
         "code": _code(record), "classes": _listed(own["class"]),
         "patients": _count(own["patient"].nunique(), "patient"),
-        "interval": interval_text(summarise(own, ["run"])["interval"]), "performance": _performance(own),
+        "interval": interval_text(summarise(own, ["run"])["interval"]), "performance": performance(own),
         "beside": pd.DataFrame([
             {"model": role, "method": runs.loc[other, "label"], "run": other} | _cells(cases[cases["run"] == other])
             for role, other in compared
             if (cases["run"] == other).any()
         ]).rename(columns={"mean": METRICS["dice"].label}),
-        "worst": _worst(own), "faults": [FAULTS[switch] for switch in SWITCHES if getattr(run.protocol, switch)],
+        "worst": worst(own), "faults": [FAULTS[switch] for switch in SWITCHES if getattr(run.protocol, switch)],
     }  # fmt: skip
 
 
@@ -402,7 +406,7 @@ def _cells(rows: pd.DataFrame, metric: str = "dice") -> dict[str, object]:
     return {"mean": mean, "95 % interval": ends, "n": found["n"]}
 
 
-def _performance(own: pd.DataFrame) -> pd.DataFrame:
+def performance(own: pd.DataFrame) -> pd.DataFrame:
     """Every metric with its interval, for all classes together and, where there are several, for each."""
     kinds = [("all", own)] if own["class"].nunique() == 1 else [("all", own), *own.groupby("class", sort=False)]
     return pd.DataFrame([
@@ -412,9 +416,10 @@ def _performance(own: pd.DataFrame) -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def _worst(own: pd.DataFrame, count: int = 3) -> pd.DataFrame:
+def worst(own: pd.DataFrame) -> pd.DataFrame:
+    """The three worst volumes by Dice, mean over classes."""
     wide = own.pivot_table(index=["patient", "case"], columns="metric", values="value", sort=False)
-    wide = wide.sort_values("dice", kind="stable").head(count).reset_index()
+    wide = wide.sort_values("dice", kind="stable").head(3).reset_index()
     shown = [name for name in ("dice", "recall", "precision", "hd95", "truth_volume") if name in wide]
     for name in shown:
         wide[name] = wide[name].map(lambda value: "undefined" if pd.isna(value) else f"{value:.3f}")

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kdlib.analysis.cards import UNKNOWN, markdown
+from kdlib.analysis.cards import UNKNOWN, performance, templates, worst
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.tables import summarise
 from kdlib.inference.student import Student
 
 NEEDS = {"onnx": "onnxruntime", "openvino": "OpenVINO", "openvino-int8": "OpenVINO", "torch": "PyTorch"}
-WORST = 3
 
 
 def model_card(student: Student, to: str, hashes: Mapping[str, str]) -> str:
@@ -26,13 +24,11 @@ def model_card(student: Student, to: str, hashes: Mapping[str, str]) -> str:
     facts = student.facts
     before = _cases(facts, "dice")
     exported = _cases(facts, "dice_int8")
-    shown, worst = before if exported.empty else exported, pd.DataFrame()
-    if not shown.empty:
-        means = shown.groupby(["patient", "case"], sort=False)["value"].mean().sort_values(kind="stable").head(WORST)
-        worst = means.map("{:.3f}".format).reset_index().rename(columns={"value": "Dice"})
-    return _page("card.md.j2").render(
+    shown = before if exported.empty else exported
+    return templates("kdlib.inference").get_template("card.md.j2").render(
         student=student, facts=facts, to=to, hashes=hashes, needs=NEEDS[student.format], unknown=UNKNOWN,
-        dice=_means(before), dice_int8=_means(exported), costs=_costs(before, exported), worst=worst,
+        dice=_means(before), dice_int8=_means(exported), costs=_costs(before, exported),
+        worst=shown if shown.empty else worst(shown),
         interval=interval_text(summarise(shown, ["run"])["interval"]) if not shown.empty else UNKNOWN,
         licence=facts.get("licence") or UNKNOWN, attribution=facts.get("attribution") or UNKNOWN,
     )  # fmt: skip
@@ -41,19 +37,10 @@ def model_card(student: Student, to: str, hashes: Mapping[str, str]) -> str:
 def licence_text(student: Student) -> str:
     """The terms of the weights."""
     facts = student.facts
-    return _page("licence.j2").render(
+    return templates("kdlib.inference").get_template("licence.j2").render(
         student=student, data_set=facts.get("data_set", UNKNOWN), licence=facts.get("licence") or UNKNOWN,
         attribution=facts.get("attribution") or UNKNOWN,
     )  # fmt: skip
-
-
-def _page(name: str):
-    pages = Environment(
-        loader=PackageLoader("kdlib.inference"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    pages.filters["table"] = markdown
-    return pages.get_template(name)
 
 
 def _cases(facts: Mapping, name: str) -> pd.DataFrame:
@@ -71,15 +58,7 @@ def _means(table: pd.DataFrame) -> pd.DataFrame:
     """Mean Dice over patients with its interval, of all classes and of each."""
     if table.empty:
         return table
-    parts = [("all", table), *table.groupby("class", sort=False)] if table["class"].nunique() > 1 else [
-        (table["class"].iloc[0], table)
-    ]  # fmt: skip
-    rows = []
-    for label, part in parts:
-        found = summarise(part, ["run"]).iloc[0]
-        ends = UNKNOWN if pd.isna(found["low"]) else f"{found['low']:.3f} to {found['high']:.3f}"
-        rows.append({"class": label, "Dice": f"{found['mean']:.3f}", "95 % interval": ends, "patients": found["n"]})
-    return pd.DataFrame(rows)
+    return performance(table).drop(columns="metric").rename(columns={"mean": "Dice", "n": "patients"})
 
 
 def _costs(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
