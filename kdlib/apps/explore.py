@@ -21,17 +21,17 @@ from torch import nn
 
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.metrics import METRICS
+from kdlib.analysis.report import runs_of
 from kdlib.config import TEACHERS, InputError, Recipe, Run, from_json, lookup
-from kdlib.data import Fold, SliceBank, build_bank, index, restore
+from kdlib.data import Fold, SliceBank, build_bank, index
 from kdlib.data.slices import Geometry
-from kdlib.evaluation.masks import predict_cases
+from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
-from kdlib.experiments.store import run_key
+from kdlib.experiments.store import run_key, trained
 from kdlib.files import read_csv
 from kdlib.models import MODELS
 from kdlib.record import read_manifest
-from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
 from kdlib.training.state import new_model
@@ -68,8 +68,7 @@ def finished_runs(results: Path | str, study: str) -> pd.DataFrame:
     """
     results = Path(results)
     lookup("study", study, dict.fromkeys(studies(results)))
-    tables = [read_csv(path) for path in sorted((results / study / "tables").glob("*_runs.csv"))]
-    table = pd.concat(tables).drop_duplicates("run")
+    table = runs_of(results / study)
     kept = [(results / "runs" / key / "manifest.json").is_file() for key in table["run"]]
     # a network from elsewhere is known only where its builder was put into MODELS
     table = table[np.array(kept) & table["model"].isin(list(MODELS))].reset_index(drop=True)
@@ -164,16 +163,10 @@ def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str =
     return tuple(load_run(student.results, key, data, device) for key in keys)
 
 
-def _untrained(finished: Finished) -> nn.Module:
-    return new_model(finished.run, len(finished.classes)).to(finished.device).eval().requires_grad_(False)
-
-
 @functools.lru_cache(maxsize=8)
 def network(finished: Finished) -> nn.Module:
     """The network of a run with its best weights, frozen, in eval mode."""
-    model = _untrained(finished)
-    load_weights(model, finished.folder / "best.safetensors")
-    return model.to(memory_format=torch.channels_last)
+    return trained(finished.run, len(finished.classes), finished.results, finished.device)
 
 
 @functools.lru_cache(maxsize=4)
@@ -200,16 +193,15 @@ def cases(finished: Finished) -> pd.DataFrame:
 
 def metrics_of(finished: Finished) -> pd.DataFrame:
     """case, patient, class and one column a metric."""
-    table = pd.read_csv(finished.folder / "metrics.csv", dtype={"case": str, "patient": str})
+    table = read_csv(finished.folder / "metrics.csv")
     return table.pivot_table(index=["case", "patient", "class"], columns="metric", values="value").reset_index()
 
 
 def predict_case(finished: Finished, case: str) -> np.ndarray:
     """What a run says of a case, in the grid of the case's own files: XYZ uint8, 0 background, 1..C the classes."""
     bank = case_slices(finished, (case,))
-    scores = restore(predict_cases(network(finished), bank)[case], bank.geometry[case])
-    labels = scores.argmax(0) if len(scores) > 1 else scores[0] > finished.run.threshold
-    return labels.cpu().numpy().astype(np.uint8)
+    scores = predict_cases(network(finished), bank)[case]
+    return on_file_grid(scores, bank, case, finished.run.threshold).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -252,20 +244,15 @@ def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> CaseV
     Raises: InputError: the data have no such case.
     """
     lookup("case", case, dict.fromkeys(finished.fold.groups))
-    files = finished.source.dataset.case(case)
-    bank = case_slices(finished, (case,))
-    image, label = (nib.load(path) for path in (files.image, files.label))
-    stored = np.asarray(label.dataobj).round().astype(int)
-    truth = np.zeros(stored.shape, np.uint8)
-    for number, value in enumerate(finished.source.classes.values(), start=1):
-        truth[stored == value] = number
-    masks = {"truth": truth}
+    dataset, bank = finished.source.dataset, case_slices(finished, (case,))
+    image = nib.load(dataset.case(case).image)
+    masks = {"truth": true_mask(dataset, case, finished.classes).astype(np.uint8)}
     masks |= {f"teacher {teacher.run.model}": predict_case(teacher, case) for teacher in teachers}
     role = "teacher" if finished.run.model in TEACHERS else "student"
     masks[f"{role} {finished.run.model}"] = predict_case(finished, case)
     voxels, view = np.asarray(image.dataobj, np.float32), finished.run.preprocessing
     low, high = (0.0, 255.0) if view.published else view.window
-    if finished.source.dataset.modality == "MR" and not view.published:
+    if dataset.modality == "MR" and not view.published:
         low, high = np.percentile(voxels[voxels != 0], view.percentiles)
     return CaseView(case, voxels, image.affine, (float(low), float(high)), masks, finished.classes, bank.geometry[case])
 
@@ -337,8 +324,10 @@ def distillation_run(student: Finished, teachers: tuple[Finished, ...], only: Se
 
 def teacher_networks(run: Run, teachers: tuple[Finished, ...]) -> dict[str, nn.Module]:
     """Teachers by model; untrained ones for the control that learns from random weights."""
-    made = _untrained if run.recipe.teacher == "random" else network
-    return {teacher.run.model: made(teacher) for teacher in teachers}
+    if run.recipe.teacher != "random":
+        return {teacher.run.model: network(teacher) for teacher in teachers}
+    fresh = {teacher.run.model: new_model(teacher.run, len(teacher.classes)).to(teacher.device) for teacher in teachers}
+    return {name: model.eval().requires_grad_(False) for name, model in fresh.items()}
 
 
 def change_recipe(
