@@ -59,23 +59,12 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
         change (with interval, as text), gain (patients), dice_teacher (NaN without one), parameters, and n, volumes,
         seeds, difference, low, high, interval, p_holm and smallest_p of the comparison.
     """
-    found, rows = methods(cases), []
-    teachers = found[found["role"] == "teacher"].reset_index().set_index("model")["method"].to_dict()
-    seeds = cases["seed"].nunique() if "seed" in cases else 1
-    for row in verdicts.itertuples():
-        values = by_patient(cases, [row.a, row.b], "dice", "method")
-        about = found.loc[row.a]
-        teacher = teachers.get(about["teacher"])
-        reached = by_patient(cases, [teacher], "dice", "method")[teacher].mean() if teacher else np.nan
-        rows.append(dict(
-            verdict=row.verdict, student=about["model"], teacher=about["teacher"], labels=percent(about["fraction"]),
-            dice_alone=values[row.b].mean(), dice_distilled=values[row.a].mean(),
-            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
-            dice_teacher=reached, parameters=parameters[row.a], n=row.n, volumes=row.volumes, seeds=seeds,
-            difference=row.difference, low=row.low, high=row.high, interval=row.interval, p_holm=row.p_holm,
-            smallest_p=row.smallest_p,
-        ))  # fmt: skip
-    return pd.DataFrame(rows)
+    table = fractions(cases, verdicts).rename(columns={"dice": "dice_distilled"})
+    table = table.assign(
+        parameters=verdicts["a"].map(parameters).to_numpy(), smallest_p=verdicts["smallest_p"].to_numpy()
+    )
+    counted = ["n", "volumes", "seeds", "difference", "low", "high", "interval", "p_holm", "smallest_p"]
+    return table[[*ANSWER_COLUMNS[:3], "labels", *ANSWER_COLUMNS[3:], "parameters", *counted]]
 
 
 def _gain(change: pd.Series) -> str:

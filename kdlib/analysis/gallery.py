@@ -17,7 +17,7 @@ from kdlib.analysis import figures, show
 from kdlib.analysis.answer import verdicts_of
 from kdlib.analysis.comparisons import compare, ranks
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import merge_equal_losses, methods
+from kdlib.analysis.labels import methods
 from kdlib.analysis.sentences import withhold
 from kdlib.analysis.tables import THESIS_TABLE
 from kdlib.config import InputError, lookup
@@ -81,23 +81,21 @@ def trio(found: Results) -> dict[str, str]:
 
 def against_baseline(found: Results) -> pd.DataFrame:
     """Every method against the student alone, on the same patients; no verdict where one has not converged."""
-    cases = merge_equal_losses(found.cases)
-    rows = cases.drop_duplicates("method")
+    rows = found.cases.drop_duplicates("method")
     alone = pick(rows, role="baseline")
     others = [
         name for name, role in zip(rows["method"], rows["role"], strict=True) if role not in ("baseline", "teacher")
     ]
-    return withhold(compare(cases, [(name, alone) for name in others]), convergence(found.history))
+    return withhold(compare(found.cases, [(name, alone) for name in others]), convergence(found.history))
 
 
 def against_shuffled(found: Results) -> pd.DataFrame:
     """Every distillation loss against the same with a shuffled teacher."""
-    cases = merge_equal_losses(found.cases)
-    rows = methods(cases).reset_index()
+    rows = methods(found.cases).reset_index()
     rows = rows[rows["control"].isin(["", "shuffled_teacher"]) & (rows["teacher"] != "")]
     both = rows[rows["control"] == ""].merge(rows[rows["control"] != ""], on=["loss", "terms"])
     pairs = list(zip(both["method_x"], both["method_y"], strict=True))
-    return withhold(compare(cases, pairs), convergence(found.history))
+    return withhold(compare(found.cases, pairs), convergence(found.history))
 
 
 def _overview(saved: Saved) -> Figure:
@@ -147,7 +145,7 @@ def _ablation(saved: Saved) -> Figure:
 
 
 def _losses(saved: Saved) -> Figure:
-    cases = merge_equal_losses(saved.found.cases)
+    cases = saved.found.cases
     order = ranks(cases, reference=pick(cases, role="baseline"))
     return figures.forest(against_baseline(saved.found), ranks=order, shares=cases["seed"].nunique() > 1)
 

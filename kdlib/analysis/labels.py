@@ -134,20 +134,3 @@ def _value(column: str, value: object) -> str:
     if column == "unlabelled":
         return "with unlabelled slices" if value else ""
     return f"{value:g} x as long" if column == "length" else str(value)
-
-
-def merge_equal_losses(cases: pd.DataFrame) -> pd.DataFrame:
-    """Of one target class, KL and DKD (at its defaults) are the same function: keeps KL's rows, labelled "KL = DKD".
-
-    Args:
-        cases: tidy, with the identity columns. It is returned as it is where it has several classes or not both losses.
-    """
-    if not {"loss", "class"} <= set(cases) or cases["class"].nunique() != 1:
-        return cases
-    alike = ["role", "model", "teacher", "fraction", "terms", "control", "protocol"]
-    found = methods(cases)
-    found = found[found["loss"].isin(["kl", "dkd"])].reset_index()
-    both = found[found["loss"] == "kl"].merge(found[found["loss"] == "dkd"], on=alike, suffixes=("", "_dkd"))
-    kept = cases[~cases["method"].isin(both["method_dkd"])]
-    name = kept["loss_label"] if "loss_label" in kept else kept["loss"]
-    return kept.assign(loss_label=name.mask(kept["method"].isin(both["method"]), "KL = DKD"))

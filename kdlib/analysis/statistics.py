@@ -26,7 +26,7 @@ from kdlib.analysis.correction import (
     withhold_stages,
 )
 from kdlib.analysis.intervals import Interval, interval, interval_text, seed_noise
-from kdlib.analysis.labels import merge_equal_losses, method_labels, methods
+from kdlib.analysis.labels import method_labels, methods
 from kdlib.analysis.patients import per_patient, rows_of
 from kdlib.analysis.sentences import withhold
 from kdlib.analysis.tables import (

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from analysis_tables import distilled, identity, tidy
 
-from kdlib.analysis.labels import merge_equal_losses, method_labels, methods
+from kdlib.analysis.labels import method_labels, methods
 from kdlib.analysis.statistics import compare, summarise
 from kdlib.config import InputError
 
@@ -62,19 +62,9 @@ def test_empty_columns_of_a_csv_are_empty(tmp_path):
     pd.testing.assert_frame_equal(methods(pd.read_csv(tmp_path / "table.csv")), methods(table), check_dtype=False)
 
 
-def cases(*rows: dict, classes=("spleen",)) -> pd.DataFrame:
-    parts = [tidy({row["method"]: [0.5, 0.6]}, **row).assign(**{"class": name}) for row in rows for name in classes]
+def cases(*rows: dict) -> pd.DataFrame:
+    parts = [tidy({row["method"]: [0.5, 0.6]}, **row) for row in rows]
     return pd.concat(parts, ignore_index=True)
-
-
-def test_of_one_class_kl_and_dkd_are_one_row():
-    rows = identity("S1 (50 %)"), distilled("kl"), distilled("dkd"), distilled("sp", "E-E"), distilled("fitnet", FULL)
-    merged = merge_equal_losses(cases(*rows))
-    assert summarise(merged)["label"].tolist() == ["no distillation", "KL = DKD", "SP", "thesis terms, FITNET"]
-    for kept in (cases(*rows, classes=("a", "b")), cases(rows[0], rows[2])):  # several classes, or DKD alone
-        pd.testing.assert_frame_equal(merge_equal_losses(kept), kept)
-    thesis = merge_equal_losses(cases(distilled("kl"), distilled("dkd", "PMD+D-D")))
-    assert len(methods(thesis)) == 2  # of other terms
 
 
 def test_results_carry_labels_beside_ids():
