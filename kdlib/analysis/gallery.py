@@ -244,9 +244,18 @@ GALLERY: Mapping[str, Entry] = {
 def figure(name: str, found: Results, folder: Path | str) -> show.Shown:
     """Draws a figure of the gallery from its experiment's results, saves it in the study's folder and shows it.
 
+    In place of a picture of scans whose slices are not all there (`kdlib.study` with `reuse`) it says so.
+
     Raises: InputError: no such figure, or something that it is drawn from is missing.
     """
     entry = lookup("figure", name, GALLERY)
+    if entry.draw in (_overview, _qualitative):
+        shown = found.cases[found.cases["method"].isin(trio(found).values())]
+        lacking = set(zip(shown["method"], shown["case"], strict=True)) - set(
+            zip(found.examples["method"], found.examples["case"], strict=True)
+        )
+        if lacking:
+            return show.say(f"`{name}` needs slices, and runs that are read from saved tables have none.")
     return show.figure(entry.draw(Saved(found, Path(folder))), folder, name, entry.caption)
 
 

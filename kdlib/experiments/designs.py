@@ -64,6 +64,7 @@ class Setting:
         on_defect: "raise" or "drop", see `kdlib.data.index`; `group`: how cases are grouped into patients.
         device: "auto", "cpu" or "cuda".
         results: folder that keeps runs and studies; `study`: folder in it for this study's tables and figures.
+        reuse: studies in `results`: a run that stands in their tables is read from there, see `kdlib.study`.
 
     Raises:
         InputError: names the parameter, its value and what is allowed.
@@ -81,6 +82,7 @@ class Setting:
     device: str = "auto"
     results: Path = Path("results")
     study: str = "phantom-spleen-quick"
+    reuse: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, kind in (("data", str), ("results", Path)):
@@ -90,7 +92,8 @@ class Setting:
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
             if not numbers or len(set(numbers)) < len(numbers):
                 raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
-        check_study(self.study.split("/")[0])
+        for name in (self.study.split("/")[0], *self.reuse):
+            check_study(name)
         pick_device(self.device)
         self.run("S1")  # whatever a run refuses
         for fold, seed in self.places:
@@ -120,6 +123,11 @@ class Setting:
     def folder(self) -> Path:
         """Where the study's tables and figures are."""
         return self.results / self.study
+
+    @property
+    def reused(self) -> list[Path]:
+        """Folders of the studies whose tables are read instead of trained."""
+        return [self.results / name for name in self.reuse]
 
     @property
     def places(self) -> list[tuple[int, int]]:

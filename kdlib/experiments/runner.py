@@ -32,7 +32,7 @@ from kdlib.experiments.store import (
     trained,
     write_manifest,
 )  # fmt: skip
-from kdlib.experiments.tables import Results, collect
+from kdlib.experiments.tables import Results, collect, saved_runs
 from kdlib.files import remove_partial_files, write_arrays, write_csv
 from kdlib.models import CHANNELS_LAST, MODELS, count_parameters
 from kdlib.models.pruning import check_smaller, prune_into
@@ -47,11 +47,18 @@ from kdlib.training.state import RunState, new_model
 
 
 def study(
-    runs: Iterable[Run], results: Path | str = "results", device: str = "auto", processes: Processes = ALONE
+    runs: Iterable[Run],
+    results: Path | str = "results",
+    device: str = "auto",
+    processes: Processes = ALONE,
+    reuse: Sequence[Path] = (),
 ) -> Results:
     """Trains and evaluates every run that has no result yet, teachers first, and returns the tables of all.
 
     Args:
+        reuse: folders of studies; a run that stands in their tables, by its key, is read from them instead of trained,
+            e.g. other seeds, trained on another machine whose run folders are gone. What is trained here, a teacher
+            that others need among it, stands before it.
         processes: that train each run together (see `kdlib.experiments.parallel.train`); this is the first of them.
 
     Raises:
@@ -60,20 +67,25 @@ def study(
     """
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
     place = pick_device(device)
-    teachers = list(dict.fromkeys(needed for run in runs for needed in run.needed_runs()))
+    saved = saved_runs(reuse)
+    own = [run for run in runs if is_done(run, results) or run_key(run, results) not in saved]
+    teachers = list(dict.fromkeys(needed for run in own for needed in run.needed_runs()))
     check(teachers + runs)
     check_names(runs)
     failures: list[str] = []
-    for stage in (teachers, runs):
+    for stage in (teachers, own):
         failures += _train_stage(cohorts(stage), results, place, processes)
     if failures:
         raise TrainingError(
             f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
         )
-    others = [run for run in runs if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
+    own = [run for run in runs if is_done(run, results)]  # with teachers of others
+    if len(own) < len(runs):
+        print(f"{len(runs) - len(own)} of {len(runs)} runs are read from the tables of {', '.join(map(str, reuse))}")
+    others = [run for run in own if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
     if others:
         print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
-    return collect(runs, results)
+    return collect(runs, results, saved)
 
 
 def check(runs: Iterable[Run]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,13 @@ from kdlib.evaluation.calibration import calibration
 from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import manifest, run_folder, run_key, trained
+from kdlib.experiments.store import is_done, manifest, run_folder, run_key, trained
 from kdlib.files import read_arrays, read_csv, write_arrays, write_csv
 from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
+EXAMPLE = ("method", "case", "seed", "image", "truth", "prediction")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Results:
         """Writes `tables/<name>_{cases,history,runs}.csv` and `slices/<name>.npz` under a study's folder."""
         for part in PARTS:
             write_csv(folder / "tables" / f"{name}_{part}.csv", getattr(self, part))
-        # the stack of a text column is text: an object array would be a pickle
-        columns = {column: np.stack(self.examples[column].to_list()) for column in self.examples}
+        # the array of a list of text is text: an object array would be a pickle
+        columns = {column: np.array(self.examples[column].to_list()) for column in self.examples}
         write_arrays(folder / "slices" / f"{name}.npz", columns)
 
     @classmethod
@@ -62,25 +64,53 @@ class Results:
         return cls(**tables, examples=examples)
 
 
-def collect(runs: Sequence[Run], results: Path) -> Results:
-    """The tables of finished runs, read from their folders."""
-    cases, history, rows, examples = [], [], [], []
+def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
+    """Key -> part -> rows of every run in the tables that studies saved, whichever chapter saved it.
+
+    Raises: InputError: a folder without such tables.
+    """
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for folder in folders:
+        chapters = sorted(folder.glob("tables/*_cases.csv*"))
+        if not chapters:
+            raise InputError(f"{folder} holds no saved runs (tables/*_cases.csv): reuse names studies that were run")
+        for path in chapters:
+            name, _, packed = path.name.partition("_cases.csv")
+            files = {part: path.with_name(f"{name}_{part}.csv{packed}") for part in PARTS}
+            files["runs"] = path.with_name(f"{name}_runs.csv")  # too short to be packed
+            if not all(file.is_file() for file in files.values()):  # e.g. the scans of 00_data
+                continue
+            parts = {part: dict(tuple(_read(file).groupby("run"))) for part, file in files.items()}
+            found |= {key: {part: parts[part][key] for part in PARTS} for key in parts["runs"] if key not in found}
+    return found
+
+
+def collect(
+    runs: Sequence[Run], results: Path, saved: Mapping[str, Mapping[str, pd.DataFrame]] = MappingProxyType({})
+) -> Results:
+    """The tables of finished runs, read from their folders, else from what `saved_runs` found (without examples)."""
+    parts: dict[str, list[pd.DataFrame]] = {part: [] for part in (*PARTS, "examples")}
     for run in runs:
-        folder = run_folder(run, results)
-        record = manifest(run, results)
-        label = _columns(run, results)
-        cases.append(read_csv(verified(folder / "metrics.csv")).assign(**label))
-        history.append(read_csv(verified(folder / "history.csv")).assign(**label))
-        dataset = run_source(run, results).dataset
-        rows.append(
+        folder, label = run_folder(run, results), _columns(run, results)
+        if folder.name in saved and not is_done(run, results):
+            for part, rows in saved[folder.name].items():
+                parts[part].append(rows.assign(**label))
+            continue
+        record, dataset = manifest(run, results), run_source(run, results).dataset
+        parts["cases"].append(read_csv(verified(folder / "metrics.csv")).assign(**label))
+        parts["history"].append(read_csv(verified(folder / "history.csv")).assign(**label))
+        row = (
             label | {"parameters": record["parameters"]} | record["best"]
             | {f"{name}_seconds": value for name, value in record["seconds"].items()} | {"device": record["device"]}
             | {"data": dataset.name, "credit": ", ".join(filter(None, dataset.credit))}
         )  # fmt: skip
-        examples.append(read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"}).assign(**label))
-    order = [*label, "patient", "case", "class", "metric", "value"]
-    cases, history, examples = (pd.concat(parts, ignore_index=True) for parts in (cases, history, examples))
-    return Results(cases[order], history, pd.DataFrame(rows), examples)
+        parts["runs"].append(pd.DataFrame([row]))
+        slices = read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"})
+        parts["examples"].append(slices.assign(**label))
+    parts["examples"] = parts["examples"] or [pd.DataFrame(columns=EXAMPLE)]
+    found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
+    order = [*identity(runs[0]), "patient", "case", "class", "metric", "value"]
+    return Results(**found | {"cases": found["cases"][["run", *order]]})
 
 
 def teacher_agreement(

@@ -159,6 +159,33 @@ def test_tables_survive_saving(finished, tmp_path):
         Results.load(tmp_path, "03_ablation")
 
 
+def test_a_run_that_stands_in_saved_tables_is_read_from_them(finished, tmp_path, monkeypatch):
+    results, runs, found = finished
+    found.save(tmp_path / "elsewhere", "02_distillation")
+    table = tmp_path / "elsewhere" / "tables" / "02_distillation_history.csv"
+    pd.read_csv(table).to_csv(f"{table}.gz", index=False)  # long tables are packed
+    table.unlink()
+    packed = tmp_path / "elsewhere" / "tables" / "02_distillation_cases.csv"
+    pd.read_csv(packed, dtype={"case": str, "patient": str}).to_csv(f"{packed}.gz", index=False)
+    packed.unlink()
+    monkeypatch.setattr(runner, "train_cohort", lambda *args, **more: pytest.fail("trained what was saved"))
+    again = study(runs, tmp_path / "here", "cpu", reuse=[tmp_path / "elsewhere"])
+    for part in ("cases", "history", "runs"):
+        first, second = (getattr(each, part).fillna("") for each in (found, again))
+        pd.testing.assert_frame_equal(second[list(first)], first, check_dtype=False)
+    assert again.examples.empty and not any(run_folder(run, tmp_path / "here").exists() for run in runs)
+    again.save(tmp_path / "here" / "study", "02_distillation")
+    assert len(Results.load(tmp_path / "here" / "study", "02_distillation").cases) == len(found.cases)
+    monkeypatch.undo()
+    # what was trained here stands before what was saved, and what stands in no table is trained, with its teacher
+    other = dataclasses.replace(runs[1], seed=1)
+    mixed = study([runs[1], other], tmp_path / "here", "cpu", reuse=[tmp_path / "elsewhere"])
+    assert list(mixed.runs["seed"]) == [0, 1] and set(mixed.examples["seed"]) == {1}
+    assert (run_folder(teacher_of(other), tmp_path / "here") / "best.safetensors").is_file()
+    with pytest.raises(InputError, match="nowhere holds no saved runs .*reuse names studies that were run"):
+        study(runs, tmp_path / "here", "cpu", reuse=[tmp_path / "nowhere"])
+
+
 def test_test_patients_reach_nothing_but_the_final_evaluation(phantom, finished, tmp_path):
     """Other pixels and labels in the test patients leave all weights, and all but the metrics, as they were."""
     results, runs, _ = finished
