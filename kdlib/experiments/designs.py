@@ -154,18 +154,19 @@ def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
     return [setting.run(model, fold=fold) for fold in setting.folds for model in models]
 
 
-def baseline(setting: Setting, networks: Sequence[str] = ()) -> list[Run]:
+def baseline(setting: Setting, networks: Sequence[str] = (), fractions: Sequence[float] = (1.0, 0.5)) -> list[Run]:
     """Teachers, and students without distillation on all and on half of the labels.
 
     Args:
         networks: names in `kdlib.models.MODELS`; none: the profile's.
+        fractions: of the labels, for the students.
     """
     networks = networks or setting.sized.networks
     for model in networks:
         lookup("network", model, MODELS)
     students = [model for model in networks if model not in TEACHERS]
     runs = teachers(setting, [model for model in networks if model in TEACHERS])
-    return runs + [run for f in (1.0, 0.5) for model in students for run in setting.everywhere(model, fraction=f)]
+    return runs + [run for f in fractions for model in students for run in setting.everywhere(model, fraction=f)]
 
 
 def pairs(setting: Setting, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> list[Run]:
@@ -178,13 +179,15 @@ def pairs(setting: Setting, students: Sequence[str] = (), teachers: Sequence[str
     ]
 
 
-def distillation(setting: Setting, teachers: Sequence[str] = ()) -> list[Run]:
-    """The thesis's Table 4.2: teachers (none named: the profile's), students, and each of the teachers with each of
-    these."""
+def distillation(setting: Setting, teachers: Sequence[str] = (), fractions: Sequence[float] = (1.0, 0.5)) -> list[Run]:
+    """The thesis's Table 4.2: teachers (none named: the profile's), students on these fractions of the labels, and each
+    of the teachers with each of these on half of them."""
+    if 0.5 not in fractions:
+        raise InputError(f"fractions {list(fractions)}: 0.5 must be among them, with which distillation is compared")
     teachers = teachers or setting.teachers
     for name in teachers:
         lookup("teacher", name, dict.fromkeys(TEACHERS))
-    return baseline(setting, (*teachers, *setting.students)) + pairs(setting, teachers=teachers)
+    return baseline(setting, (*teachers, *setting.students), fractions) + pairs(setting, teachers=teachers)
 
 
 def agreement_runs(setting: Setting, teacher: str = "T1") -> list[Run]:

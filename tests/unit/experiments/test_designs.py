@@ -69,6 +69,10 @@ def test_each_experiment_asks_for_its_runs(tmp_path):
     assert (roles.count("baseline"), roles.count("distilled"), roles.count("control")) == (6, 6 * 2, 6 * 9)
     with pytest.raises(InputError, match="network 'S9' does not exist"):
         baseline(setting, ["S9"])
+    half = distillation(setting, ["T1"], [0.5])
+    assert {run.fraction for run in half if not run.is_teacher} == {0.5} and set(half) < set(distillation(setting))
+    with pytest.raises(InputError, match=r"fractions \[1.0\]: 0.5 must be among them"):
+        distillation(setting, ["T1"], [1.0])
 
 
 def test_comparison_and_correction(tmp_path):
