@@ -89,7 +89,7 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     for name, verdicts in compared.groupby("class", sort=False):
         of = cases[cases["class"] == name]
         size = of.loc[of["metric"] == "truth_volume", "value"].mean()
-        found = answer(of, verdicts, dict.fromkeys(verdicts["a"], 0)).assign(
+        found = answer(of, verdicts, {}).assign(
             volume=size, never_alone=[_never_found(of, name) for name in verdicts["b"]],
             never=[_never_found(of, name) for name in verdicts["a"]],
         )  # fmt: skip
