@@ -73,10 +73,15 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads a table; names of cases and patients stay text."""
+    """Reads a table; names of cases and patients, and keys of runs, stay text."""
     import pandas as pd
 
-    return pd.read_csv(path, dtype={"case": str, "patient": str})
+    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "run"), str))
+
+
+def packed_or_not(path: Path) -> Path | None:
+    """A saved table, or the same packed (`.csv.gz`), whichever is there."""
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
 def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -195,12 +195,12 @@ def shown(table: pd.DataFrame) -> show.Shown:
     return said + show.say(terms_sentence(table))
 
 
-def answer_markdown(table: pd.DataFrame, picture: str) -> str:
-    """The sentences, the picture and the main table as Markdown, for a page that shows no notebook."""
+def answer_markdown(table: pd.DataFrame, picture: str = "") -> str:
+    """The sentences, the picture (if any) and the main table as Markdown, for a page that shows no notebook."""
     bullets = [f"- {sentence}" for sentence in answer_sentences(table)]
     lines = [f"**{lead_sentence(table)}**", "", *bullets, "", terms_sentence(table), ""]
-    picture = f"![What distillation changes]({picture})"
-    return "\n".join([*lines, picture, "", verdicts_markdown(table, ANSWER_COLUMNS)])
+    lines += [f"![What distillation changes]({picture})", ""] if picture else []
+    return "\n".join([*lines, verdicts_markdown(table, ANSWER_COLUMNS)])
 
 
 def verdicts_markdown(table: pd.DataFrame, columns: Sequence[str]) -> str:
@@ -230,6 +230,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         means = values.mean()
         name, reached = _teacher(method["teacher"], values.index, (cases, *masters))
         gap = reached - means[row.b]
+        seeds = cases.loc[cases["method"] == row.a, "seed"].nunique()  # its teacher may have others
         closed = row.difference / gap if gap > SAME["dice"] else np.nan
         length = method.get("length", 1.0)
         rows.append(dict(
@@ -238,7 +239,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
             change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
             gap=gap, gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
-            n=row.n, volumes=row.volumes, seeds=cases["seed"].nunique(), difference=row.difference, low=row.low,
+            n=row.n, volumes=row.volumes, seeds=seeds, difference=row.difference, low=row.low,
             high=row.high, interval=row.interval, p_holm=row.p_holm, a=row.a, b=row.b,
         ))  # fmt: skip
     return pd.DataFrame(rows)
@@ -291,7 +292,9 @@ def length_sentences(table: pd.DataFrame) -> list[str]:
         longest = rows.iloc[-1]
         alone, taught = (rows.loc[rows[name].idxmax()] for name in ("dice_alone", "dice"))
         enough = alone["dice_alone"] - SAME["dice"]
-        first, first_taught = (rows.loc[rows[name] >= enough, "times"] for name in ("dice_alone", "dice"))
+        first, first_taught = (  # the lengths from which on all longer ones reach it
+            rows.loc[(rows[name] >= enough)[::-1].cummin()[::-1], "times"] for name in ("dice_alone", "dice")
+        )
         there = "at no length" if first_taught.empty else f"from {first_taught.iloc[0]} on"
         said.append(
             f"{student} taught by {learns}: {longest['change']} Dice at {longest['times']} the usual steps "

@@ -13,7 +13,7 @@ from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
 from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed, withhold
 from kdlib.config import InputError
-from kdlib.files import read_csv
+from kdlib.files import packed_or_not, read_csv
 
 NEAR = 0.02  # Dice between a student alone and its teacher that leaves little to distil
 PRINTED = [  # of `everything`, to print
@@ -36,11 +36,14 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
         without a remark in parentheses, and its class, or the number of them), knowledge (one of `KNOWLEDGE` or
         "control"), fraction and parameters.
 
-    Raises: InputError: a folder without any such chapter.
+    Raises: InputError: a folder without any such chapter, or two with the same distilled student.
     """
-    found = []
+    found, owners = [], {}
     for folder in map(Path, folders):
         chapters = list(filter(None, map(_read, sorted((folder / "tables").glob("*_cases.csv*")))))
+        for run in {run for _, cases, _, _ in chapters for run in cases.loc[cases["role"] == "distilled", "run"]}:
+            if owners.setdefault(run, folder) != folder:
+                raise InputError(f"{folder} and {owners[run]} hold the same training, {run}: name one of them")
         teachers = [cases[cases["role"] == "teacher"] for _, cases, _, _ in chapters]
         rows = [_comparisons(*chapter, teachers) for chapter in chapters]
         if not sum(map(len, rows)):
@@ -52,7 +55,7 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
 def _read(path: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame] | None:
     """A chapter's name, cases, history and runs; None where its rows are not of one protocol and of test patients."""
     name = path.name.partition("_cases.csv")[0]
-    files = [_packed_or_not(path.with_name(f"{name}_{part}.csv")) for part in ("history", "runs")]
+    files = [packed_or_not(path.with_name(f"{name}_{part}.csv")) for part in ("history", "runs")]
     if None in files or name.endswith("sweep"):
         return None
     cases, history, runs = map(read_csv, (path, *files))
@@ -79,11 +82,6 @@ def _comparisons(
     )  # fmt: skip
 
 
-def _packed_or_not(path: Path) -> Path | None:
-    plain = path.with_name(path.name.removesuffix(".gz"))
-    return next((file for file in (plain, plain.with_name(f"{plain.name}.gz")) if file.is_file()), None)
-
-
 def of_people(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of scans of people, without those of the phantom; all where there are no others."""
     people = table[~table["data"].str.lower().str.startswith("phantom,")]
@@ -105,7 +103,9 @@ def sentences(table: pd.DataFrame) -> list[str]:
     rows = counted(table)
     if rows.empty:
         return ["No comparison of a converged student with itself alone."]
-    said = [_count_sentence(rows), _most_sentence(rows)]
+    people = of_people(table)
+    rising = people[(people["verdict"] == NOT_CONVERGED) & (people["knowledge"] != CONTROL)]
+    said = [_count_sentence(rows, len(rising)), _most_sentence(rows)]
     known = rows.dropna(subset="gap")
     near = known["gap"] < NEAR
     if near.any() and (~near).any():
@@ -117,7 +117,10 @@ def sentences(table: pd.DataFrame) -> list[str]:
             * mixed
         )
     if rows["fraction"].nunique() > 1:
-        said.append(f"The most that a teacher brings, by labels: {_best_by(rows, 'fraction', 'labels')}.")
+        best = rows.loc[rows.groupby("fraction")["difference"].idxmax()]
+        other = " (on different data)" * (best["data"].nunique() > 1)
+        parts = [f"{row.labels} {row.change} ({row.student}, {row.learns}, {row.verdict})" for row in best.itertuples()]
+        said.append(f"The most that a teacher brings, by labels{other}: {listed(parts)}.")
     if rows["knowledge"].nunique() > 1:
         parts = [
             f"{name} {signed(f'{part.mean():+.3f}')} ({len(part)})"
@@ -127,17 +130,25 @@ def sentences(table: pd.DataFrame) -> list[str]:
             "By what the teacher gives, on average over what was compared (each on data and labels of its own: no "
             f"ranking): {listed(parts)}."
         )
-    if rows["length"].nunique() > 1:
-        said.append(f"The most that a teacher brings, by length of training: {_best_by(rows, 'length', 'times')}.")
+    alike = rows.groupby(["study", "student", "labels", "learns"])
+    lengths = [group for _, group in alike if group["length"].nunique() > 1]
+    if lengths:
+        group = max(lengths, key=lambda group: (len(group), group["difference"].max())).sort_values("length")
+        first = group.iloc[0]
+        who = f"{first['student']} with {first['labels']} of the labels on {first['data']}, taught by {first['learns']}"
+        parts = [f"{row.times} {row.change} ({row.verdict})" for row in group.itertuples()]
+        said.append(f"By length of training (1 x: the usual steps), {who}: {listed(parts)}.")
     return said
 
 
-def _count_sentence(rows: pd.DataFrame) -> str:
+def _count_sentence(rows: pd.DataFrame, rising: int) -> str:
     counts = rows["verdict"].value_counts()
     decided = listed([f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts])
     data = listed([f"{name} ({part['n'].max()} patients)" for name, part in rows.groupby("data", sort=False)])
     many = f"{len(rows)} comparison{'s' * (len(rows) > 1)}"
-    return f"Of {many} of a student taught by a teacher with the same student alone, on {data}: {decided}."
+    more = f" {rising} more {'has' if rising == 1 else 'have'} not converged and do{'es' * (rising == 1)} not count."
+    said = f"Of {many} of a student taught by a teacher with the same student alone, on {data}: {decided}."
+    return said + more * bool(rising)
 
 
 def _most_sentence(rows: pd.DataFrame) -> str:
@@ -161,14 +172,6 @@ def _span(rows: pd.DataFrame) -> str:
     ends = [signed(f"{rows['difference'].agg(end):+.3f}") for end in ("min", "max")]
     text = " to ".join(dict.fromkeys(ends))
     return f"{text} ({len(rows)} comparison{'s' * (len(rows) > 1)})"
-
-
-def _best_by(rows: pd.DataFrame, column: str, shown: str) -> str:
-    best = rows.loc[rows.groupby(column)["difference"].idxmax()]
-    return listed([
-        f"{getattr(row, shown)}: {row.change} ({row.student}, {row.learns}, {row.data}, {row.verdict})"
-        for row in best.itertuples()
-    ])  # fmt: skip
 
 
 def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:

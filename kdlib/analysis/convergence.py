@@ -58,7 +58,7 @@ def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
     by = rising.index.names
     if not {"role", "model", "teacher"} <= set(dice):
         return pd.Series(False, rising.index)
-    about = dice.drop_duplicates(by).set_index(by).loc[rising.index]
+    about = dice.drop_duplicates(by).set_index(by, drop=False).loc[rising.index]
     place = [key[:-1] if len(by) > 1 else () for key in rising.index]
     teachers = zip(place, about["model"], rising & (about["role"] == "teacher"), strict=True)
     masters = {(at, model) for at, model, unfinished in teachers if unfinished}

@@ -57,15 +57,19 @@ def opening(folder: Path) -> show.Shown:
     """
     main, parts = _table(folder, "02_answer"), []
     if main is not None:
-        write_text(folder / "answer.md", answer.answer_markdown(main, f"figures/{FIRST}.png"))
+        drawn = [f"figures/{name}.png" for name in (FIRST, "02_classes") if _picture(folder, name)]
+        write_text(folder / "answer.md", answer.answer_markdown(main, *drawn[:1]))
         parts += [answer.shown(main), *_picture(folder, FIRST)]
         parts.append(show.view(main, columns=answer.ANSWER_COLUMNS))
     elif (means := _table(folder, "01_baseline")) is not None:
         parts += [show.say("No student has been distilled in this study yet.", gap_sentence(means)), show.view(means)]
     paths = sorted(folder.glob("tables/*_convergence.csv"))
     if paths:
-        progress = pd.concat(map(read_csv, paths)).drop_duplicates("method")
-        parts.append(show.say(convergence_sentence(progress)))
+        progress = pd.concat(map(read_csv, paths))
+        if "stage" in progress:  # of the correction
+            staged = progress["stage"].notna()
+            progress["label"] = progress["label"].where(~staged, progress["stage"] + ", " + progress["label"])
+        parts.append(show.say(convergence_sentence(progress.drop_duplicates("label"))))
     return sum(parts, show.say() if parts else show.say("Nothing was trained in this study."))
 
 
@@ -80,7 +84,7 @@ def findings(folder: Path) -> show.Shown:
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
-            lines = comparison_sentences(found, labels, runs["seed"].nunique())
+            lines = comparison_sentences(found, labels, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
                 write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))

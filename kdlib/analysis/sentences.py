@@ -210,7 +210,8 @@ def convergence_sentence(convergence: pd.DataFrame) -> str:
     rising = convergence[convergence["last_fifth"] > TOLERATED_GAIN]
     if rising.empty:
         most = f"{convergence['last_fifth'].max():.3f} Dice"
-        return f"All {len(convergence)} methods have converged: the last fifth of no training gained more than {most}."
+        each = "on average over its trainings no method gained more than"
+        return f"All {len(convergence)} methods have converged: {each} {most} in the last fifth."
     parts = [f"{row.label} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
     text = (
         f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "

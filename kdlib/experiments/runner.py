@@ -82,6 +82,8 @@ def study(
     own = [run for run in runs if is_done(run, results)]  # with teachers of others
     if len(own) < len(runs):
         print(f"{len(runs) - len(own)} of {len(runs)} runs are read from the tables of {', '.join(map(str, reuse))}")
+        if twice := sum(run_key(run, results) in saved for run in own):
+            print(f"{twice} others that stand there, too, were trained here as well, and are taken as trained here")
     others = [run for run in own if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
     if others:
         print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")

@@ -18,12 +18,12 @@ from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import is_done, manifest, run_folder, run_key, trained
-from kdlib.files import read_arrays, read_csv, write_arrays, write_csv
+from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
 from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
-EXAMPLE = ("method", "case", "seed", "image", "truth", "prediction")
+NO_EXAMPLES = pd.DataFrame(columns=["method", "case", "seed", "image", "truth", "prediction"])
 
 
 @dataclass(frozen=True)
@@ -52,36 +52,37 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Results:
-        """Reads what `save` wrote, without the runs themselves.
+        """Reads what `save` wrote, without the runs themselves; its tables may be packed, and its slices gone.
 
         Raises: InputError: the experiment was not saved there.
         """
-        try:
-            tables = {part: _read(folder / "tables" / f"{name}_{part}.csv") for part in PARTS}
-            examples = read_arrays(folder / "slices" / f"{name}.npz")
-        except FileNotFoundError as error:
-            raise InputError(f"{error.filename} does not exist: run notebook {name} of this study first") from None
-        return cls(**tables, examples=examples)
+        files = {part: folder / "tables" / f"{name}_{part}.csv" for part in PARTS}
+        for path in files.values():
+            if not packed_or_not(path):
+                raise InputError(f"{path} does not exist: run notebook {name} of this study first")
+        tables, slices = {part: _read(path) for part, path in files.items()}, folder / "slices" / f"{name}.npz"
+        return cls(**tables, examples=read_arrays(slices) if slices.is_file() else NO_EXAMPLES)
 
 
 def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
-    """Key -> part -> rows of every run in the tables that studies saved, whichever chapter saved it.
+    """Key -> part -> rows of every run in the tables that studies saved, by the first chapter that saved it.
 
     Raises: InputError: a folder without such tables.
     """
     found: dict[str, dict[str, pd.DataFrame]] = {}
     for folder in folders:
-        chapters = sorted(folder.glob("tables/*_cases.csv*"))
+        names = sorted({path.name.partition("_runs.csv")[0] for path in folder.glob("tables/*_runs.csv*")})
+        files = [[folder / "tables" / f"{name}_{part}.csv" for part in PARTS] for name in names]
+        chapters = [paths for paths in files if all(map(packed_or_not, paths))]
         if not chapters:
-            raise InputError(f"{folder} holds no saved runs (tables/*_cases.csv): reuse names studies that were run")
-        for path in chapters:
-            name, _, packed = path.name.partition("_cases.csv")
-            files = {part: path.with_name(f"{name}_{part}.csv{packed}") for part in PARTS}
-            files["runs"] = path.with_name(f"{name}_runs.csv")  # too short to be packed
-            if not all(file.is_file() for file in files.values()):  # e.g. the scans of 00_data
-                continue
-            parts = {part: dict(tuple(_read(file).groupby("run"))) for part, file in files.items()}
-            found |= {key: {part: parts[part][key] for part in PARTS} for key in parts["runs"] if key not in found}
+            raise InputError(f"{folder} holds no saved runs (tables/*_runs.csv): reuse names studies that were run")
+        for paths in chapters:
+            tables = dict(zip(PARTS, map(_read, paths), strict=True))
+            # several methods may be one run, e.g. a student alone and its control with zero weights
+            once = tables["runs"].drop_duplicates("run")[["run", "method", "protocol"]]
+            rows = {part: dict(tuple(table.merge(once).groupby("run"))) for part, table in tables.items()}
+            for key in rows["runs"].keys() - found.keys():
+                found[key] = {part: rows[part][key] for part in PARTS}
     return found
 
 
@@ -107,7 +108,7 @@ def collect(
         parts["runs"].append(pd.DataFrame([row]))
         slices = read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"})
         parts["examples"].append(slices.assign(**label))
-    parts["examples"] = parts["examples"] or [pd.DataFrame(columns=EXAMPLE)]
+    parts["examples"] = parts["examples"] or [NO_EXAMPLES]
     found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
     order = [*identity(runs[0]), "patient", "case", "class", "metric", "value"]
     return Results(**found | {"cases": found["cases"][["run", *order]]})
@@ -150,7 +151,7 @@ def teacher_agreement(
 
 
 def _read(path: Path) -> pd.DataFrame:
-    table = read_csv(path)
+    table = read_csv(packed_or_not(path))
     texts = [
         name for name in ("teacher", "terms", "loss", "loss_label", "family", "control", "credit") if name in table
     ]

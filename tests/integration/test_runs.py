@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -162,12 +163,10 @@ def test_tables_survive_saving(finished, tmp_path):
 def test_a_run_that_stands_in_saved_tables_is_read_from_them(finished, tmp_path, monkeypatch):
     results, runs, found = finished
     found.save(tmp_path / "elsewhere", "02_distillation")
-    table = tmp_path / "elsewhere" / "tables" / "02_distillation_history.csv"
-    pd.read_csv(table).to_csv(f"{table}.gz", index=False)  # long tables are packed
-    table.unlink()
-    packed = tmp_path / "elsewhere" / "tables" / "02_distillation_cases.csv"
-    pd.read_csv(packed, dtype={"case": str, "patient": str}).to_csv(f"{packed}.gz", index=False)
-    packed.unlink()
+    for part in ("cases", "runs"):  # long tables are packed
+        table = tmp_path / "elsewhere" / "tables" / f"02_distillation_{part}.csv"
+        table.with_name(f"{table.name}.gz").write_bytes(gzip.compress(table.read_bytes()))
+        table.unlink()
     monkeypatch.setattr(runner, "train_cohort", lambda *args, **more: pytest.fail("trained what was saved"))
     again = study(runs, tmp_path / "here", "cpu", reuse=[tmp_path / "elsewhere"])
     for part in ("cases", "history", "runs"):
@@ -182,6 +181,9 @@ def test_a_run_that_stands_in_saved_tables_is_read_from_them(finished, tmp_path,
     mixed = study([runs[1], other], tmp_path / "here", "cpu", reuse=[tmp_path / "elsewhere"])
     assert list(mixed.runs["seed"]) == [0, 1] and set(mixed.examples["seed"]) == {1}
     assert (run_folder(teacher_of(other), tmp_path / "here") / "best.safetensors").is_file()
+    (tmp_path / "elsewhere" / "tables" / "02_distillation_history.csv").unlink()
+    with pytest.raises(InputError, match="elsewhere holds no saved runs"):
+        study(runs, tmp_path / "here", "cpu", reuse=[tmp_path / "elsewhere"])
     with pytest.raises(InputError, match="nowhere holds no saved runs .*reuse names studies that were run"):
         study(runs, tmp_path / "here", "cpu", reuse=[tmp_path / "nowhere"])
 

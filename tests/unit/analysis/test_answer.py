@@ -192,9 +192,19 @@ def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter
     assert "S1 taught by kl from T1: +0.030 [+0.030, +0.030] Dice at 2 x the usual steps (better), a higher" in said
     assert "Alone its best Dice is 0.800 (2 x), within 0.01 from 1 x on;" in said
     assert said.endswith("so taught it is there from 0.5 x on, and at best 0.830 (2 x).")
+    dip = length_sentences(rows.assign(dice_alone=[0.8, 0.78, 0.805], dice=[0.8, 0.78, 0.8]))[0]
+    assert "within 0.01 from 2 x on; so taught it is there from 2 x on" in dip, "lost in between"
     page = lengths_markdown(rows.assign(verdict="not converged", dice=0.0))
     assert "(not converged), no plateau yet." in page and "so taught it is there at no length, and" in page
     assert page.count("| **not converged** |") == 3 and "| length |" in page
+
+
+def test_seeds_are_those_of_the_students(cases):
+    trained = cases[cases["role"] != "teacher"]
+    seeds = pd.concat([cases[cases["role"] == "teacher"], *(trained.assign(seed=seed) for seed in (1, 2))])
+    assert set(answer(seeds, compare(seeds, baseline_pairs(seeds)), {})["seeds"]) == {2}
+    one = seeds[seeds["seed"] != 2]
+    assert "one seed does not show" in answer_markdown(answer(one, compare(one, baseline_pairs(one)), {}))
 
 
 def test_a_student_alone_has_no_answer(cases):

@@ -30,6 +30,7 @@ def save(folder, chapter, values, data="Scans", last=0.0, packed="", protocols=(
             rows.assign(protocol=protocol, patient=rows["case"], unlabelled=False, length=1.0) for protocol in protocols
         ]
     cases = pd.concat(tables)
+    cases["run"] = f"{folder.name}-" + cases["run"]
     epochs = [(1, 0.5), (8, 0.8), (10, 0.8 + last)]
     history = pd.concat([
         cases.drop_duplicates("run").assign(epoch=epoch, name="val_dice", value=value) for epoch, value in epochs
@@ -79,6 +80,7 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     rising = conclusion.sentences(table[table["study"] == "rising"])
     assert rising == ["No comparison of a converged student with itself alone."]
     page = conclusion.conclusion_markdown(table, "figures/when.png")
+    assert said[0].endswith("1 more has not converged and does not count.")
     assert page.startswith(f"**{said[0]}**") and f"- {said[1]}" in page and "(figures/when.png)" in page
     page = conclusion.table_markdown(table)
     assert (
@@ -91,12 +93,31 @@ def test_data_are_named_with_their_class_or_the_number_of_them(tmp_path):
     save(tmp_path / "one", "02_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT (24 subjects, windowed)")
     path = tmp_path / "one" / "tables" / "02_x_cases.csv"
     cases = pd.read_csv(path)
-    write_csv(tmp_path / "all" / "tables" / "02_x_cases.csv", pd.concat([cases, cases.assign(**{"class": "liver"})]))
-    for part in ("history", "runs"):
-        shutil.copy(path.with_name(f"02_x_{part}.csv"), tmp_path / "all" / "tables")
+    save(tmp_path / "all", "02_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.72)], data="CT (24 subjects, windowed)")
+    both = pd.concat([cases, cases.assign(**{"class": "liver"})])
+    both["run"] = both["run"].str.replace("one", "all")
+    write_csv(tmp_path / "all" / "tables" / "02_x_cases.csv", both)
     table = conclusion.everything([tmp_path / "one", tmp_path / "all"])
     assert list(table["data"]) == ["CT, spleen", "CT, 2 classes"]
     assert "on CT, spleen (8 patients) and CT, 2 classes (8 patients)" in conclusion.sentences(table)[0]
+
+
+def test_lengths_are_compared_within_one_study(tmp_path):
+    save(tmp_path / "best", "07_x", [(TEACHER, 0.9), (ALONE, 0.7), (PSEUDO, 0.8), (KL, 0.79)], data="CT")
+    save(tmp_path / "long", "08_x", [(TEACHER, 0.9), (ALONE, 0.7), (KL, 0.71)])
+    for part, change in {"cases": 0.02, "history": 0, "runs": 0}.items():  # twice as long, everything as it was but KL
+        path = tmp_path / "long" / "tables" / f"08_x_{part}.csv"
+        table = pd.read_csv(path)
+        twice = table[table["role"] != "teacher"].assign(length=2.0)
+        twice["run"] += "-twice"
+        twice["value"] += change * (twice["method"] == "kl")
+        twice["method"] += " 2 x"
+        write_csv(path, pd.concat([table, twice]))
+    said = conclusion.sentences(conclusion.everything([tmp_path / "best", tmp_path / "long"]))[-1]
+    assert said == (
+        "By length of training (1 x: the usual steps), S1 with 10 % of the labels on Scans, spleen, taught by KL from T1: "
+        "1 x +0.010 [+0.010, +0.010] (better) and 2 x +0.030 [+0.030, +0.030] (better)."
+    )
 
 
 def test_nobody_gains(tmp_path):
@@ -131,6 +152,9 @@ def test_what_cannot_be_concluded_is_one_line(tmp_path):
         with pytest.raises(InputError, match=f"{name} holds no comparison with a student alone"):
             conclusion.everything([tmp_path / name])
     save(tmp_path / "one", "07_x", [(ALONE, 0.8), (KL, 0.78)])
+    shutil.copytree(tmp_path / "one", tmp_path / "again")
+    with pytest.raises(InputError, match="again and .*one hold the same training, one-kl-0: name one of them"):
+        conclusion.everything([tmp_path / "one", tmp_path / "again"])
     with pytest.raises(InputError, match="no comparison whose teacher is known"):
         figures.when(conclusion.counted(conclusion.everything([tmp_path / "one"])))
 

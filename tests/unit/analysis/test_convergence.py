@@ -41,6 +41,8 @@ def test_what_a_teacher_taught_has_converged_when_the_teacher_has():
     found = history(**{name: [rising if name == "T1" else flat] for name in about["method"]} | {"a": [flat]})
     found = found.merge(about, how="left")
     table = convergence(found)
+    tried = convergence(found.assign(recipe=found["method"]), ("recipe", "teacher")).set_index("recipe")  # of a sweep
+    assert not tried.loc["T1", "converged"] and tried.loc["two", "converged"]
     converged = table.set_index("method")["converged"]
     assert converged.to_dict() == dict(T1=False, T2=True, s=True, one=False, two=True, both=False, silent=True, a=True)
     said = convergence_sentence(table)
