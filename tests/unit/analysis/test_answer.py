@@ -199,6 +199,15 @@ def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter
     assert page.count("| **not converged** |") == 3 and "| length |" in page
 
 
+def test_a_report_judges_each_stage_of_the_correction_for_itself(tmp_path):
+    rows = dict(method="s", label="S1 (50 %)", dice_100=0.8, converged=[False, True], last_fifth=[0.04, 0.001])
+    staged = pd.DataFrame(rows | dict(stage=["thesis", "corrected"]))
+    write_csv(tmp_path / "tables" / "05_convergence.csv", staged)
+    write_csv(tmp_path / "tables" / "02_convergence.csv", staged[1:].drop(columns="stage"))
+    said = report.opening(tmp_path).text
+    assert "1 of 3 methods have not converged" in said and "thesis, S1 (50 %) (+0.040)" in said
+
+
 def test_seeds_are_those_of_the_students(cases):
     trained = cases[cases["role"] != "teacher"]
     seeds = pd.concat([cases[cases["role"] == "teacher"], *(trained.assign(seed=seed) for seed in (1, 2))])
