@@ -70,12 +70,19 @@ def pick(runs: pd.DataFrame, **columns: object) -> str:
 
 
 def trio(found: Results) -> dict[str, str]:
-    """Role -> method: T1, S1 alone on half of the labels, and S1 distilled from T1 by the thesis's recipe."""
-    half = dict(model="S1", fraction=0.5)
+    """Role -> method: a teacher, a student alone on half of the labels, and distilled from it by the thesis's recipe.
+
+    T1 and S1 where they are among them, else the first such pair. Raises: InputError: there is none.
+    """
+    runs, half = found.runs, found.runs[found.runs["fraction"] == 0.5]
+    of_s1 = half[(half["model"] == "S1") & (half["teacher"] == "T1") & (half["loss"] == "supcon")]
+    distilled = pick(half if of_s1.empty else of_s1, role="distilled", loss="supcon")
+    pair = runs[runs["method"] == distilled].iloc[0]
+    student, teacher = pair["model"], pair["teacher"]
     return {
-        "teacher": pick(found.runs, role="teacher", model="T1"),
-        "S1 alone": pick(found.runs, role="baseline", **half),
-        "S1 distilled": pick(found.runs, role="distilled", teacher="T1", loss="supcon", **half),
+        "teacher": pick(runs, role="teacher", model=teacher),
+        f"{student} alone": pick(runs, role="baseline", model=student, fraction=0.5),
+        f"{student} distilled": distilled,
     }
 
 
@@ -101,10 +108,12 @@ def against_shuffled(found: Results) -> pd.DataFrame:
 def _overview(saved: Saved) -> Figure:
     found = saved.found
     verdicts, rows = verdicts_of(found.cases, found.history), found.runs.set_index("method")
-    of_t1 = verdicts[verdicts["a"].map(rows.loc[~rows.index.duplicated(), "teacher"]) == "T1"]
+    rows, chosen = rows[~rows.index.duplicated()], trio(found)
+    teacher = rows.loc[chosen["teacher"], "model"]
+    shown = verdicts[verdicts["a"].map(rows["teacher"]) == teacher]
     first = found.runs.iloc[0]
     credit = f"{first['data']} ({first['credit']})" if first["credit"] else first["data"]
-    return figures.overview(found.cases, found.examples, of_t1, trio(found), credit, len(verdicts))
+    return figures.overview(found.cases, found.examples, shown, chosen, credit, len(verdicts))
 
 
 def _efficiency(saved: Saved) -> Figure:
@@ -136,7 +145,7 @@ def _alone(found: Results) -> dict[str, str]:
 
 def _qualitative(saved: Saved) -> Figure:
     found, chosen = saved.found, trio(saved.found)
-    cases = figures.choose_cases(found.cases, chosen["S1 distilled"])
+    cases = figures.choose_cases(found.cases, list(chosen.values())[-1])
     return figures.qualitative(found.examples, chosen, cases, found.cases)
 
 
@@ -153,7 +162,7 @@ def _losses(saved: Saved) -> Figure:
 def _terms(saved: Saved, protocol: int | None = None) -> Figure:
     history = saved.found.history
     if protocol is None:
-        return figures.gradient_diagnostics(history[history["method"] == trio(saved.found)["S1 distilled"]])
+        return figures.gradient_diagnostics(history[history["method"] == list(trio(saved.found).values())[-1]])
     chosen = history["protocol"].unique()[protocol]
     return figures.gradient_diagnostics(history[history["role"].eq("distilled") & history["protocol"].eq(chosen)])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -13,6 +15,7 @@ import pytest
 from analysis_tables import check, identity
 
 from kdlib.analysis.figures import DOUBLE, features, qualitative
+from kdlib.analysis.gallery import trio
 from kdlib.config import InputError
 
 pytestmark = pytest.mark.slow  # they draw
@@ -128,3 +131,16 @@ def test_the_input_is_trimmed_to_what_is_not_black():
     image[10:50, 12:52], mask[24:30, 24:30] = 90, 1
     figure = qualitative(example(image, mask, mask), {"student": "S1"}, {"only": "a"}, DICE)
     assert figure.axes[0].get_xlim() == (11.5, 51.5) and figure.axes[0].get_ylim() == (49.5, 9.5)
+
+
+def test_pictures_show_t1_and_s1_else_the_first_pair():
+    names = ["T1", "T2", "E1 (50 %)", "KD(T2, E1)", "S1 (50 %)", "KD(T1, S1)"]
+    runs = pd.DataFrame([identity(name) for name in names])
+    assert trio(SimpleNamespace(runs=runs)) == {
+        "teacher": "T1", "S1 alone": "S1 (50 %)", "S1 distilled": "KD(T1, S1)",
+    }  # fmt: skip
+    assert trio(SimpleNamespace(runs=runs[runs["model"] != "S1"])) == {
+        "teacher": "T2", "E1 alone": "E1 (50 %)", "E1 distilled": "KD(T2, E1)",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="no run with role distilled, loss supcon in the study"):
+        trio(SimpleNamespace(runs=runs[runs["role"] != "distilled"]))
