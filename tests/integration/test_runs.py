@@ -289,7 +289,7 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
         return []
 
     monkeypatch.setattr(runner, "train_missing", pretend)
-    monkeypatch.setattr(runner, "collect", lambda runs, results: None)
+    monkeypatch.setattr(runner, "collect", lambda runs, results, saved: None)
     runs = [
         dataclasses.replace(run, protocol=protocol)
         for protocol in correction_stages("cumulative")
