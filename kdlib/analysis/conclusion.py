@@ -90,8 +90,13 @@ def of_people(table: pd.DataFrame) -> pd.DataFrame:
 
 def counted(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `everything` that sentences and figure are drawn from: of people, taught by a teacher, converged."""
+    rows = _taught(table)
+    return rows[rows["verdict"] != NOT_CONVERGED]
+
+
+def _taught(table: pd.DataFrame) -> pd.DataFrame:
     rows = of_people(table)
-    return rows[(rows["verdict"] != NOT_CONVERGED) & (rows["knowledge"] != CONTROL)]
+    return rows[rows["knowledge"] != CONTROL]
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
@@ -103,9 +108,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     rows = counted(table)
     if rows.empty:
         return ["No comparison of a converged student with itself alone."]
-    people = of_people(table)
-    rising = people[(people["verdict"] == NOT_CONVERGED) & (people["knowledge"] != CONTROL)]
-    said = [_count_sentence(rows, len(rising)), _most_sentence(rows)]
+    said = [_count_sentence(rows, rising=len(_taught(table)) - len(rows)), _most_sentence(rows)]
     known = rows.dropna(subset="gap")
     near = known["gap"] < NEAR
     if near.any() and (~near).any():

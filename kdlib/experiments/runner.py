@@ -68,7 +68,9 @@ def study(
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
     place = pick_device(device)
     saved = saved_runs(reuse)
-    own = [run for run in runs if is_done(run, results) or run_key(run, results) not in saved]
+    keys = {run: run_key(run, results) for run in runs} if saved else {}
+    read = {run for run, key in keys.items() if key in saved and not is_done(run, results)}
+    own = [run for run in runs if run not in read]
     teachers = list(dict.fromkeys(needed for run in own for needed in run.needed_runs()))
     check(teachers + runs)
     check_names(runs)
@@ -79,15 +81,17 @@ def study(
         raise TrainingError(
             f"{len(failures)} of {len(runs)} runs failed, the others are kept: " + "; ".join(dict.fromkeys(failures))
         )
-    own = [run for run in runs if is_done(run, results)]  # with teachers of others
-    if len(own) < len(runs):
-        print(f"{len(runs) - len(own)} of {len(runs)} runs are read from the tables of {', '.join(map(str, reuse))}")
-        if twice := sum(run_key(run, results) in saved for run in own):
+    read = {run for run in read if not is_done(run, results)}  # a teacher among them was trained for others
+    if read:
+        print(f"{len(read)} of {len(runs)} runs are read from the tables of {', '.join(map(str, reuse))}")
+        if twice := sum(key in saved for key in keys.values()) - len(read):
             print(f"{twice} others that stand there, too, were trained here as well, and are taken as trained here")
-    others = [run for run in own if manifest(run, results).get("code", {}).get("hash") != CODE_HASH]
+    others = [
+        run for run in runs if run not in read and manifest(run, results).get("code", {}).get("hash") != CODE_HASH
+    ]
     if others:
         print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
-    return collect(runs, results, saved)
+    return collect(runs, results, {run: saved[keys[run]] for run in read})
 
 
 def check(runs: Iterable[Run]) -> None:

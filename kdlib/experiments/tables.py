@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from kdlib.evaluation.calibration import calibration
 from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import is_done, manifest, run_folder, run_key, trained
+from kdlib.experiments.store import manifest, run_folder, run_key, trained
 from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
 from kdlib.record import verified
 from kdlib.training.device import pick_device
@@ -86,15 +85,13 @@ def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
     return found
 
 
-def collect(
-    runs: Sequence[Run], results: Path, saved: Mapping[str, Mapping[str, pd.DataFrame]] = MappingProxyType({})
-) -> Results:
-    """The tables of finished runs, read from their folders, else from what `saved_runs` found (without examples)."""
+def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str, pd.DataFrame]]) -> Results:
+    """The tables of finished runs, read from their folders, or as `saved_runs` found them (without examples)."""
     parts: dict[str, list[pd.DataFrame]] = {part: [] for part in (*PARTS, "examples")}
     for run in runs:
         folder, label = run_folder(run, results), _columns(run, results)
-        if folder.name in saved and not is_done(run, results):
-            for part, rows in saved[folder.name].items():
+        if run in saved:
+            for part, rows in saved[run].items():
                 parts[part].append(rows.assign(**label))
             continue
         record, dataset = manifest(run, results), run_source(run, results).dataset
