@@ -53,11 +53,12 @@ class Saved(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A figure: the experiment that it is drawn from, how, and what it shows."""
+    """A figure: the experiment that it is drawn from, how, what it shows, and whether it has slices of scans."""
 
     experiment: str
     draw: Callable[[Saved], Figure]
     caption: str
+    scans: bool = False
 
 
 def pick(runs: pd.DataFrame, **columns: object) -> str:
@@ -174,7 +175,8 @@ def _learning(saved: Saved) -> Figure:
 MAIN = "02_distillation"
 GALLERY: Mapping[str, Entry] = {
     "02_overview": Entry(
-        MAIN, _overview, "What distillation changes: contours on a scan, and the Dice of every test patient."
+        MAIN, _overview, "What distillation changes: contours on a scan, and the Dice of every test patient.",
+        scans=True,
     ),
     "01_learning_curves": Entry("01_baseline", _learning, "Baselines: validation Dice along the training."),
     "01_dice_per_method": Entry(
@@ -197,7 +199,9 @@ GALLERY: Mapping[str, Entry] = {
         "What distillation changes class by class, large classes first.",
     ),
     "02_efficiency": Entry(MAIN, _efficiency, "Dice of test patients against the cost of a network."),
-    "02_qualitative": Entry(MAIN, _qualitative, "Best, median and worst test volume of the distilled student by Dice."),
+    "02_qualitative": Entry(
+        MAIN, _qualitative, "Best, median and worst test volume of the distilled student by Dice.", scans=True
+    ),
     "02_learning_curves": Entry(MAIN, _learning, "Distillation: validation Dice along the training."),
     "02_gradient_diagnostics": Entry(MAIN, _terms, "Gradient diagnostics of the terms of the distilled student."),
     "02_pairs": Entry(
@@ -258,7 +262,7 @@ def figure(name: str, found: Results, folder: Path | str) -> show.Shown:
     Raises: InputError: no such figure, or something that it is drawn from is missing.
     """
     entry = lookup("figure", name, GALLERY)
-    if entry.draw in (_overview, _qualitative):
+    if entry.scans:
         shown = found.cases[found.cases["method"].isin(trio(found).values())]
         lacking = set(zip(shown["method"], shown["case"], strict=True)) - set(
             zip(found.examples["method"], found.examples["case"], strict=True)

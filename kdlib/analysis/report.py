@@ -45,8 +45,8 @@ def _picture(folder: Path, name: str) -> list[show.Shown]:
 
 
 def runs_of(folder: Path) -> pd.DataFrame:
-    """One row per run of a study's tables."""
-    paths = sorted(folder.glob("tables/*_runs.csv"))
+    """One row per run of a study's tables, packed or not."""
+    paths = sorted(folder.glob("tables/*_runs.csv*"))
     return pd.concat(map(read_csv, paths)).drop_duplicates("run") if paths else pd.DataFrame(columns=["run", "seed"])
 
 

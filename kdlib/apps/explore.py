@@ -51,7 +51,7 @@ def studies(results: Path | str) -> list[str]:
     """
     results = Path(results).resolve()
     newest: dict[str, float] = {}
-    for path in results.glob("*/tables/*_runs.csv"):
+    for path in results.glob("*/tables/*_runs.csv*"):
         keys = pd.read_csv(path, usecols=["run"], dtype=str)["run"]
         if any((results / "runs" / key / "manifest.json").is_file() for key in keys):
             newest[path.parents[1].name] = max(path.stat().st_mtime, newest.get(path.parents[1].name, 0.0))
@@ -62,7 +62,7 @@ def studies(results: Path | str) -> list[str]:
 
 
 def finished_runs(results: Path | str, study: str) -> pd.DataFrame:
-    """One row per run of a study whose weights are kept: run (its key), label and the columns of `*_runs.csv`.
+    """One row per run of a study whose weights are kept: run (its key), label and the columns of its tables.
 
     Raises: InputError: no such study, or none of its runs is kept.
     """
