@@ -32,9 +32,6 @@ $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 # Threads that wait must not spin: on a shared machine that costs more than all the rest.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Keep freed memory for the next step's tensors: giving it back and faulting it in again can cost ten times the step.
-export MALLOC_MMAP_THRESHOLD_ ?= 20000000000
-export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 
 define HELP
 make study   run the experiments and write report.html; what is finished is kept, so a stopped study resumes

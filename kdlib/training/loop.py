@@ -25,7 +25,7 @@ from kdlib.data.sampling import batch_indices
 from kdlib.losses import most_probable, probabilities
 from kdlib.training.batch import Batch, load_batch
 from kdlib.training.checkpoint import Checkpoint
-from kdlib.training.device import autocast, seeded_rng
+from kdlib.training.device import autocast, keep_freed_memory, seeded_rng
 from kdlib.training.diagnostics import gradient_of
 from kdlib.training.fabric import ALONE, Processes, check_batch
 from kdlib.training.frozen import FrozenTeachers, folded, teacher_forward
@@ -176,6 +176,7 @@ def train_cohort(
         InputError: a checkpoint cannot be saved, or a batch cannot be divided among the processes.
         KeyboardInterrupt, SystemExit: see `kdlib.training.interrupt.InterruptHandler`.
     """
+    keep_freed_memory()
     first_run, teachers = runs[0], teachers or {}
     seed, how, profile = first_run.seed, first_run.optimisation, first_run.profile
     check_batch(how.batch, processes.size)

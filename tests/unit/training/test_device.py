@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -49,3 +52,22 @@ def test_volumes_compute_in_float32_on_a_cpu_and_refuse_bf16(monkeypatch):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     with pytest.raises(InputError, match="precision bf16: on a CPU volumes have no sound gradients in it"):
         precision_on(CPU, 3, "bf16")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """Ten tensors of 100 MB, one after another: without the call the pages of each are faulted in anew."""
+    code = """
+import resource, sys, torch
+from kdlib.training.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(10):
+    torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "as it is")
+    ]
+    assert 2 * faults[0] < faults[1]
