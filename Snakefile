@@ -27,6 +27,7 @@ TEACHERS = {  # whose runs an experiment builds on; the cumulative correction tr
     "08_length": ("T1",),
     "09_sweep": ("T1",),
     "10_capacity": ("T1",),
+    "11_dimensions": ("T1",),
 }
 TRAINING = [name for name in EXPERIMENTS if name not in ("00_by_hand", "00_data", "06_figures")]
 GPU = int(SHARED["device"].startswith("cuda") or (SHARED["device"] == "auto" and bool(shutil.which("nvidia-smi"))))

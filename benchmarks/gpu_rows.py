@@ -16,7 +16,7 @@ from measure import NO_GPU, Record, in_turns, run_alone, share, unmeasured, with
 from training import Bench, recipes, settle, steps, teaching
 
 from kdlib.data import augment
-from kdlib.experiments.designs import Setting, ablation, distillation, loss_comparison
+from kdlib.experiments import Setting, ablation, distillation, loss_comparison
 from kdlib.experiments.runner import cohorts
 from kdlib.training.state import new_state
 

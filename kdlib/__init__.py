@@ -15,11 +15,12 @@ HOMES = {
     "analysis.calibration": ("expected_calibration_error",),
     "inference.predict": ("predict",),
     "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
-    "experiments.designs": ("EXPERIMENTS", "Setting"),
+    "experiments.designs": ("EXPERIMENTS",),
+    "experiments.setting": ("Setting",),
     "experiments.runner": ("study",),
     "experiments.source": ("run_bank", "run_source"),
     "experiments.store": ("manifest",),
-    "experiments.tables": ("Results", "teacher_agreement"),
+    "experiments.tables": ("Results", "of_dimensions", "teacher_agreement", "volume_costs"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)
 

@@ -1,7 +1,10 @@
-"""What network, labels and teacher are worth, from the Dice of the same patients."""
+"""What network, labels, teacher and a third dimension are worth, from the Dice of the same patients."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import pandas as pd
 
 from kdlib.analysis.comparisons import baseline_pairs, compare
@@ -18,6 +21,11 @@ QUESTIONS = {  # -> how a sentence begins
     "equal cost": "Kernel, depth and receptive field at the arithmetic of {equal}, alone, instead of {equal}",
     "labels": "The labels, student alone",
     "teacher": "The teacher, instead of the same student alone",
+}
+OF_VOLUMES = {  # the same of `against_slices`
+    "same network": "Volumes instead of slices, the same network",
+    "equal latency": "Volumes instead of slices, the network of slices of nearest CPU latency",
+    "teacher": "The teacher, on volumes, instead of the same student alone",
 }
 SAME_COST = 0.05  # relative difference of GFLOP that counts as none
 
@@ -60,17 +68,65 @@ def worth(
     if most > least:
         both = [(by[name, most], by[name, least]) for name in models if {(name, most), (name, least)} <= set(by)]
         pairs["labels"] = dict.fromkeys(both, f"{percent(most)} instead of {percent(least)}")
-    progress, tables = convergence(history), []
+    said = {question: text.format(reference=reference, equal=equal) for question, text in QUESTIONS.items()}
+    return _asked(cases, history, pairs, said)
+
+
+def _asked(
+    cases: pd.DataFrame, history: pd.DataFrame, pairs: Mapping[str, Mapping[tuple[str, str], str]],
+    said: Mapping[str, str],
+) -> pd.DataFrame:  # fmt: skip
+    """The comparisons of several questions, see `worth`; `pairs` has for each of them pairs of methods -> labels."""
+    each = ("dimensions", "method") if "dimensions" in history else ("method",)  # its teacher is of its dimensions
+    model, progress, tables = methods(cases)["model"], convergence(history, each), []
     for question, asked in pairs.items():
         if asked:
             table = withhold(compare(cases, list(asked)), progress)
-            said = QUESTIONS[question].format(reference=reference, equal=equal)
-            table.insert(0, "model", found.loc[table["a"], "model"].to_numpy())
+            table.insert(0, "model", model[table["a"]].to_numpy())
             table.insert(0, "labels", list(asked.values()))
-            table.insert(0, "said", said)
+            table.insert(0, "said", said[question])
             table.insert(0, "question", question)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def against_slices(cases: pd.DataFrame, history: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Every network on volumes against the same on slices, and against that on slices of nearest latency on a CPU; both
+    learn alike, from the same labels and the same teacher. And distilled students on volumes against themselves alone.
+
+    Args:
+        cases, history: of both studies, with a column dimensions.
+        costs: a row per network and dimensions: model, dimensions and volume_ms.
+
+    Returns: the columns of `worth`, with a key of `OF_VOLUMES` as question, and slower: how many times b's latency a
+        takes.
+
+    Raises: InputError: a study without volumes or without slices, or a network that is not in `costs`.
+    """
+    found = methods(cases).reset_index()
+    if set(found["dimensions"]) != {2, 3}:
+        raise InputError("against_slices: the table needs methods on slices and on volumes (column dimensions)")
+    time = costs.set_index(["model", "dimensions"])["volume_ms"]
+    if missing := sorted(set(found["model"]) - set(costs["model"])):
+        raise InputError(f"no cost of {', '.join(missing)} in the table of costs: run notebook 11 again")
+    found["time"] = time[list(zip(found["model"], found["dimensions"], strict=True))].to_numpy()
+    flat, pairs = found[found["dimensions"] == 2], {question: {} for question in OF_VOLUMES}
+    for row in found[found["dimensions"] == 3].itertuples():
+        share = f"on {percent(row.fraction)} of the labels"
+        alike = flat[
+            (flat[["role", "teacher", "fraction"]] == [row.role, row.teacher, row.fraction]).all(axis="columns")
+        ]
+        pairs["same network"] |= {
+            (row.method, name): share for name in alike.loc[alike["model"] == row.model, "method"]
+        }
+        if len(alike):
+            nearest = np.log(alike["time"] / row.time).abs().idxmin()
+            pairs["equal latency"][row.method, alike.loc[nearest, "method"]] = share
+    volumes = cases[cases["dimensions"] == 3]
+    fraction = found.set_index("method")["fraction"]
+    pairs["teacher"] = {pair: f"on {percent(fraction[pair[0]])} of the labels" for pair in baseline_pairs(volumes)}
+    table, time = _asked(cases, history, pairs, OF_VOLUMES), found.set_index("method")["time"]
+    return table.assign(slower=table["a"].map(time) / table["b"].map(time))
 
 
 def worth_sentences(table: pd.DataFrame) -> list[str]:

@@ -251,6 +251,10 @@ GALLERY: Mapping[str, Entry] = {
         "10_capacity", lambda saved: figures.capacity(saved.found.cases, saved.table("10_networks")),
         "Dice of test patients against parameters, arithmetic and latency of a network.",
     ),
+    "11_dimensions": Entry(
+        "11_dimensions", lambda saved: figures.dimensions(saved.found.cases, saved.table("11_costs")),
+        "Dice of test patients against the latency of networks of slices and of volumes.",
+    ),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from kdlib.config import InputError
 
 TEXT_COLUMNS = ("model", "role", "teacher", "recipe", "terms", "loss", "loss_label", "family", "control", "protocol")
-IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "length")  # columns that say what a method is
+IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "length", "dimensions")  # columns that say what a method is
 THESIS_TERMS = "E-E+B-B+D-D+PMD"
 NO_DISTILLATION = "no distillation"
 CONTROLS = {  # column `control` -> label
@@ -30,7 +30,9 @@ KNOWLEDGE = (
     "pseudo-labels",
 )  # what a teacher gives
 CONTROL = "control"
-DISTINGUISHING = ("loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe")
+DISTINGUISHING = (
+    "dimensions", "loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe",
+)  # fmt: skip
 
 
 def methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -131,6 +133,8 @@ def _distinct(found: pd.DataFrame, labels: Iterable[str]) -> list[str]:
 def _value(column: str, value: object) -> str:
     if column == "fraction":
         return percent(value)
+    if column == "dimensions":
+        return "volumes" if value == 3 else "slices"
     if column == "unlabelled":
         return "with unlabelled slices" if value else ""
     return f"{value:g} x as long" if column == "length" else str(value)

@@ -27,6 +27,7 @@ COMPARED = {  # table of comparisons -> (question, its figure)
     "07_comparisons": ("With how few labels? With a teacher against alone", "07_fractions"),
     "08_comparisons": ("A higher plateau, or only a faster one?", "08_length"),
     "10_comparisons": ("What are network, labels and teacher worth?", "10_capacity"),
+    "11_comparisons": ("Slices or volumes?", "11_dimensions"),
 }
 FIRST = "02_overview"
 

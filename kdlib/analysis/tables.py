@@ -32,6 +32,8 @@ HEADINGS = {  # column -> heading of a printed table
     "last_fifth": "gain in the last fifth", "effect": "effect (rank-biserial)", "first": "share of first places",
     "beats": "share above the reference", "inference_parameters": "parameters", "gflops": "GFLOP per slice",
     "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
+    "items": "slices or windows of a volume", "volume_gflops": "GFLOP per volume",
+    "volume_ms": "CPU latency (ms per volume)", "slower": "latency, times",
     "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
     "change": "change [95 % interval]", "gain": "patients that gain", "dice_teacher": "teacher's Dice",
     "closed": "gap to the teacher closed", "volume": "volume (ml)", "thickness": "slice thickness (mm)",

@@ -25,9 +25,12 @@ from kdlib.files import check_study, write_text
 ROOT = NOTEBOOKS.parent
 ORDER = (
     "00_by_hand", "00_data", "01_baseline", "02_distillation", "02b_controls", "02c_external", "03_ablation",
-    "04_loss_comparison", "05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity", "06_figures",
+    "04_loss_comparison", "05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity", "11_dimensions",
+    "06_figures",
 )  # fmt: skip
-ON_REQUEST = ("05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity")  # they train most
+ON_REQUEST = (  # they train most
+    "05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity", "11_dimensions",
+)  # fmt: skip
 EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix

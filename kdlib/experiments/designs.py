@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations, product
-from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
 
 from kdlib.config import (
     BASELINE,
-    PROTOCOLS,
     STUDENTS,
     TEACHERS,
     VARIANTS,
     InputError,
     Optimisation,
-    Profile,
     Recipe,
     Run,
     Term,
     correction_stages,
     lookup,
-    override_profile,
 )
 from kdlib.experiments.recipes import (
     WEIGHTS,
@@ -40,113 +33,13 @@ from kdlib.experiments.recipes import (
     unlabelled,
     zero_weights,
 )
-from kdlib.experiments.source import run_source
-from kdlib.files import check_study
+from kdlib.experiments.setting import Setting
 from kdlib.models import MODELS, ExternalModel
-from kdlib.strict import Range, check_fields
-from kdlib.training.device import pick_device
 
 LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
-Number = Annotated[int, Range(0)]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the experiments of a study share: the parameters of every notebook, checked once.
-
-    Args:
-        data: a folder in Decathlon or nnU-Net layout, or "phantom".
-        target: label names joined by ",", or "all".
-        profile: name in `kdlib.PROFILES`; `changes`: fields of it to change.
-        protocol: name in `kdlib.PROTOCOLS`.
-        folds, seeds: outer folds whose patients are tested, and seeds of the students.
-        on_defect: "raise" or "drop", see `kdlib.data.index`; `group`: how cases are grouped into patients.
-        device: "auto", "cpu" or "cuda".
-        results: folder that keeps runs and studies; `study`: folder in it for this study's tables and figures.
-        reuse: studies in `results`: a run that stands in their tables is read from there, see `kdlib.study`.
-
-    Raises:
-        InputError: names the parameter, its value and what is allowed.
-    """
-
-    data: str = "phantom"
-    target: str = "spleen"
-    profile: str = "quick"
-    changes: dict = field(default_factory=dict)
-    protocol: str = "corrected"
-    folds: tuple[Number, ...] = (0,)
-    seeds: tuple[Number, ...] = (0,)
-    on_defect: Literal["raise", "drop"] = "raise"
-    group: str = "auto"
-    device: str = "auto"
-    results: Path = Path("results")
-    study: str = "phantom-spleen-quick"
-    reuse: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        for name, kind in (("data", str), ("results", Path)):
-            if isinstance(getattr(self, name), str | os.PathLike):
-                object.__setattr__(self, name, kind(getattr(self, name)))
-        check_fields(self)
-        for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
-            if not numbers or len(set(numbers)) < len(numbers):
-                raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
-        for name in (self.study.split("/")[0], *self.reuse):
-            check_study(name)
-        pick_device(self.device)
-        self.run("S1")  # whatever a run refuses
-        for fold, seed in self.places:
-            self.run("S1", fold=fold, seed=seed)
-
-    @property
-    def sized(self) -> Profile:
-        """The profile with its changes."""
-        return override_profile(self.profile, dict(self.changes))
-
-    @property
-    def teachers(self) -> list[str]:
-        """Those that the profile's studies train."""
-        return [model for model in self.sized.networks if model in TEACHERS]
-
-    @property
-    def students(self) -> list[str]:
-        """Those that the profile's studies train."""
-        return [model for model in self.sized.networks if model not in TEACHERS]
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the target classes; reads the data set."""
-        return list(run_source(self.run("S1"), self.results).classes)
-
-    @property
-    def folder(self) -> Path:
-        """Where the study's tables and figures are."""
-        return self.results / self.study
-
-    @property
-    def reused(self) -> list[Path]:
-        """Folders of the studies whose tables are read instead of trained."""
-        return [self.results / name for name in self.reuse]
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """Every fold with every seed."""
-        return [(fold, seed) for fold in self.folds for seed in self.seeds]
-
-    @property
-    def fields(self) -> dict[str, object]:
-        """The fields of `kdlib.Run` that all runs share."""
-        shared = dict(data=self.data, target=self.target, profile=self.sized, on_defect=self.on_defect)
-        return shared | dict(protocol=lookup("protocol", self.protocol, PROTOCOLS), group=self.group)
-
-    def run(self, model: str, **fields: object) -> Run:
-        """A run of this setting, of its first fold unless `fields`, further fields of `kdlib.Run`, say otherwise."""
-        return Run(model=model, **(self.fields | dict(fold=self.folds[0]) | fields))
-
-    def everywhere(self, model: str, **fields: object) -> list[Run]:
-        """The same run in every fold and seed."""
-        return [self.run(model, fold=fold, seed=seed, **fields) for fold, seed in self.places]
+NONE: Mapping[str, object] = MappingProxyType({})
+IN_3D = {"dimensions": 3, "size": 32}  # what makes a profile of slices one of volumes, in patches of 32 voxels a side
 
 
 def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
@@ -336,6 +229,31 @@ def capacity(
     return runs
 
 
+def of_volumes(setting: Setting, volumes: str = "", volume_changes: Mapping[str, object] = NONE) -> Setting:
+    """The same study on volumes.
+
+    Args:
+        volumes: name of a profile, e.g. "hippocampus3d"; none: the setting's own, in patches of 32 voxels a side.
+        volume_changes: fields of it to change.
+
+    Raises: InputError: a profile of slices, or a setting that is of volumes itself.
+    """
+    changes = ({} if volumes else dict(setting.changes) | IN_3D) | dict(volume_changes)
+    deep = dataclasses.replace(setting, profile=volumes or setting.profile, changes=changes)
+    for wanted, what, profile in ((2, "slices", setting.sized), (3, "volumes", deep.sized)):
+        if profile.preprocessing.dimensions != wanted:
+            raise InputError(f"profile {profile.name!r} of the {what}: its dimensions must be {wanted}")
+    return deep
+
+
+def dimensions(
+    setting: Setting, teacher: str = "T1", volumes: str = "", volume_changes: Mapping[str, object] = NONE
+) -> list[Run]:
+    """Slices or volumes? The thesis's main table with one teacher, in two dimensions and in three; see `of_volumes`."""
+    deep = of_volumes(setting, volumes, volume_changes)
+    return distillation(setting, [teacher]) + distillation(deep, [teacher])
+
+
 BASELINE_TRIALS = {"lr": (4e-3, 8e-3, 1.6e-2), "weight_decay": (0.01, 0.05, 0.2)}
 DISTILLED_TRIALS = {"weight": (0.4, 1.6), "balance": (0.5,), "temperature": (1.0, 2.0, 4.0), "warmup": (0.0,)}
 
@@ -433,4 +351,5 @@ EXPERIMENTS: dict[str, Callable[..., list[Run]]] = {  # by notebook
     "08_length": training_length,
     "09_sweep": sweep,
     "10_capacity": capacity,
+    "11_dimensions": dimensions,
 }

@@ -15,9 +15,11 @@ from kdlib.evaluation.agreement import agreement
 from kdlib.evaluation.calibration import calibration
 from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
+from kdlib.experiments.setting import Setting
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import manifest, run_folder, run_key, trained
 from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
+from kdlib.models import cost
 from kdlib.record import verified
 from kdlib.training.device import pick_device
 
@@ -76,7 +78,9 @@ def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
         if not chapters:
             raise InputError(f"{folder} holds no saved runs (tables/*_runs.csv): reuse names studies that were run")
         for paths in chapters:
-            tables = dict(zip(PARTS, map(_read, paths), strict=True))
+            # chapter 11 says slices or volumes, which a run's key says, too
+            tables = [_read(path).drop(columns="dimensions", errors="ignore") for path in paths]
+            tables = dict(zip(PARTS, tables, strict=True))
             # several methods may be one run, e.g. a student alone and its control with zero weights
             once = tables["runs"].drop_duplicates("run")[["run", "method", "protocol"]]
             rows = {part: dict(tuple(table.merge(once).groupby("run"))) for part, table in tables.items()}
@@ -109,6 +113,39 @@ def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str,
     found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
     order = [*identity(runs[0]), "patient", "case", "class", "metric", "value"]
     return Results(**found | {"cases": found["cases"][["run", *order]]})
+
+
+def of_dimensions(slices: Results, volumes: Results) -> Results:
+    """The tables of one study on slices and on volumes as one: with a column "dimensions" (2 or 3), and methods that
+    differ by it."""
+    parts: dict[str, list[pd.DataFrame]] = {part: [] for part in PARTS}
+    for dimensions, found in ((2, slices), (3, volumes)):
+        for part in PARTS:
+            table = getattr(found, part)
+            parts[part].append(table.assign(dimensions=dimensions, method=f"{dimensions}D " + table["method"]))
+    return Results(
+        **{part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}, examples=NO_EXAMPLES
+    )
+
+
+def volume_costs(setting: Setting, models: Sequence[str]) -> pd.DataFrame:
+    """What networks cost for one volume of a study: for all slices of it, or for all windows.
+
+    Args:
+        models: names in `kdlib.models.MODELS`.
+
+    Returns: a table with columns model, dimensions, items (slices or windows of a volume, on average), parameters
+        (without the reconstruction decoder), volume_gflops and volume_ms (see `kdlib.models.cost.cost`).
+    """
+    profile, bank = setting.sized, run_bank(setting.run("S1"), setting.results)
+    cut, items = profile.preprocessing, len(bank) / len(bank.cases)
+    found = cost(profile.width, cut.size, len(bank.classes), models, cut.dimensions)
+    found = found[found["size"] == "study"].assign(dimensions=cut.dimensions, items=items)
+    found = found.assign(
+        parameters=found["inference_parameters"], volume_gflops=found["gflops"] * items,
+        volume_ms=found["latency_ms"] * items,
+    )  # fmt: skip
+    return found[["model", "dimensions", "items", "parameters", "volume_gflops", "volume_ms"]]
 
 
 def teacher_agreement(

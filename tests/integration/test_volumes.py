@@ -22,7 +22,7 @@ from kdlib.data import VolumeBank, best_dice, build_bank, index
 from kdlib.data.volumes import patch_places
 from kdlib.evaluation.cases import evaluate
 from kdlib.evaluation.masks import on_file_grid, predict_cases
-from kdlib.experiments.designs import Setting, baseline, distillation
+from kdlib.experiments import Setting, baseline, distillation
 from kdlib.experiments.dry_run import past_runs, steps_of
 from kdlib.experiments.illustrate import pairs
 from kdlib.experiments.store import key_facts, run_folder

@@ -171,6 +171,25 @@ def test_the_chapter_on_capacity_asks_what_network_labels_and_teacher_are_worth(
 
 
 @pytest.mark.slow
+def test_the_chapter_on_volumes_compares_them_with_the_slices_of_the_same_study(done, data, tmp_path):
+    """Its slices are trained already, and its volumes are of 16 x 16 x 16."""
+    values = {"data": str(data), "on_defect": "drop", "changes": TINY | {"networks": ["T1", "S1"]}, "device": "cpu"}
+    values |= {"results": str(done), "study": "volumes", "volume_changes": {"size": 16, "spacing": 20.0}}
+    execute(NOTEBOOKS / "11_dimensions.ipynb", tmp_path / "volumes.ipynb", values)
+    tables = done / "volumes" / "tables"
+    costs = pd.read_csv(tables / "11_costs.csv").set_index(["model", "dimensions"])
+    assert set(costs.index) == {(model, number) for model in ("T1", "S1") for number in (2, 3)}
+    assert costs.loc[("S1", 3), "parameters"] > costs.loc[("S1", 2), "parameters"] and (costs["volume_ms"] > 0).all()
+    asked = pd.read_csv(tables / "11_comparisons.csv").groupby("question").size()
+    assert asked.to_dict() == {"same network": 4, "equal latency": 4, "teacher": 1}
+    runs = pd.read_csv(tables / "11_dimensions_runs.csv")
+    known = set(pd.read_csv(done / "tiny" / "tables" / "02_distillation_runs.csv")["run"])
+    assert set(runs.loc[runs["dimensions"] == 2, "run"]) < known, "shared with chapter 2"
+    assert not set(runs.loc[runs["dimensions"] == 3, "run"]) & known
+    assert (done / "volumes" / "figures" / "11_dimensions.png").is_file()
+
+
+@pytest.mark.slow
 def test_real_scans_run_end_to_end(real_data, tmp_path):
     """Both hippocampus classes, through data and baseline, at the smallest size."""
     size = TINY | {"folds": 8, "size": 64, "spacing": 1.0}

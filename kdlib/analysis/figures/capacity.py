@@ -102,6 +102,49 @@ def capacity(table: pd.DataFrame, networks: pd.DataFrame) -> Figure:
     return figure
 
 
+@plt.rc_context(style.STYLE)
+def dimensions(table: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Mean Dice over what a volume takes on a CPU, of networks of slices (left) and of volumes (right).
+
+    Args:
+        table: tidy, of both, with a column dimensions; students alone and distilled, and their teacher.
+        costs: a row per network and dimensions: model, dimensions and volume_ms.
+    """
+    style.need_columns(table, ["model", "method", "role", "fraction", "dimensions"], "dimensions", "`of_dimensions`")
+    means = summarise(table).merge(costs, on=["model", "dimensions"]).rename(columns={"volume_ms": "at"})
+    figure, axes = plt.subplots(1, 2, figsize=(style.DOUBLE, 90 * style.MM), sharex=True, sharey=True)
+    for ax, (number, title) in zip(axes, {2: "slices", 3: "volumes"}.items(), strict=True):
+        own = means[means["dimensions"] == number]
+        for row in own.itertuples():
+            colour, marker = LOOKS[row.role][1]
+            fill = {} if row.fraction == means["fraction"].max() else {"markerfacecolor": "white"}
+            ax.errorbar(
+                row.at, row.mean, yerr=[[row.mean - row.low], [row.high - row.mean]], color=style.GREY, linewidth=0.6
+            )
+            ax.plot(row.at, row.mean, color=colour, marker=marker, markersize=4.5, **style.NO_LINE, **fill)
+        ax.set(title=title, xlabel="CPU latency (ms per volume)")
+        ax.grid(axis="y")
+        ax.margins(y=0.12)
+    style.log_axis(axes[0].xaxis, means["at"].min() / 1.6, means["at"].max() * 1.6)
+    axes[0].set_ylabel("Dice")
+    handles = style.legend_lines(
+        {label: dict(color=look[0], marker=look[1], linestyle="") for role, (label, look) in LOOKS.items()
+         if (means["role"] == role).any()}
+    )  # fmt: skip
+    for share, fill in zip(sorted(set(means["fraction"]))[::-1], (style.DARK, "white"), strict=False):
+        look = dict(color=style.DARK, marker="o", markerfacecolor=fill, linestyle="")
+        handles += style.legend_lines({f"{percent(share)} of the labels": look})
+    style.legend_below(figure, handles, columns=3)
+    figure.draw_without_rendering()
+    for ax, number in zip(axes, (2, 3), strict=True):
+        _name_networks(ax, means[means["dimensions"] == number])
+    figure.set_label(
+        f"Mean and 95 % interval over patients ({patients_text(means['n'], means['volumes'])}). Latency: median of one "
+        "thread in PyTorch, of all slices or windows of an average volume, one at a time."
+    )
+    return figure
+
+
 def _name_networks(ax: Axes, rows: pd.DataFrame) -> None:
     """The name of each network beside its highest point, where it covers neither points nor other names."""
     renderer = ax.figure.canvas.get_renderer()

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from analysis_tables import check, identity, tidy
 
-from kdlib.analysis.capacity import worth, worth_sentences
-from kdlib.analysis.figures import DOUBLE, capacity
+from kdlib.analysis.capacity import against_slices, worth, worth_sentences
+from kdlib.analysis.figures import DOUBLE, capacity, dimensions
 from kdlib.analysis.figures.capacity import pareto
 from kdlib.config import InputError
 
@@ -152,3 +152,67 @@ def test_a_table_of_networks_that_does_not_fit_is_one_clear_line(change, message
     if "E1" in message.partition("of ")[2]:
         with pytest.raises(InputError, match="no cost of E1 in the table of networks"):
             worth(cases, trained(cases), change(NETWORKS))
+
+
+# ---------------------------------------------------------------------------------------------------- slices or volumes
+
+COSTS = pd.DataFrame(  # E1 of volumes takes what S1 of slices takes
+    [("T1", 2, 500.0), ("S1", 2, 100.0), ("E1", 2, 40.0), ("T1", 3, 3000.0), ("S1", 3, 220.0), ("E1", 3, 95.0)],
+    columns=["model", "dimensions", "volume_ms"],
+)
+
+
+def both_dimensions() -> pd.DataFrame:
+    """The same networks on slices and on volumes, which gain 0.02; S1 and E1 as in `chapter`."""
+    flat = chapter(("S1", "E1"))
+    parts = []
+    for number, gain in ((2, 0.0), (3, 0.02)):
+        names = f"{number}D " + flat["method"]
+        parts.append(flat.assign(dimensions=number, method=names, run=names, value=flat["value"] + gain))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_volumes_are_compared_with_the_same_network_and_with_that_of_nearest_latency():
+    cases = both_dimensions()
+    table = against_slices(cases, trained(cases), COSTS)
+    pairs = {name: dict(zip(rows["a"], rows["b"], strict=True)) for name, rows in table.groupby("question")}
+    same = pairs["same network"]
+    assert len(same) == 1 + 2 * 4 and all(a.replace("3D", "2D") == b for a, b in same.items())
+    assert table.loc[table["question"] == "same network", "difference"].to_numpy() == pytest.approx(0.02)
+    assert pairs["equal latency"]["3D T1>E1@0.25"] == "2D T1>S1@0.25", "95 ms against 100"
+    assert pairs["equal latency"]["3D >S1@1"] == "2D >S1@1" and pairs["equal latency"]["3D T1"] == "2D T1"
+    assert pairs["teacher"] == {f"3D T1>{m}@{f}": f"3D >{m}@{f}" for m in ("S1", "E1") for f in ("1", "0.25")}
+    slower = table.set_index(["question", "a"])["slower"]
+    assert slower["equal latency", "3D >E1@1"] == pytest.approx(0.95)
+    assert slower["same network", "3D T1"] == pytest.approx(6)
+    said = worth_sentences(table)
+    assert any(line.startswith("**Volumes instead of slices, the same network, on 25 %") for line in said)
+    labels = set(table["label_a"]) | set(table["label_b"])
+    assert {"S1 (25 %), volumes", "S1 (25 %), slices", "T1, volumes"} <= labels
+
+
+def test_a_teacher_of_slices_that_has_not_converged_says_nothing_of_students_on_volumes():
+    cases = both_dimensions()
+    table = against_slices(cases, trained(cases, rising="2D T1"), COSTS).set_index(["question", "a"])
+    assert (table.loc["teacher", "verdict"] != "not converged").all()
+    assert table.loc["same network", "verdict"]["3D T1>S1@1"] == "not converged"
+    assert table.loc["same network", "verdict"]["3D >S1@1"] == "better"
+
+
+def test_without_volumes_or_a_cost_there_is_no_comparison():
+    cases = both_dimensions()
+    with pytest.raises(InputError, match="on slices and on volumes"):
+        against_slices(cases[cases["dimensions"] == 2], trained(cases), COSTS)
+    with pytest.raises(InputError, match="no cost of E1 in the table of costs: run notebook 11 again"):
+        against_slices(cases, trained(cases), COSTS[COSTS["model"] != "E1"])
+
+
+@pytest.mark.slow
+def test_the_figure_of_slices_and_volumes_has_a_panel_for_each():
+    figure = dimensions(both_dimensions(), COSTS)
+    check(figure, DOUBLE)
+    assert [ax.get_title() for ax in figure.axes] == ["slices", "volumes"]
+    for ax in figure.axes:
+        assert {text.get_text() for text in ax.texts} == {"T1", "S1", "E1"}
+    assert "n = 12 patients" in figure.get_label()
+    plt.close(figure)

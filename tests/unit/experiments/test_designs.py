@@ -157,6 +157,31 @@ def test_capacity_refuses_in_one_line_what_it_cannot_train(tmp_path, given, mess
     assert "\n" not in str(caught.value)
 
 
+def test_slices_or_volumes_is_the_same_study_twice(tmp_path):
+    given = {"results": tmp_path, "profile": "hippocampus", "volumes": "hippocampus3d", "seeds": (0, 1)}
+    runs = requested_runs("11_dimensions", given)
+    flat, deep = ([run for run in runs if run.preprocessing.dimensions == number] for number in (2, 3))
+    assert {run.model for run in flat} == {"T1", "S1", "S2", "E1"} and {run.model for run in deep} == {"T1", "S1", "E1"}
+    named = {(run.method, run.seed) for run in deep}
+    assert named < {(run.method, run.seed) for run in flat} and len(deep) == 1 + 2 * (2 + 2 + 2)
+    own = requested_runs("11_dimensions", {"results": tmp_path, "changes": {"spacing": 9.0}})
+    assert {(run.preprocessing.dimensions, run.preprocessing.size, run.preprocessing.spacing) for run in own} == {
+        (2, 48, 9.0), (3, 32, 9.0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"volumes": "ct96"}, "profile 'ct96' of the volumes: its dimensions must be 3"),
+        ({"profile": "hippocampus3d"}, "profile 'hippocampus3d' of the slices: its dimensions must be 2"),
+    ],
+)
+def test_volumes_against_volumes_or_slices_against_slices_are_refused(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        requested_runs("11_dimensions", {"results": tmp_path} | given)
+
+
 def test_a_teacher_too_narrow_to_prune_is_refused_before_anything_is_trained(tmp_path):
     setting = Setting(results=tmp_path, changes={"width": 0.03})
     with pytest.raises(InputError, match="T1-pruned, profile quick: it keeps 9 channels of encoder.2.* from has 8"):
