@@ -80,8 +80,8 @@ def autocast(device: torch.device, dimensions: int = 2) -> torch.autocast:
 def keep_freed_memory() -> None:
     """What a training step frees stays with the process, for the next step's tensors, where the C library can do that.
 
-    Else glibc gives large tensors back at once, and each step faults the same pages in again: a step of S1 then takes 1.1
-    to 1.3 times as long. The process keeps some more memory for it.
+    Else glibc gives large tensors back at once, and each step faults the same pages in again: a step of S1 then takes
+    1.1 to 1.3 times as long. The process keeps some more memory for it.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
