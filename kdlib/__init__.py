@@ -20,7 +20,7 @@ HOMES = {
     "experiments.runner": ("study",),
     "experiments.source": ("run_bank", "run_source"),
     "experiments.store": ("manifest",),
-    "experiments.tables": ("Results", "of_dimensions", "teacher_agreement", "volume_costs"),
+    "experiments.tables": ("Results", "teacher_agreement", "volume_costs"),
 }  # fmt: skip
 __all__ = sorted(name for names in HOMES.values() for name in names)
 

@@ -215,10 +215,11 @@ class Run:
     @property
     def method(self) -> str:
         """Which row of a table the run belongs to: all about it but data, protocol, fold and seed, by the names of its
-        model, teacher and recipe. To be compared with other runs' and with nothing else."""
+        model, teacher and recipe, and its dimensions. To be compared with other runs' and with nothing else."""
         model = self.model if self.fraction == 1 else f"{self.model}@{100 * self.fraction:g}"
         model += "" if self.length == 1 else f"x{self.length:g}"
         head = f"KD({self.teacher},{self.model}){model.removeprefix(self.model)}" if self.teacher else model
+        head = f"3D {head}" if self.preprocessing.dimensions == 3 else head
         return head if self.recipe in (TEACHER_RECIPE, BASELINE) else f"{head}:{self.recipe.name}"
 
     @property

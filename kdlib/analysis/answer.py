@@ -228,7 +228,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         method = found.loc[row.a]
         values = by_patient(cases, [row.a, row.b], "dice", "method")
         means = values.mean()
-        name, reached = _teacher(method["teacher"], values.index, (cases, *masters))
+        name, reached = _teacher(method, values.index, (cases, *masters))
         gap = reached - means[row.b]
         seeds = cases.loc[cases["method"] == row.a, "seed"].nunique()  # its teacher may have others
         closed = row.difference / gap if gap > SAME["dice"] else np.nan
@@ -245,10 +245,15 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
     return pd.DataFrame(rows)
 
 
-def _teacher(name: str, patients: pd.Index, tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
-    """A teacher's name and its mean Dice over these patients, by the first table that has it of all of them; the only
-    teacher of the first table where no such teacher is there, and "" and NaN where it has none or several."""
-    teachers = [table[table["role"] == "teacher"] for table in tables]
+def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
+    """The name of a student's teacher (a row of `methods`) and its mean Dice over these patients, by the first table
+    that has it of all of them; the only teacher of the first table where no such teacher is there, and "" and NaN where
+    it has none or several. Teachers of other dimensions are no teachers of it."""
+    name, teachers = student["teacher"], []
+    for table in tables:
+        known = methods(table)
+        own = known.index[(known["role"] == "teacher") & (known["dimensions"] == student["dimensions"])]
+        teachers.append(table[table["method"].isin(own)])
     known = {model for table in teachers for model in table["model"]}
     if name not in known:
         models = set(teachers[0]["model"])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import methods, percent
+from kdlib.analysis.labels import methods, percent, way_of_learning
 from kdlib.analysis.sentences import NOT_CONVERGED, interval_of, withhold
 from kdlib.config import InputError
 
@@ -22,12 +22,13 @@ QUESTIONS = {  # -> how a sentence begins
     "labels": "The labels, student alone",
     "teacher": "The teacher, instead of the same student alone",
 }
-OF_VOLUMES = {  # the same of `against_slices`
+AGAINST_SLICES = {  # the same of `against_slices`
     "same network": "Volumes instead of slices, the same network",
-    "equal latency": "Volumes instead of slices, the network of slices of nearest CPU latency",
+    "equal latency": "Volumes instead of slices, at about the same CPU latency",
     "teacher": "The teacher, on volumes, instead of the same student alone",
 }
 SAME_COST = 0.05  # relative difference of GFLOP that counts as none
+SAME_LATENCY = 1.5  # factor between two latencies up to which they count as equal
 
 
 def worth(
@@ -77,8 +78,7 @@ def _asked(
     said: Mapping[str, str],
 ) -> pd.DataFrame:  # fmt: skip
     """The comparisons of several questions, see `worth`; `pairs` has for each of them pairs of methods -> labels."""
-    each = ("dimensions", "method") if "dimensions" in history else ("method",)  # its teacher is of its dimensions
-    model, progress, tables = methods(cases)["model"], convergence(history, each), []
+    model, progress, tables = methods(cases)["model"], convergence(history), []
     for question, asked in pairs.items():
         if asked:
             table = withhold(compare(cases, list(asked)), progress)
@@ -91,42 +91,54 @@ def _asked(
 
 
 def against_slices(cases: pd.DataFrame, history: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every network on volumes against the same on slices, and against that on slices of nearest latency on a CPU; both
-    learn alike, from the same labels and the same teacher. And distilled students on volumes against themselves alone.
+    """Every network on volumes against the same on slices, and every student against the one on slices whose latency on
+    a CPU is nearest, where that is within a factor of 1.5; both learn alike, from the same labels and the same teacher.
+    And distilled students on volumes against themselves alone.
 
     Args:
-        cases, history: of both studies, with a column dimensions.
+        cases, history: of both studies, with the column dimensions.
         costs: a row per network and dimensions: model, dimensions and volume_ms.
 
-    Returns: the columns of `worth`, with a key of `OF_VOLUMES` as question, and slower: how many times b's latency a
-        takes.
+    Returns: the columns of `worth`, with a key of `AGAINST_SLICES` as question and a student's way of learning beside
+        its model, and slower: how many times b's latency a takes.
 
     Raises: InputError: a study without volumes or without slices, or a network that is not in `costs`.
     """
-    found = methods(cases).reset_index()
+    found = methods(cases)
     if set(found["dimensions"]) != {2, 3}:
         raise InputError("against_slices: the table needs methods on slices and on volumes (column dimensions)")
-    time = costs.set_index(["model", "dimensions"])["volume_ms"]
-    if missing := sorted(set(found["model"]) - set(costs["model"])):
+    found["time"] = volume_times(found, costs)
+    pairs: dict[str, dict[tuple[str, str], str]] = {question: {} for question in AGAINST_SLICES}
+    shares = "on " + found["fraction"].map(percent) + " of the labels"
+    for name, row in found[found["dimensions"] == 3].iterrows():
+        alike = found[found["dimensions"] == 2]
+        for column in ("role", "teacher", "fraction"):
+            alike = alike[alike[column] == row[column]]
+        pairs["same network"] |= {(name, other): shares[name] for other in alike.index[alike["model"] == row["model"]]}
+        apart = np.exp(np.log(alike["time"] / row["time"]).abs())
+        if row["role"] != "teacher" and apart.min() <= SAME_LATENCY:
+            pairs["equal latency"][name, apart.idxmin()] = shares[name]
+    volumes = cases[cases["method"].isin(found.index[found["dimensions"] == 3])]
+    pairs["teacher"] = {pair: shares[pair[0]] for pair in baseline_pairs(volumes)}
+    table, time = _asked(cases, history, pairs, AGAINST_SLICES), found["time"]
+    ways = found.apply(
+        lambda row: row["model"] if row["role"] == "teacher" else f"{row['model']} {way_of_learning(row)}", axis=1
+    )
+    return table.assign(model=table["a"].map(ways), slower=table["a"].map(time) / table["b"].map(time))
+
+
+def volume_times(found: pd.DataFrame, costs: pd.DataFrame) -> pd.Series:
+    """Latency of a volume in ms of every method (a row of `methods`, with model and dimensions).
+
+    Raises: InputError: a network that is not in `costs`.
+    """
+    times = costs.set_index(["model", "dimensions"])["volume_ms"]
+    keys = list(zip(found["model"], found["dimensions"], strict=True))
+    if missing := sorted(
+        {f"{model} ({'volumes' if size == 3 else 'slices'})" for model, size in keys if (model, size) not in times}
+    ):
         raise InputError(f"no cost of {', '.join(missing)} in the table of costs: run notebook 11 again")
-    found["time"] = time[list(zip(found["model"], found["dimensions"], strict=True))].to_numpy()
-    flat, pairs = found[found["dimensions"] == 2], {question: {} for question in OF_VOLUMES}
-    for row in found[found["dimensions"] == 3].itertuples():
-        share = f"on {percent(row.fraction)} of the labels"
-        alike = flat[
-            (flat[["role", "teacher", "fraction"]] == [row.role, row.teacher, row.fraction]).all(axis="columns")
-        ]
-        pairs["same network"] |= {
-            (row.method, name): share for name in alike.loc[alike["model"] == row.model, "method"]
-        }
-        if len(alike):
-            nearest = np.log(alike["time"] / row.time).abs().idxmin()
-            pairs["equal latency"][row.method, alike.loc[nearest, "method"]] = share
-    volumes = cases[cases["dimensions"] == 3]
-    fraction = found.set_index("method")["fraction"]
-    pairs["teacher"] = {pair: f"on {percent(fraction[pair[0]])} of the labels" for pair in baseline_pairs(volumes)}
-    table, time = _asked(cases, history, pairs, OF_VOLUMES), found.set_index("method")["time"]
-    return table.assign(slower=table["a"].map(time) / table["b"].map(time))
+    return times[keys].set_axis(found.index)
 
 
 def worth_sentences(table: pd.DataFrame) -> list[str]:
@@ -134,7 +146,7 @@ def worth_sentences(table: pd.DataFrame) -> list[str]:
     interval, and how many are decided.
 
     Args:
-        table: from `worth`.
+        table: from `worth` or `against_slices`.
     """
     sentences = []
     for (_, said, share), rows in table.groupby(["question", "said", "labels"], sort=False):

@@ -134,7 +134,12 @@ def _runs(folder: Path, manifests: Mapping[str, dict]) -> pd.DataFrame:
             "learning rate": f"{how.lr:g}", "batch": how.batch, "epochs": epochs.get(key, UNKNOWN),
             "updates": record["steps"], "seconds": record["seconds"]["training"],
         }  # fmt: skip
-        rows.append(record["identity"] | {"recipe": recipe_text(run)} | budget | {"run": run})
+        rows.append(
+            record["identity"]
+            | {"dimensions": run.preprocessing.dimensions, "recipe": recipe_text(run)}
+            | budget
+            | {"run": run}
+        )
     found = pd.DataFrame(rows, index=list(manifests))
     return found.assign(label=found["method"].map(method_labels(found.drop(columns="recipe"))))
 
@@ -378,7 +383,7 @@ def card_facts(key: str, manifests: Mapping[str, dict], runs: pd.DataFrame, case
     own, run = cases[cases["run"] == key], row["run"]
     random = run.teacher and run.effective_recipe.teacher == "random"
     teachers = [] if random else list(record["teachers"].values())
-    alike = ["model", "fold", "seed", "fraction", "protocol"]
+    alike = ["model", "fold", "seed", "fraction", "protocol", "dimensions"]
     baselines = runs.index[(runs["role"] == "baseline") & (runs[alike] == row[alike]).all(axis=1)]
     compared = [("this model", key), *(("teacher", other) for other in teachers)]
     compared += [("without a teacher", other) for other in baselines if other != key]

@@ -147,7 +147,7 @@ def verdict(p: float, low: float, high: float, metric: str) -> str:
 
 
 def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -> list[tuple[str, str]]:
-    """Every method of these roles with the same student alone: same labels, same length, no teacher.
+    """Every method of these roles with the same student alone: same labels, length and dimensions, no teacher.
 
     Returns: pairs (method, baseline) of values of the column `method`.
 
@@ -155,7 +155,8 @@ def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -
     """
     found = methods(table)
     length = found["length"] if "length" in found else pd.Series(1.0, found.index)
-    place = dict(zip(found.index, zip(found["model"], found["fraction"], length, strict=True), strict=True))
+    place = zip(found["model"], found["fraction"], found["dimensions"], length, strict=True)
+    place = dict(zip(found.index, place, strict=True))
     alone = {place[name]: name for name in found.index[found["role"] == "baseline"]}
     others = found.index[found["role"].isin(roles)]
     pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]

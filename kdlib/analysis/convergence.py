@@ -60,6 +60,8 @@ def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
         return pd.Series(False, rising.index)
     about = dice.drop_duplicates(by).set_index(by, drop=False).loc[rising.index]
     place = [key[:-1] if len(by) > 1 else () for key in rising.index]
+    if "dimensions" in about:
+        place = list(zip(place, about["dimensions"], strict=True))
     teachers = zip(place, about["model"], rising & (about["role"] == "teacher"), strict=True)
     masters = {(at, model) for at, model, unfinished in teachers if unfinished}
     silent = about["control"] == "zero_weights" if "control" in about else False

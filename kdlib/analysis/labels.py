@@ -52,6 +52,7 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
         found[column] = found[column].astype(object).fillna("").astype(str) if column in known else ""
     found["loss_label"] = found["loss_label"].where(found["loss_label"] != "", found["loss"])
     found["fraction"] = found["fraction"].fillna(1.0).astype(float) if "fraction" in known else 1.0
+    found["dimensions"] = found["dimensions"].fillna(2).astype(int) if "dimensions" in known else 2
     return found.assign(label=_distinct(found, _short_labels(found)))
 
 

@@ -70,7 +70,8 @@ def opening(folder: Path) -> show.Shown:
         if "stage" in progress:  # of the correction
             staged = progress["stage"].notna()
             progress["label"] = progress["label"].where(~staged, progress["stage"] + ", " + progress["label"])
-        parts.append(show.say(convergence_sentence(progress.drop_duplicates("label"))))
+        each = [name for name in ("stage", "method") if name in progress]
+        parts.append(show.say(convergence_sentence(progress.drop_duplicates(each))))
     return sum(parts, show.say() if parts else show.say("Nothing was trained in this study."))
 
 

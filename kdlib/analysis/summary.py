@@ -20,12 +20,12 @@ def facts(manifests: Iterable[Mapping], wanted: int) -> dict[str, str]:
     hours = sum(sum(record["seconds"].values()) for record in records) / 3600
     dates = sorted(record["finished"] for record in records)
     parts = {part: {case for record in records for case in record["data"][part]} for part in ("train", "val", "test")}
-    profile = records[0]["run"]["profile"]
+    profiles = [record["run"]["profile"] for record in records]
     seeds = sorted({record["run"]["seed"] for record in records})
     return {
         "data set": _distinct(f"{record['run']['data']}, target {record['run']['target']}" for record in records),
         "volumes": ", ".join(f"{len(cases)} {part}" for part, cases in parts.items()),
-        "profile": f"{profile['name']}; against the thesis: {profile['reduced_from_thesis']}",
+        "profile": _distinct(f"{p['name']}; against the thesis: {p['reduced_from_thesis']}" for p in profiles),
         "protocol": _distinct(record["run"]["protocol"]["name"] for record in records),
         "folds": _distinct(str(record["run"]["fold"]) for record in records),
         "runs": f"{len(records)} of {wanted}, seeds {', '.join(map(str, seeds))}",

@@ -39,7 +39,7 @@ from kdlib.models import MODELS, ExternalModel
 LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 NONE: Mapping[str, object] = MappingProxyType({})
-IN_3D = {"dimensions": 3, "size": 32}  # what makes a profile of slices one of volumes, in patches of 32 voxels a side
+IN_3D = {"dimensions": 3, "size": 32, "channels": "repeat"}  # makes a profile of slices one of volumes
 
 
 def teachers(setting: Setting, models: Sequence[str] = TEACHERS) -> list[Run]:
@@ -234,15 +234,18 @@ def of_volumes(setting: Setting, volumes: str = "", volume_changes: Mapping[str,
 
     Args:
         volumes: name of a profile, e.g. "hippocampus3d"; none: the setting's own, in patches of 32 voxels a side.
-        volume_changes: fields of it to change.
+        volume_changes: fields of it to change; those of the setting are kept only where no other profile is named.
 
-    Raises: InputError: a profile of slices, or a setting that is of volumes itself.
+    Raises: InputError: a profile of slices, a setting that is of volumes itself, or different numbers of folds.
     """
     changes = ({} if volumes else dict(setting.changes) | IN_3D) | dict(volume_changes)
     deep = dataclasses.replace(setting, profile=volumes or setting.profile, changes=changes)
     for wanted, what, profile in ((2, "slices", setting.sized), (3, "volumes", deep.sized)):
         if profile.preprocessing.dimensions != wanted:
             raise InputError(f"profile {profile.name!r} of the {what}: its dimensions must be {wanted}")
+    if setting.sized.folds != deep.sized.folds:
+        folds = f"{setting.sized.folds} folds of the slices, {deep.sized.folds} of the volumes"
+        raise InputError(f"{folds}: patients are compared, so give both the same, by changes or volume_changes")
     return deep
 
 

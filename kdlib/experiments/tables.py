@@ -78,9 +78,7 @@ def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
         if not chapters:
             raise InputError(f"{folder} holds no saved runs (tables/*_runs.csv): reuse names studies that were run")
         for paths in chapters:
-            # chapter 11 says slices or volumes, which a run's key says, too
-            tables = [_read(path).drop(columns="dimensions", errors="ignore") for path in paths]
-            tables = dict(zip(PARTS, tables, strict=True))
+            tables = dict(zip(PARTS, map(_read, paths), strict=True))
             # several methods may be one run, e.g. a student alone and its control with zero weights
             once = tables["runs"].drop_duplicates("run")[["run", "method", "protocol"]]
             rows = {part: dict(tuple(table.merge(once).groupby("run"))) for part, table in tables.items()}
@@ -109,23 +107,11 @@ def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str,
         parts["runs"].append(pd.DataFrame([row]))
         slices = read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"})
         parts["examples"].append(slices.assign(**label))
-    parts["examples"] = parts["examples"] or [NO_EXAMPLES]
+    if len({run.preprocessing.dimensions for run in runs}) > 1 or not parts["examples"]:
+        parts["examples"] = [NO_EXAMPLES]  # slices and patches differ in size: no array holds both
     found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
     order = [*identity(runs[0]), "patient", "case", "class", "metric", "value"]
     return Results(**found | {"cases": found["cases"][["run", *order]]})
-
-
-def of_dimensions(slices: Results, volumes: Results) -> Results:
-    """The tables of one study on slices and on volumes as one: with a column "dimensions" (2 or 3), and methods that
-    differ by it."""
-    parts: dict[str, list[pd.DataFrame]] = {part: [] for part in PARTS}
-    for dimensions, found in ((2, slices), (3, volumes)):
-        for part in PARTS:
-            table = getattr(found, part)
-            parts[part].append(table.assign(dimensions=dimensions, method=f"{dimensions}D " + table["method"]))
-    return Results(
-        **{part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}, examples=NO_EXAMPLES
-    )
 
 
 def volume_costs(setting: Setting, models: Sequence[str]) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 @contextmanager

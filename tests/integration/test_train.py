@@ -43,6 +43,13 @@ def test_cohort_and_alone_give_the_same_weights():
         assert arm.history == alone.history
 
 
+def test_a_training_keeps_what_its_steps_free(monkeypatch):
+    kept = []
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: kept.append(True))
+    train_one(run_of("S1"))
+    assert kept == [True]
+
+
 def test_the_teacher_is_untouched_by_a_cohort():
     teacher = frozen_teacher()
     before = {name: tensor.clone() for name, tensor in teacher["T1"].state_dict().items()}

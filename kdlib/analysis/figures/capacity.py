@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from kdlib.analysis.capacity import RUNTIMES
+from kdlib.analysis.capacity import RUNTIMES, volume_times
 from kdlib.analysis.figures import style
 from kdlib.analysis.labels import percent
 from kdlib.analysis.patients import patients_text
@@ -110,8 +110,9 @@ def dimensions(table: pd.DataFrame, costs: pd.DataFrame) -> Figure:
         table: tidy, of both, with a column dimensions; students alone and distilled, and their teacher.
         costs: a row per network and dimensions: model, dimensions and volume_ms.
     """
-    style.need_columns(table, ["model", "method", "role", "fraction", "dimensions"], "dimensions", "`of_dimensions`")
-    means = summarise(table).merge(costs, on=["model", "dimensions"]).rename(columns={"volume_ms": "at"})
+    style.need_columns(table, ["model", "method", "role", "fraction", "dimensions"], "dimensions", "`Results.cases`")
+    means = summarise(table)
+    means["at"] = volume_times(means, costs)
     figure, axes = plt.subplots(1, 2, figsize=(style.DOUBLE, 90 * style.MM), sharex=True, sharey=True)
     for ax, (number, title) in zip(axes, {2: "slices", 3: "volumes"}.items(), strict=True):
         own = means[means["dimensions"] == number]

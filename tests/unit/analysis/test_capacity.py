@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 from analysis_tables import check, identity, tidy
 
+from kdlib.analysis.answer import fractions, verdicts_of
 from kdlib.analysis.capacity import against_slices, worth, worth_sentences
+from kdlib.analysis.comparisons import baseline_pairs
 from kdlib.analysis.figures import DOUBLE, capacity, dimensions
 from kdlib.analysis.figures.capacity import pareto
 from kdlib.config import InputError
@@ -165,46 +167,64 @@ COSTS = pd.DataFrame(  # E1 of volumes takes what S1 of slices takes
 def both_dimensions() -> pd.DataFrame:
     """The same networks on slices and on volumes, which gain 0.02; S1 and E1 as in `chapter`."""
     flat = chapter(("S1", "E1"))
-    parts = []
-    for number, gain in ((2, 0.0), (3, 0.02)):
-        names = f"{number}D " + flat["method"]
-        parts.append(flat.assign(dimensions=number, method=names, run=names, value=flat["value"] + gain))
-    return pd.concat(parts, ignore_index=True)
+    names = "3D " + flat["method"]
+    deep = flat.assign(dimensions=3, method=names, run=names, value=flat["value"] + 0.02)
+    return pd.concat([flat.assign(dimensions=2), deep], ignore_index=True)
 
 
-def test_volumes_are_compared_with_the_same_network_and_with_that_of_nearest_latency():
+def test_volumes_are_compared_with_the_same_network_and_with_that_of_about_the_same_latency():
     cases = both_dimensions()
     table = against_slices(cases, trained(cases), COSTS)
     pairs = {name: dict(zip(rows["a"], rows["b"], strict=True)) for name, rows in table.groupby("question")}
     same = pairs["same network"]
-    assert len(same) == 1 + 2 * 4 and all(a.replace("3D", "2D") == b for a, b in same.items())
+    assert len(same) == 1 + 2 * 4 and all(a == f"3D {b}" for a, b in same.items())
     assert table.loc[table["question"] == "same network", "difference"].to_numpy() == pytest.approx(0.02)
-    assert pairs["equal latency"]["3D T1>E1@0.25"] == "2D T1>S1@0.25", "95 ms against 100"
-    assert pairs["equal latency"]["3D >S1@1"] == "2D >S1@1" and pairs["equal latency"]["3D T1"] == "2D T1"
+    assert pairs["equal latency"] == {f"3D {t}>E1@{f}": f"{t}>S1@{f}" for t in ("", "T1") for f in ("1", "0.25")}, (
+        "95 ms against 100; nothing on slices takes as long as S1 on volumes, and teachers are not compared"
+    )
     assert pairs["teacher"] == {f"3D T1>{m}@{f}": f"3D >{m}@{f}" for m in ("S1", "E1") for f in ("1", "0.25")}
     slower = table.set_index(["question", "a"])["slower"]
     assert slower["equal latency", "3D >E1@1"] == pytest.approx(0.95)
     assert slower["same network", "3D T1"] == pytest.approx(6)
     said = worth_sentences(table)
     assert any(line.startswith("**Volumes instead of slices, the same network, on 25 %") for line in said)
+    assert any("(E1 alone)" in line or "(E1 distilled)" in line for line in said)
     labels = set(table["label_a"]) | set(table["label_b"])
     assert {"S1 (25 %), volumes", "S1 (25 %), slices", "T1, volumes"} <= labels
 
 
 def test_a_teacher_of_slices_that_has_not_converged_says_nothing_of_students_on_volumes():
     cases = both_dimensions()
-    table = against_slices(cases, trained(cases, rising="2D T1"), COSTS).set_index(["question", "a"])
+    table = against_slices(cases, trained(cases, rising="T1"), COSTS).set_index(["question", "a"])
     assert (table.loc["teacher", "verdict"] != "not converged").all()
     assert table.loc["same network", "verdict"]["3D T1>S1@1"] == "not converged"
     assert table.loc["same network", "verdict"]["3D >S1@1"] == "better"
 
 
+def test_a_student_on_volumes_is_compared_with_itself_on_volumes_and_has_a_teacher_of_volumes():
+    cases = both_dimensions()
+    pairs = baseline_pairs(cases)
+    assert len(pairs) == 8 and all(a.startswith("3D") == b.startswith("3D") for a, b in pairs)
+    found = fractions(cases, verdicts_of(cases, trained(cases))).set_index("a")
+    assert found.loc["3D T1>S1@1", "dice_teacher"] - found.loc["T1>S1@1", "dice_teacher"] == pytest.approx(0.02)
+
+
 def test_without_volumes_or_a_cost_there_is_no_comparison():
     cases = both_dimensions()
-    with pytest.raises(InputError, match="on slices and on volumes"):
-        against_slices(cases[cases["dimensions"] == 2], trained(cases), COSTS)
-    with pytest.raises(InputError, match="no cost of E1 in the table of costs: run notebook 11 again"):
-        against_slices(cases, trained(cases), COSTS[COSTS["model"] != "E1"])
+    flat = cases[cases["dimensions"] == 2]
+    for table in (flat, flat.drop(columns="dimensions")):
+        with pytest.raises(InputError, match="on slices and on volumes"):
+            against_slices(table, trained(cases), COSTS)
+    for costs, missing in (
+        (COSTS[COSTS["model"] != "E1"], r"E1 \(slices\), E1 \(volumes\)"),
+        (COSTS[COSTS["dimensions"] == 2], r"E1 \(volumes\), S1 \(volumes\), T1 \(volumes\)"),
+    ):
+        for draw in (
+            lambda costs=costs: against_slices(cases, trained(cases), costs),
+            lambda costs=costs: dimensions(cases, costs),
+        ):
+            with pytest.raises(InputError, match=f"no cost of {missing} in the table of costs: run notebook 11 again"):
+                draw()
 
 
 @pytest.mark.slow

@@ -163,17 +163,24 @@ def test_slices_or_volumes_is_the_same_study_twice(tmp_path):
     flat, deep = ([run for run in runs if run.preprocessing.dimensions == number] for number in (2, 3))
     assert {run.model for run in flat} == {"T1", "S1", "S2", "E1"} and {run.model for run in deep} == {"T1", "S1", "E1"}
     named = {(run.method, run.seed) for run in deep}
-    assert named < {(run.method, run.seed) for run in flat} and len(deep) == 1 + 2 * (2 + 2 + 2)
+    assert named < {(f"3D {run.method}", run.seed) for run in flat} and len(deep) == 1 + 2 * (2 + 2 + 2)
     own = requested_runs("11_dimensions", {"results": tmp_path, "changes": {"spacing": 9.0}})
     assert {(run.preprocessing.dimensions, run.preprocessing.size, run.preprocessing.spacing) for run in own} == {
         (2, 48, 9.0), (3, 32, 9.0)
     }  # fmt: skip
+    assert {run.method for run in own if run.preprocessing.dimensions == 3 and run.is_teacher} == {"3D T1"}
+    for name in ("hippocampus", "ct96", "thesis"):
+        assert requested_runs("11_dimensions", {"results": tmp_path, "profile": name})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"volumes": "ct96"}, "profile 'ct96' of the volumes: its dimensions must be 3"),
+        (
+            {"profile": "ct96", "volumes": "hippocampus3d"},
+            "4 folds of the slices, 5 of the volumes: patients are compar",
+        ),
         ({"profile": "hippocampus3d"}, "profile 'hippocampus3d' of the slices: its dimensions must be 2"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ def test_volumes_compute_in_float32_on_a_cpu_and_refuse_bf16(monkeypatch):
         precision_on(CPU, 3, "bf16")
 
 
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(HUGE.is_file() and "[always]" in HUGE.read_text(), reason="the kernel gives huge pages")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Ten tensors of 100 MB, one after another: without the call the pages of each are faulted in anew."""
     code = """
