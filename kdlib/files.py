@@ -76,7 +76,8 @@ def read_csv(path: Path) -> pd.DataFrame:
     """Reads a table; names of cases and patients, and keys of runs, stay text."""
     import pandas as pd
 
-    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "run"), str))
+    # whole: read in parts, a column that is empty in one of them has mixed types
+    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "run"), str), low_memory=False)
 
 
 def packed_or_not(path: Path) -> Path | None:
