@@ -169,6 +169,9 @@ class Record:
 
     def start(self, script: str) -> None:
         """The rows that follow are of this script."""
+        from kdlib.training.device import keep_freed_memory
+
+        keep_freed_memory()  # as in a training
         self.script = script
         self.scripts[script] = {"machine": machine(self.device), "rows": [], "curves": []}
         self.say(f"{script}: {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -224,15 +224,16 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         low, high, interval, p_holm, a and b.
     """
     found, rows = methods(cases), []
+    teachers = [_teachers(table) for table in (cases, *masters)]
     for row in verdicts.itertuples():
         method = found.loc[row.a]
         values = by_patient(cases, [row.a, row.b], "dice", "method")
         means = values.mean()
-        name, reached = _teacher(method, values.index, (cases, *masters))
+        name, reached = _teacher(method, values.index, teachers)
         gap = reached - means[row.b]
         seeds = cases.loc[cases["method"] == row.a, "seed"].nunique()  # its teacher may have others
         closed = row.difference / gap if gap > SAME["dice"] else np.nan
-        length = method.get("length", 1.0)
+        length = method["length"]
         rows.append(dict(
             verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]), length=length,
             times=f"{length:g} x", learns=knowledge(method)[1], dice_alone=means[row.b], dice=means[row.a],
@@ -245,15 +246,18 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
     return pd.DataFrame(rows)
 
 
+def _teachers(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table's teachers, with their dimensions."""
+    rows = table[table["role"] == "teacher"]
+    return rows.assign(dimensions=rows["method"].map(methods(rows)["dimensions"]))
+
+
 def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
     """The name of a student's teacher (a row of `methods`) and its mean Dice over these patients, by the first table
-    that has it of all of them; the only teacher of the first table where no such teacher is there, and "" and NaN where
-    it has none or several. Teachers of other dimensions are no teachers of it."""
-    name, teachers = student["teacher"], []
-    for table in tables:
-        known = methods(table)
-        own = known.index[(known["role"] == "teacher") & (known["dimensions"] == student["dimensions"])]
-        teachers.append(table[table["method"].isin(own)])
+    of `_teachers` that has it of all of them; the only teacher of the first table where no such teacher is there, and
+    "" and NaN where it has none or several. Teachers of other dimensions are no teachers of it."""
+    name = student["teacher"]
+    teachers = [table[table["dimensions"] == student["dimensions"]] for table in tables]
     known = {model for table in teachers for model in table["model"]}
     if name not in known:
         models = set(teachers[0]["model"])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
-from kdlib.analysis.labels import methods, percent, way_of_learning
+from kdlib.analysis.labels import SHAPES, methods, percent, way_of_learning
 from kdlib.analysis.sentences import NOT_CONVERGED, interval_of, withhold
 from kdlib.config import InputError
 
@@ -105,20 +105,21 @@ def against_slices(cases: pd.DataFrame, history: pd.DataFrame, costs: pd.DataFra
     Raises: InputError: a study without volumes or without slices, or a network that is not in `costs`.
     """
     found = methods(cases)
-    if set(found["dimensions"]) != {2, 3}:
+    if set(found["dimensions"]) != set(SHAPES):
         raise InputError("against_slices: the table needs methods on slices and on volumes (column dimensions)")
     found["time"] = volume_times(found, costs)
     pairs: dict[str, dict[tuple[str, str], str]] = {question: {} for question in AGAINST_SLICES}
     shares = "on " + found["fraction"].map(percent) + " of the labels"
-    for name, row in found[found["dimensions"] == 3].iterrows():
-        alike = found[found["dimensions"] == 2]
+    flat, deep = (found[found["dimensions"] == number] for number in SHAPES)
+    for name, row in deep.iterrows():
+        alike = flat
         for column in ("role", "teacher", "fraction"):
             alike = alike[alike[column] == row[column]]
         pairs["same network"] |= {(name, other): shares[name] for other in alike.index[alike["model"] == row["model"]]}
         apart = np.exp(np.log(alike["time"] / row["time"]).abs())
         if row["role"] != "teacher" and apart.min() <= SAME_LATENCY:
             pairs["equal latency"][name, apart.idxmin()] = shares[name]
-    volumes = cases[cases["method"].isin(found.index[found["dimensions"] == 3])]
+    volumes = cases[cases["method"].isin(deep.index)]
     pairs["teacher"] = {pair: shares[pair[0]] for pair in baseline_pairs(volumes)}
     table, time = _asked(cases, history, pairs, AGAINST_SLICES), found["time"]
     ways = found.apply(
@@ -134,9 +135,7 @@ def volume_times(found: pd.DataFrame, costs: pd.DataFrame) -> pd.Series:
     """
     times = costs.set_index(["model", "dimensions"])["volume_ms"]
     keys = list(zip(found["model"], found["dimensions"], strict=True))
-    if missing := sorted(
-        {f"{model} ({'volumes' if size == 3 else 'slices'})" for model, size in keys if (model, size) not in times}
-    ):
+    if missing := sorted({f"{model} ({SHAPES[size]})" for model, size in keys if (model, size) not in times}):
         raise InputError(f"no cost of {', '.join(missing)} in the table of costs: run notebook 11 again")
     return times[keys].set_axis(found.index)
 

@@ -134,12 +134,8 @@ def _runs(folder: Path, manifests: Mapping[str, dict]) -> pd.DataFrame:
             "learning rate": f"{how.lr:g}", "batch": how.batch, "epochs": epochs.get(key, UNKNOWN),
             "updates": record["steps"], "seconds": record["seconds"]["training"],
         }  # fmt: skip
-        rows.append(
-            record["identity"]
-            | {"dimensions": run.preprocessing.dimensions, "recipe": recipe_text(run)}
-            | budget
-            | {"run": run}
-        )
+        about = record["identity"] | {"dimensions": run.preprocessing.dimensions}  # which older manifests lack
+        rows.append(about | {"recipe": recipe_text(run)} | budget | {"run": run})
     found = pd.DataFrame(rows, index=list(manifests))
     return found.assign(label=found["method"].map(method_labels(found.drop(columns="recipe"))))
 

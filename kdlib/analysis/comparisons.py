@@ -154,9 +154,8 @@ def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -
     Raises: InputError: the table holds no such pair.
     """
     found = methods(table)
-    length = found["length"] if "length" in found else pd.Series(1.0, found.index)
-    place = zip(found["model"], found["fraction"], found["dimensions"], length, strict=True)
-    place = dict(zip(found.index, place, strict=True))
+    columns = ["model", "fraction", "length", "dimensions"]
+    place = dict(zip(found.index, found[columns].itertuples(index=False, name=None), strict=True))
     alone = {place[name]: name for name in found.index[found["role"] == "baseline"]}
     others = found.index[found["role"].isin(roles)]
     pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]

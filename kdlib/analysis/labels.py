@@ -30,6 +30,7 @@ KNOWLEDGE = (
     "pseudo-labels",
 )  # what a teacher gives
 CONTROL = "control"
+SHAPES = {2: "slices", 3: "volumes"}  # column `dimensions` -> label
 DISTINGUISHING = (
     "dimensions", "loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe",
 )  # fmt: skip
@@ -52,6 +53,7 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
         found[column] = found[column].astype(object).fillna("").astype(str) if column in known else ""
     found["loss_label"] = found["loss_label"].where(found["loss_label"] != "", found["loss"])
     found["fraction"] = found["fraction"].fillna(1.0).astype(float) if "fraction" in known else 1.0
+    found["length"] = found["length"].fillna(1.0) if "length" in known else 1.0
     found["dimensions"] = found["dimensions"].fillna(2).astype(int) if "dimensions" in known else 2
     return found.assign(label=_distinct(found, _short_labels(found)))
 
@@ -135,7 +137,7 @@ def _value(column: str, value: object) -> str:
     if column == "fraction":
         return percent(value)
     if column == "dimensions":
-        return "volumes" if value == 3 else "slices"
+        return SHAPES[value]
     if column == "unlabelled":
         return "with unlabelled slices" if value else ""
     return f"{value:g} x as long" if column == "length" else str(value)

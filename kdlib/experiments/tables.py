@@ -19,7 +19,7 @@ from kdlib.experiments.setting import Setting
 from kdlib.experiments.source import run_bank, run_source
 from kdlib.experiments.store import manifest, run_folder, run_key, trained
 from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
-from kdlib.models import cost
+from kdlib.models import cost_of
 from kdlib.record import verified
 from kdlib.training.device import pick_device
 
@@ -121,17 +121,18 @@ def volume_costs(setting: Setting, models: Sequence[str]) -> pd.DataFrame:
         models: names in `kdlib.models.MODELS`.
 
     Returns: a table with columns model, dimensions, items (slices or windows of a volume, on average), parameters
-        (without the reconstruction decoder), volume_gflops and volume_ms (see `kdlib.models.cost.cost`).
+        (without the reconstruction decoder), volume_gflops and volume_ms (see `kdlib.models.cost`).
     """
     profile, bank = setting.sized, run_bank(setting.run("S1"), setting.results)
     cut, items = profile.preprocessing, len(bank) / len(bank.cases)
-    found = cost(profile.width, cut.size, len(bank.classes), models, cut.dimensions)
-    found = found[found["size"] == "study"].assign(dimensions=cut.dimensions, items=items)
-    found = found.assign(
-        parameters=found["inference_parameters"], volume_gflops=found["gflops"] * items,
-        volume_ms=found["latency_ms"] * items,
-    )  # fmt: skip
-    return found[["model", "dimensions", "items", "parameters", "volume_gflops", "volume_ms"]]
+    rows = []
+    for model in models:
+        each = cost_of(model, profile.width, cut.size, len(bank.classes), cut.dimensions)
+        rows.append(dict(
+            model=model, dimensions=cut.dimensions, items=items, parameters=each["inference_parameters"],
+            volume_gflops=each["gflops"] * items, volume_ms=each["latency_ms"] * items,
+        ))  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def teacher_agreement(

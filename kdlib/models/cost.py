@@ -40,15 +40,19 @@ def cost(
     """
     rows = []
     for name in models:
-        for scope, wide, side, number, d in (("study", width, size, classes, dims), ("thesis", 1.0, 256, 1, 2)):
-            with torch.random.fork_rng(devices=[]):
-                model = build_model(name, d, 3 if d == 2 else 1, number, wide).eval()
-            whole = count_parameters(model)
-            spared = count_parameters(model.reconstruction) if model.reconstructs else 0
-            found = dict(parameters=whole, inference_parameters=whole - spared)
-            found |= dict(gflops=gflops(model, side, d, reconstruct=False), latency_ms=latency(model, side), threads=1)
-            rows.append(dict(model=name, size=scope) | found)
+        for scope, parts in (("study", (width, size, classes, dims)), ("thesis", (1.0, 256, 1, 2))):
+            rows.append(dict(model=name, size=scope) | cost_of(name, *parts))
     return pd.DataFrame(rows)
+
+
+def cost_of(name: str, width: float, size: int, classes: int, dims: int) -> dict[str, float]:
+    """What one network costs: parameters, inference_parameters, gflops, latency_ms and threads, as `cost` has them."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(name, dims, 3 if dims == 2 else 1, classes, width).eval()
+    whole = count_parameters(model)
+    spared = count_parameters(model.reconstruction) if model.reconstructs else 0
+    found = dict(parameters=whole, inference_parameters=whole - spared)
+    return found | dict(gflops=gflops(model, size, dims, reconstruct=False), latency_ms=latency(model, size), threads=1)
 
 
 def count_parameters(model: nn.Module) -> int:

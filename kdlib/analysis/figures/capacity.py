@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from kdlib.analysis.capacity import RUNTIMES, volume_times
 from kdlib.analysis.figures import style
-from kdlib.analysis.labels import percent
+from kdlib.analysis.labels import SHAPES, percent
 from kdlib.analysis.patients import patients_text
 from kdlib.analysis.tables import summarise
 from kdlib.config import InputError
@@ -83,10 +84,7 @@ def capacity(table: pd.DataFrame, networks: pd.DataFrame) -> Figure:
     every = costs.loc[means["model"], ["eager", *known]].to_numpy()
     style.log_axis(axes[-1].xaxis, np.nanmin(every) / 1.6, np.nanmax(every) * 2.2)
     axes[0].set_ylabel("Dice")
-    handles = style.legend_lines(
-        {label: dict(color=look[0], marker=look[1], linestyle="") for role, (label, look) in LOOKS.items()
-         if (means["role"] == role).any()}
-    )  # fmt: skip
+    handles = _role_handles(means["role"])
     for share, line, fill in zip(shares, LINES, (style.DARK, "white"), strict=False):
         look = dict(color=style.DARK, marker="o", markerfacecolor=fill, linestyle=line)
         handles += style.legend_lines({f"{share} of the labels, and their frontier": look})
@@ -114,7 +112,7 @@ def dimensions(table: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     means = summarise(table)
     means["at"] = volume_times(means, costs)
     figure, axes = plt.subplots(1, 2, figsize=(style.DOUBLE, 90 * style.MM), sharex=True, sharey=True)
-    for ax, (number, title) in zip(axes, {2: "slices", 3: "volumes"}.items(), strict=True):
+    for ax, (number, title) in zip(axes, SHAPES.items(), strict=True):
         own = means[means["dimensions"] == number]
         for row in own.itertuples():
             colour, marker = LOOKS[row.role][1]
@@ -128,22 +126,25 @@ def dimensions(table: pd.DataFrame, costs: pd.DataFrame) -> Figure:
         ax.margins(y=0.12)
     style.log_axis(axes[0].xaxis, means["at"].min() / 1.6, means["at"].max() * 1.6)
     axes[0].set_ylabel("Dice")
-    handles = style.legend_lines(
-        {label: dict(color=look[0], marker=look[1], linestyle="") for role, (label, look) in LOOKS.items()
-         if (means["role"] == role).any()}
-    )  # fmt: skip
+    handles = _role_handles(means["role"])
     for share, fill in zip(sorted(set(means["fraction"]))[::-1], (style.DARK, "white"), strict=False):
         look = dict(color=style.DARK, marker="o", markerfacecolor=fill, linestyle="")
         handles += style.legend_lines({f"{percent(share)} of the labels": look})
     style.legend_below(figure, handles, columns=3)
     figure.draw_without_rendering()
-    for ax, number in zip(axes, (2, 3), strict=True):
+    for ax, number in zip(axes, SHAPES, strict=True):
         _name_networks(ax, means[means["dimensions"] == number])
     figure.set_label(
         f"Mean and 95 % interval over patients ({patients_text(means['n'], means['volumes'])}). Latency: median of one "
         "thread in PyTorch, of all slices or windows of an average volume, one at a time."
     )
     return figure
+
+
+def _role_handles(roles: pd.Series) -> list[Line2D]:
+    """Of the legend, a mark for each role that is there."""
+    shown = {label: look for role, (label, look) in LOOKS.items() if (roles == role).any()}
+    return style.legend_lines({name: dict(color=look[0], marker=look[1], linestyle="") for name, look in shown.items()})
 
 
 def _name_networks(ax: Axes, rows: pd.DataFrame) -> None:
