@@ -271,14 +271,19 @@ def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFra
 
 
 def fraction_sentences(table: pd.DataFrame) -> list[str]:
-    """One sentence per label fraction and student: what it gains most by, and how much of the gap that closes.
+    """One sentence per label fraction and student: what it gains most by of what has converged, and how much of the gap
+    that closes.
 
     Args:
         table: of `fractions`.
     """
     said = []
     for (labels, student), rows in table.groupby(["labels", "student"], sort=False):
-        best = rows.loc[rows["difference"].idxmax()]
+        known = rows[rows["verdict"] != NOT_CONVERGED]
+        if known.empty:
+            said.append(f"With {labels} of the labels no training of a taught {student} has converged.")
+            continue
+        best = known.loc[known["difference"].idxmax()]
         closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
         reached = f"{student} (alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f})"
         most = "gains most by" if best["difference"] > 0 else "gains by nothing, and loses least by"
@@ -304,11 +309,12 @@ def length_sentences(table: pd.DataFrame) -> list[str]:
         first, first_taught = (  # the lengths from which on all longer ones reach it
             rows.loc[(rows[name] >= enough)[::-1].cummin()[::-1], "times"] for name in ("dice_alone", "dice")
         )
+        held = "which longer ones lose" if first.empty else f"within {SAME['dice']:g} from {first.iloc[0]} on"
         there = "at no length" if first_taught.empty else f"from {first_taught.iloc[0]} on"
         said.append(
             f"{student} taught by {learns}: {longest['change']} Dice at {longest['times']} the usual steps "
             f"({longest['verdict']}), {PLATEAUS[longest['verdict']]}. Alone its best Dice is {alone['dice_alone']:.3f} "
-            f"({alone['times']}), within {SAME['dice']:g} from {first.iloc[0]} on; so taught it is there {there}, and "
+            f"({alone['times']}), {held}; so taught it is there {there}, and "
             f"at best {taught['dice']:.3f} ({taught['times']})."
         )
     return said

@@ -134,7 +134,8 @@ def _runs(folder: Path, manifests: Mapping[str, dict]) -> pd.DataFrame:
             "learning rate": f"{how.lr:g}", "batch": how.batch, "epochs": epochs.get(key, UNKNOWN),
             "updates": record["steps"], "seconds": record["seconds"]["training"],
         }  # fmt: skip
-        about = record["identity"] | {"dimensions": run.preprocessing.dimensions}  # which older manifests lack
+        # which older manifests lack
+        about = record["identity"] | {"length": run.length, "dimensions": run.preprocessing.dimensions}
         rows.append(about | {"recipe": recipe_text(run)} | budget | {"run": run})
     found = pd.DataFrame(rows, index=list(manifests))
     return found.assign(label=found["method"].map(method_labels(found.drop(columns="recipe"))))
@@ -279,15 +280,19 @@ def _metrics(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _families(folder: Path) -> pd.DataFrame:
-    """One row per table of comparisons: what its tests could decide, and did."""
+    """One row per family of comparisons, a table or a question of it: what its tests could decide, and did."""
     rows = []
     for path in sorted((folder / "tables").glob("*.csv")):
         table = pd.read_csv(path, nrows=1000)
-        if {"verdict", "n", "smallest_p"} <= set(table):
-            family = table.dropna(subset=["verdict"])
+        again = path.stem.endswith("_answer") or ("class" in table and table["class"].nunique() == 1)
+        if again or not {"verdict", "n", "smallest_p"} <= set(table):  # again: what <chapter>_comparisons has
+            continue
+        table = table.dropna(subset=["verdict"])
+        for question, family in table.groupby("question", sort=False) if "question" in table else [("", table)]:
             least, verdicts = family["smallest_p"].min(), family["verdict"].value_counts(sort=False)
             rows.append({
-                "family": path.stem, "comparisons": len(family), "patients": _listed(family["n"].astype(int)),
+                "family": f"{path.stem}, {question}".removesuffix(", "), "comparisons": len(family),
+                "patients": _listed(family["n"].astype(int)),
                 "smallest possible adjusted p": f"{least:.2g}",
                 "can decide": "yes" if least < ALPHA else "no, whatever the data: too few patients",
                 "verdicts": ", ".join(f"{count} {word}" for word, count in verdicts.items()),
@@ -379,7 +384,7 @@ def card_facts(key: str, manifests: Mapping[str, dict], runs: pd.DataFrame, case
     own, run = cases[cases["run"] == key], row["run"]
     random = run.teacher and run.effective_recipe.teacher == "random"
     teachers = [] if random else list(record["teachers"].values())
-    alike = ["model", "fold", "seed", "fraction", "protocol", "dimensions"]
+    alike = ["model", "fold", "seed", "fraction", "length", "protocol", "dimensions"]
     baselines = runs.index[(runs["role"] == "baseline") & (runs[alike] == row[alike]).all(axis=1)]
     compared = [("this model", key), *(("teacher", other) for other in teachers)]
     compared += [("without a teacher", other) for other in baselines if other != key]

@@ -114,8 +114,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
     if near.any() and (~near).any():
         mixed = not set(known["knowledge"][near]) & set(known["knowledge"][~near])
         said.append(
-            f"Where the student alone is within {NEAR:g} Dice of its teacher, a teacher changes Dice by "
-            f"{_span(known[near])}; where it is further away, by {_span(known[~near])}."
+            f"Where the student alone lacks less than {NEAR:g} Dice of its teacher, a teacher changes Dice by "
+            f"{_span(known[near])}; where it lacks more, by {_span(known[~near])}."
             + " What the teachers give differs between the two, so the distance may not be the reason."
             * mixed
         )

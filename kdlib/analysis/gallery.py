@@ -140,7 +140,7 @@ def _failure(saved: Saved, chosen: Callable[[Results], Mapping[str, str]] = trio
 def _alone(found: Results) -> dict[str, str]:
     """Model -> method: the first teacher, and the students alone on the fewest labels."""
     rows = found.runs[found.runs["role"] == "baseline"]
-    few = rows[rows["fraction"] == rows["fraction"].min()].set_index("model")["method"]
+    few = rows[rows["fraction"] == rows["fraction"].min()].drop_duplicates("model").set_index("model")["method"]
     return {"teacher": pick(found.runs, role="teacher"), **few}
 
 

@@ -95,11 +95,14 @@ def worst_patient_sentence(patients: pd.DataFrame) -> str:
     """Which patient is hardest, and what it takes off each mean; from `statistics.by_patient_table`."""
     dice = patients.drop(columns=["patient", "mean", "volume", "thickness", "intensity"])
     worst, costs = patients.iloc[0], dice.iloc[1:].mean() - dice.mean()
-    return (
+    text = (
         f"The hardest patient is {worst['patient']} ({worst['volume']:,.1f} ml, slices of {worst['thickness']:g} mm): "
-        f"Dice {dice.iloc[0].min():.3f} to {dice.iloc[0].max():.3f}, by network; without it the means of the networks "
-        f"would be {costs.min():.3f} to {costs.max():.3f} higher."
+        f"Dice {dice.iloc[0].min():.3f} to {dice.iloc[0].max():.3f}, by network"
     )
+    if len(patients) == 1:
+        return f"{text}."
+    change = signed(f"{costs.min():+.3f} to {costs.max():+.3f}")
+    return f"{text}; without it the means of the networks would change by {change}."
 
 
 def non_inferiority_sentence(table: pd.DataFrame) -> str:
@@ -250,9 +253,10 @@ def gap_sentence(means: pd.DataFrame) -> str:
         return means_sentence(means)
     best = teachers.loc[teachers["mean"].idxmax()]
     gaps = [signed(f"{row.model} {row.mean - best['mean']:+.3f}") for row in half.itertuples()]
+    who = "The better teacher" if len(teachers) > 1 else "The teacher"
     return (
-        f"The better teacher, {best['label']}, reaches a Dice of {best['mean']:.3f}; alone, on half of the labels, the "
-        f"students differ from it by: {listed(gaps)}. That is what distillation may close."
+        f"{who}, {best['label']}, reaches a Dice of {best['mean']:.3f}; alone, on half of the labels, the students "
+        f"differ from it by: {listed(gaps)}. That is what distillation may close."
     )
 
 

@@ -359,9 +359,8 @@ class ComparisonPanel(Panel):
     def _list(self) -> None:
         table, mine = self.pick.table, self.pick.run.run
         table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
-        same = table[
-            (table["role"] == "baseline") & (table[["model", "fraction"]] == [mine.model, mine.fraction]).all(axis=1)
-        ]
+        alike = table[["model", "fraction", "length"]] == [mine.model, mine.fraction, mine.length]
+        same = table[(table["role"] == "baseline") & alike.all(axis=1)]
         with _silent(self.other, self.show):
             self.other.options = list(zip(table["label"], table["run"], strict=True))
             if not same.empty:  # the same student without a teacher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -31,7 +33,7 @@ def when(table: pd.DataFrame) -> Figure:
     if rows.empty:
         raise InputError("when: no comparison whose teacher is known")
     figure, ax = plt.subplots(figsize=(style.DOUBLE, 95 * style.MM))
-    markers = dict(zip(rows["data"].unique(), MARKERS, strict=False))
+    markers = dict(zip(rows["data"].unique(), itertools.cycle(MARKERS), strict=False))
     for row in rows.itertuples():
         decided = row.verdict in ("better", "worse", "equivalent")
         look = dict(color=COLOURS[row.knowledge], marker=markers[row.data], markersize=5, **style.NO_LINE)

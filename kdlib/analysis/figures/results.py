@@ -226,7 +226,7 @@ def reliability(table: pd.DataFrame) -> Figure:
     strip.yaxis.set_minor_formatter("")
     for ax in (curve, strip):
         ax.grid()
-    errors = expected_calibration_error(table).groupby("method")["value"].mean()
+    errors = expected_calibration_error(table).groupby(["method", unit])["value"].mean().groupby("method").mean()
     looks = {f"{labels[method]}: error {errors[method]:.3f}": look for method, look in styles.items()}
     style.legend_below(figure, style.legend_lines(looks), columns=2, handlelength=3)
     note = (

@@ -140,6 +140,9 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     assert images_markdown(compared, 1) in fractions_markdown(table, compared)
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
     assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
+    rising = pd.concat([table, table.assign(difference=0.2, verdict="not converged")])
+    assert fraction_sentences(rising) == fraction_sentences(table), "the largest gain has not converged"
+    assert fraction_sentences(rising.iloc[1:]) == ["With 50 % of the labels no training of a taught S1 has converged."]
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
     row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
     assert np.isnan(row["gap_closed"]) and row["closed"] == ""
@@ -194,6 +197,8 @@ def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter
     assert said.endswith("so taught it is there from 0.5 x on, and at best 0.830 (2 x).")
     dip = length_sentences(rows.assign(dice_alone=[0.8, 0.78, 0.805], dice=[0.8, 0.78, 0.8]))[0]
     assert "within 0.01 from 2 x on; so taught it is there from 2 x on" in dip, "lost in between"
+    lost = length_sentences(rows.assign(dice_alone=[0.8, 0.82, 0.78]))[0]
+    assert "Alone its best Dice is 0.820 (1 x), which longer ones lose; so taught it is there" in lost
     page = lengths_markdown(rows.assign(verdict="not converged", dice=0.0))
     assert "(not converged), no plateau yet." in page and "so taught it is there at no length, and" in page
     assert page.count("| **not converged** |") == 3 and "| length |" in page

@@ -159,7 +159,13 @@ def test_families_that_can_decide_nothing_are_named(toy):
         table = pd.DataFrame(dict(a="x", b="y", n=[n] * 3, p_holm=[0.9, 0.9, 0.01], smallest_p=least))
         table["verdict"] = ["inconclusive", "inconclusive", "better"]
         table.to_csv(toy.folder / "tables" / f"02_{name}.csv", index=False)
+    asked = table.assign(question=["networks", "networks", "labels"])
+    asked.to_csv(toy.folder / "tables" / "10_comparisons.csv", index=False)
+    for again in ("02_answer", "02_classes"):
+        table.assign(**{"class": "spleen"}).to_csv(toy.folder / "tables" / f"{again}.csv", index=False)
     text = toy.protocol()
+    assert "02_answer" not in text and "02_classes" not in text, "the tests of 02_comparisons once more"
+    assert [row[1] for row in rows(text, "10_comparisons, ")] == ["2", "1"], "a family for each question"
     assert rows(text, "02_few")[0][1:5] == ["3", "6", "0.094", "no, whatever the data: too few patients"]
     assert rows(text, "02_many")[0][1:] == ["3", "12", "0.0015", "yes", "2 inconclusive, 1 better"]
 

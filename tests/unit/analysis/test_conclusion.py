@@ -72,7 +72,7 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     )
     assert "S1 with 10 % of the labels on CT, spleen from pseudo-labels of T1: +0.100" in said[1]
     assert "50 % of the gap to T1" in said[1] and "8 of 8 patients gain" in said[1]
-    assert said[2].endswith("by +0.001 (1 comparison); where it is further away, by +0.021 to +0.100 (2 comparisons).")
+    assert said[2].endswith("by +0.001 (1 comparison); where it lacks more, by +0.021 to +0.100 (2 comparisons).")
     mixed = conclusion.sentences(table[(table["study"] != "far") | (table["knowledge"] == "pseudo-labels")])[2]
     assert mixed.endswith("What the teachers give differs between the two, so the distance may not be the reason.")
     assert said[-1].endswith("predictions +0.011 (2) and pseudo-labels +0.100 (1).")
@@ -167,6 +167,8 @@ def test_figure_has_a_mark_for_each_comparison(tmp_path):
     drawn = figures.when(conclusion.counted(table))
     check(drawn, DOUBLE)
     assert len(drawn.axes[0].containers) == 3
+    many = pd.concat([conclusion.counted(table).head(1).assign(data=f"data {number}") for number in range(8)])
+    check(figures.when(many), DOUBLE)
 
 
 def test_the_notebook_writes_table_figure_and_page(tmp_path):

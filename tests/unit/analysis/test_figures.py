@@ -18,6 +18,7 @@ from analysis_tables import check, distilled, identity, tidy
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 
+from kdlib.analysis import gallery
 from kdlib.analysis.figures import (
     DOUBLE,
     SINGLE,
@@ -43,6 +44,8 @@ from kdlib.analysis.figures.style import METHODS as COLOURS
 from kdlib.analysis.figures.style import VERDICTS, verdict_look
 from kdlib.analysis.statistics import THESIS_TABLE, baseline_pairs, compare, interval, per_patient, ranks, summarise
 from kdlib.config import InputError
+from kdlib.experiments.tables import NO_EXAMPLES, Results
+from kdlib.files import write_csv
 
 pytestmark = pytest.mark.slow  # they draw
 
@@ -394,6 +397,16 @@ def test_failure(cases, several):
     assert ("thickness" in figure.get_label()) == several  # of what is not drawn, the caption says nothing
     assert ("T1 +1.00 [" in figure.get_label()) == (cases >= 6) and f"n = {cases}" in figure.get_label()
     assert "intensity" not in figure.get_label()
+
+
+def test_baselines_by_volume_are_drawn_of_all_folds_and_seeds(tmp_path):
+    """A run of its own for every fold and seed, and each method once in the figure."""
+    table, known = sized(["T1", "S1", "S1 (50 %)", "S2 (50 %)"], np.arange(50, 58), 2.0)
+    runs = table.drop_duplicates("method")
+    found = Results(table, table, pd.concat([runs, runs.assign(seed=1)]), NO_EXAMPLES)
+    write_csv(tmp_path / "tables" / "00_data_cases.csv", known)
+    drawn = gallery.GALLERY["01_failure"].draw(gallery.Saved(found, tmp_path))
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["T1", "S1 (50 %)", "S2 (50 %)"]
 
 
 def test_failure_by_enhancement():

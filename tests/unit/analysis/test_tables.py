@@ -153,5 +153,5 @@ def test_by_patient_table_has_the_worst_first_and_what_its_scans_are_like():
     assert found.loc[1, ["volume", "thickness", "intensity"]].tolist() == [110, 4, 110], "means over both scans"
     assert worst_patient_sentence(found) == (
         "The hardest patient is b (3,000.0 ml, slices of 5 mm): Dice 0.100 to 0.500, by network; without it the means "
-        "of the networks would be 0.175 to 0.325 higher."
+        "of the networks would change by +0.175 to +0.325."
     )
