@@ -16,20 +16,12 @@ from pathlib import Path
 
 EXPERIMENTS, PARAMETERS, SHARED = config["experiments"], config["parameters"], config["shared"]
 FOLDS, SEEDS = SHARED["folds"], SHARED["seeds"]
-TEACHERS = {  # whose runs an experiment builds on; the cumulative correction trains its own at every step
-    "01_baseline": ("T1", "T2"),
-    "02_distillation": ("T1", "T2"),
-    "02b_controls": ("T1",),
-    "02c_external": ("T1",),
-    "03_ablation": ("T1",),
-    "04_loss_comparison": ("T1",),
-    "07_fractions": ("T1",),
-    "08_length": ("T1",),
-    "09_sweep": ("T1",),
-    "10_capacity": ("T1",),
-    "11_dimensions": ("T1",),
-}
 TRAINING = [name for name in EXPERIMENTS if name not in ("00_by_hand", "00_data", "06_figures")]
+TEACHERS = {  # whose runs an experiment builds on; the cumulative correction trains its own at every step
+    name: config["teachers"] if name in ("01_baseline", "02_distillation") else ["T1"]
+    for name in TRAINING
+    if name != "05_correction"
+}
 GPU = int(SHARED["device"].startswith("cuda") or (SHARED["device"] == "auto" and bool(shutil.which("nvidia-smi"))))
 JOBS_AT_ONCE = max(1, len(TRAINING) * len(FOLDS) * len(SEEDS))
 THREADS = max(1, config["cores"] // (JOBS_AT_ONCE if config["local"] and not GPU else 1))

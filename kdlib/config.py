@@ -391,6 +391,7 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     changes = dict(changes or {})
     own, fields = ({field.name: field for field in dataclasses.fields(kind)} for kind in (Profile, Preprocessing))
     known = {name: own[name] for name in own if name not in ("name", "preprocessing")} | dict(sorted(fields.items()))
+    del known["published"]  # which the protocol says
     for field in changes:
         lookup("field of a profile", field, known)
     # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key

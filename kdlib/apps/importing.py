@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import re
@@ -146,8 +147,11 @@ def _labels(text: str) -> dict[str, int]:
     parts = [part.strip() for part in text.split(",")]
     pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in enumerate(parts, 1)]
     names = [name.strip() for name, _ in pairs]
-    if not all(names) or len({*names}) < len(names) or not all(value.strip().isdecimal() for _, value in pairs):
+    values = [value.strip() for _, value in pairs]
+    if not all(names) or len({*names}) < len(names) or not all(map(str.isdecimal, values)):
         raise InputError(f"labels {text!r}: give names, e.g. 'spleen,liver' or 'spleen=1,liver=6'")
+    if len({*map(int, values)} - {0}) < len(values):
+        raise InputError(f"labels {text!r}: give each label a value of its own, and none 0, which is the background")
     return {name: int(value) for name, (_, value) in zip(names, pairs, strict=True)}
 
 
@@ -161,7 +165,7 @@ def _values(pairs: dict[str, Pair]) -> dict[str, int]:
     for pair in pairs.values():
         with contextlib.suppress(Defect):
             values |= {*np.unique(np.asanyarray(read(pair.mask).dataobj)).tolist()} if pair.mask else set()
-    return {f"label {value:g}": int(value) for value in sorted(values) if value > 0 and value == int(value)} or {
+    return {f"label {value:g}": int(value) for value in sorted(values) if value > 0 and float(value).is_integer()} or {
         "label 1": 1
     }
 
@@ -176,8 +180,9 @@ def _write(
             if source is not None:
                 _place(source.resolve(), folder / part / f"{case}{source.name[len(_stem(source)) :]}", options.copy)
     if any(pair.patient for pair in pairs.values()):
-        rows = [f'"{case}","{pair.patient}"' for case, pair in pairs.items()]
-        (folder / "patients.csv").write_text("\n".join(["case,patient", *rows, ""]), encoding="utf-8")
+        with (folder / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            rows.writerows([("case", "patient"), *((case, pair.patient) for case, pair in pairs.items())])
     _describe(folder, name, list(pairs), labels, options.modality)
 
 

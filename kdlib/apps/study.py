@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, convert, read_parameters
-from kdlib.config import PROTOCOLS, InputError, Run, lookup, override_profile
+from kdlib.config import PROTOCOLS, TEACHERS, InputError, Run, lookup, override_profile
 from kdlib.files import check_study, write_text
 
 ROOT = NOTEBOOKS.parent
@@ -107,8 +107,11 @@ def plan(options: argparse.Namespace) -> dict[str, object]:
         path = options.notebooks / f"{name}.ipynb"
         declared = read_parameters(path)
         parameters[name] = check_parameters(path, {key: value for key, value in shared.items() if key in declared})
-    notebooks = str(options.notebooks.resolve())
-    return {"experiments": experiments, "shared": shared, "parameters": parameters, "notebooks": notebooks}
+    networks = override_profile(shared["profile"], shared["changes"]).networks
+    return {
+        "experiments": experiments, "shared": shared, "parameters": parameters,
+        "teachers": [name for name in networks if name in TEACHERS], "notebooks": str(options.notebooks.resolve()),
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- study
@@ -117,9 +120,10 @@ def plan(options: argparse.Namespace) -> dict[str, object]:
 def run_study(options: argparse.Namespace, command: Sequence[str]) -> int:
     config, local = plan(options), options.executor == "local"
     shared, experiments = config["shared"], config["experiments"]
-    (cores,) = _numbers("cores", options.cores or str(len(os.sched_getaffinity(0)) if local else 2)) or [0]
-    if cores < 1:
+    given = _numbers("cores", options.cores or str(len(os.sched_getaffinity(0)) if local else 2))
+    if len(given) != 1 or given[0] < 1:
         raise InputError(f"cores {options.cores!r}: give a number of CPUs")
+    cores = given[0]
     folder = Path(shared["results"], shared["study"])
     if not local and "'" in f"{folder}{ROOT}":
         raise InputError(f"{folder}: Snakemake quotes paths by ' for a cluster, so none may hold one; rename it")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kdlib.config import InputError
+from kdlib.config import UNLABELLED, InputError
 from kdlib.data.nifti import SUFFIXES, stem
 
 HIGHEST = 65535  # label value: a table of all values is made
@@ -72,8 +72,10 @@ def read_description(root: Path) -> Description:
         example = '{"background": 0, "spleen": 1}' if nnunet else '{"0": "background", "1": "spleen"}'
         raise InputError(f"{path}: labels {named} must name each value once, like {example}")
     digits = all(value.isascii() and value.isdigit() for value in named)  # int() also takes "-1", " 1" and "1_0"
-    if not digits or len(labels) > 255 or max(labels.values()) > HIGHEST:
-        raise InputError(f"{path}: labels must be at most 255, with values from 1 to {HIGHEST}; renumber them")
+    if not digits or len(labels) >= UNLABELLED or max(labels.values()) > HIGHEST:
+        raise InputError(
+            f"{path}: labels must be at most {UNLABELLED - 1}, with values from 1 to {HIGHEST}; renumber them"
+        )
     for file in (file for file in files if file.is_absolute() or ".." in file.parts):
         raise InputError(f"{path}: {file} leaves the folder; list files like {EXAMPLE}")
     listed = [pair for pair in listed if not pair[0].name.startswith(".")]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor, nn
 
 from kdlib.data.decathlon import Dataset
-from kdlib.data.slices import restore
+from kdlib.data.slices import read_case_file, restore
 from kdlib.data.volumes import Bank
 from kdlib.losses import probabilities
 from kdlib.training.validation import inference, slice_logits
@@ -22,7 +21,7 @@ def true_mask(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray
 
     Raises: InputError: a case that the data set does not hold.
     """
-    file = np.asarray(nib.load(dataset.case(name).label).dataobj).round().astype(int)
+    _, file = read_case_file(dataset.case(name).label, np.int64)
     truth = np.zeros_like(file)
     for value, label in enumerate(classes, start=1):
         truth[file == dataset.labels[label]] = value

@@ -66,6 +66,8 @@ def study(
         TrainingError: some runs failed, each named with its cause; the others are finished and kept.
     """
     results, runs = Path(results).resolve(), list(dict.fromkeys(runs))
+    if not runs:
+        raise InputError("a study of no runs: give at least one")
     place = pick_device(device)
     saved = saved_runs(reuse)
     keys = {run: run_key(run, results) for run in runs} if saved else {}
@@ -128,31 +130,14 @@ def check_names(runs: Iterable[Run]) -> None:
 def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs that can share their teachers' pass: alike in all but model and recipe, trained with the same batches."""
     groups: dict[tuple, list[Run]] = {}
+    shared = [field.name for field in dataclasses.fields(Run) if field.name not in ("model", "recipe")]
     for run in runs:
-        how = run.optimisation
+        recipe, how = run.recipe, run.optimisation
         alone = run.model if run.is_teacher else None
         key = (
-            run.data,
-            run.target,
-            run.fold,
-            run.seed,
-            run.fraction,
-            run.profile,
-            run.protocol,
-            run.teacher,
-            run.teacher_seed,
-            run.recipe.teacher == "random",
-            run.recipe.budget,
-            run.recipe.unlabelled,
-            run.length,
-            run.origin,
-            how.batch,
-            how.target_share,
-            how.precision,
-            how.kernels,
-            how.replay,
-            alone,
-        )
+            *(getattr(run, name) for name in shared), run.origin, alone, recipe.teacher == "random", recipe.budget,
+            recipe.unlabelled, how.batch, how.target_share, how.precision, how.kernels, how.replay,
+        )  # fmt: skip
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 

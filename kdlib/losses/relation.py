@@ -141,7 +141,7 @@ class CrossImageRelation(DistillationLoss):
     ):  # fmt: skip
         super().__init__()
         base.check_positive(temperature=temperature)
-        if isinstance(weights, str) or len(weights) != 3:
+        if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != 3:
             raise InputError(f"weights {weights}: give three, for mini-batch, pixel and region")
         base.check_weight(**{f"number {i} of the weights": weight for i, weight in enumerate(weights)})
         base.check_whole(nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)

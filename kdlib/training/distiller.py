@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib.config import InputError, Recipe, Term, derive_seed, lookup
+from kdlib.config import UNLABELLED, InputError, Recipe, Term, derive_seed, lookup
 from kdlib.losses import LOSSES, Context
 from kdlib.training.adapters import Adapter, resize
 from kdlib.training.hooks import scales_of, split_scale
@@ -17,13 +17,16 @@ from kdlib.training.hooks import scales_of, split_scale
 def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     """The loss of a term and what it is made with. Raises: InputError for what does not exist or fit."""
     loss = lookup("distillation loss", term.loss, LOSSES)
-    parameters = inspect.signature(loss).parameters.values()
-    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters = inspect.signature(loss).parameters
+    own = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     options = [name for name in own if loss.adapt != "own" or name not in _SHAPES]
     unknown = [name for name in term.arguments if name not in options]
     if unknown:
         asked = f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}"
         raise InputError(f"{asked}; it has {', '.join(options) or 'none'}")
+    for name, value in term.arguments.items():
+        if isinstance(parameters[name].default, bool) and not isinstance(value, bool):
+            raise InputError(f"term {term.name}: option {name} is {value!r}: give true or false")
     if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
@@ -132,6 +135,7 @@ class Distiller(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.shuffled = recipe.teacher == "shuffled"
+        self.ignored = UNLABELLED if recipe.unlabelled and not recipe.pseudo_labels else None
         self.terms, self.weights, self.teacher_of = nn.ModuleDict(), {}, {}
         for teacher, shapes in teachers.items():
             for term in recipe.terms:
@@ -166,7 +170,8 @@ class Distiller(nn.Module):
         losses = {}
         for name, module in self.terms.items():
             own = derive_seed(seed, name)
-            context = Context(torch.Generator().manual_seed(own), patients, step)
+            ignored = self.ignored if module.loss.needs_labels else None
+            context = Context(torch.Generator().manual_seed(own), patients, step, ignored)
             losses[name] = module(student, teachers[self.teacher_of[name]], labels, context, own)
         return losses
 

@@ -140,6 +140,8 @@ def test_defects_are_a_table_and_nothing_is_left_or_they_are_left_out(capsys):
         (["mine/missing.csv"], "missing.csv, line 2: mine/a.nii.gz does not exist; give paths relative to the table"),
         (["mine/twice.csv"], "two files are of case 'scan'; give each case a name of its own"),
         (["mine", "--labels", "spleen=one"], "labels 'spleen=one': give names, e.g."),
+        (["mine", "--labels", "spleen=1,liver=1"], "give each label a value of its own, and none 0"),
+        (["mine", "--labels", "spleen=0,liver=1"], "give each label a value of its own, and none 0"),
     ],
 )
 def test_what_cannot_be_imported_is_one_line(capsys, words, message):

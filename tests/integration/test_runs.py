@@ -396,6 +396,10 @@ def test_cohorts_share_what_can_be_shared(phantom):
     assert [len(group) for group in cohorts(runs)] == [1, 2, 1, 2]
     teachers = [Run(str(phantom), "spleen", model, profile=TINY) for model in ("T1", "T2")]
     assert [len(group) for group in cohorts(teachers)] == [1, 1], "a teacher trains alone"
+    other = dataclasses.replace(runs[1], model="S2", group="(.*)")
+    assert len(cohorts([runs[1], other])) == 2, "patients that are grouped otherwise are other folds"
+    with pytest.raises(InputError, match="a study of no runs: give at least one"):
+        study([], "nowhere")
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path):

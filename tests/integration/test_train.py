@@ -289,6 +289,8 @@ def test_budget_of_teacher_and_student_is_teachers_and_students_steps():
     profile = dataclasses.replace(TINY, teacher_epochs=4, teacher_steps=30, student_epochs=5, student_steps=10)
     both = Run("phantom", "spleen", "S1", profile=profile, recipe=Recipe("longer", budget="teacher+student"))
     assert epochs_of(both, 320) * steps_per_epoch(both, 320) == 4 * 30 + 5 * 10
+    recipe = dataclasses.replace(thesis_recipe("S1"), budget="teacher+student")
+    assert epochs_of(dataclasses.replace(both, teacher="T1", recipe=recipe), 320) == epochs_of(both, 320)
     free = dataclasses.replace(both, profile=dataclasses.replace(profile, teacher_steps=None, student_steps=None))
     assert epochs_of(free, 320) * steps_per_epoch(free, 320) == 4 * 20 + 5 * 10
     assert epochs_of(run_of("S1"), 320) == TINY.student_epochs and epochs_of(run_of("T1"), 320) == TINY.teacher_epochs
@@ -362,4 +364,5 @@ def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
     torch.testing.assert_close(whole.diagnostics.losses["loss"], split.diagnostics.losses["loss"])
     for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    assert [len(part.images) for part in batch.split(3)] == [3, 3, 2]
+    halved = dataclasses.replace(batch, labelled=torch.arange(8) < 4)  # as the order of the batches has it
+    assert [(len(part.images), int(part.labelled.sum())) for part in halved.split(3)] == [(3, 2), (3, 1), (2, 1)]

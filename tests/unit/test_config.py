@@ -216,7 +216,7 @@ def test_errors_show_as_one_line_in_jupyter():
         ({"width": -1}, "width -1: give a number above 0"),
         ({"size": True}, "size True: give a whole number of 16 or more"),
         ({"window": [1]}, "window \\(1,\\): give 2 values, each a number"),
-        ({"published": "yes"}, "published 'yes': give true or false"),
+        ({"published": True}, "field of a profile 'published' does not exist"),
         ([3], "changes \\[3\\] of profile 'quick': give fields and values"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from monai.networks import nets
 from torch import nn
 
-from kdlib.config import SCALES, InputError, Recipe, Term
+from kdlib.config import SCALES, UNLABELLED, InputError, Recipe, Term
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.losses import LOSSES
 from kdlib.models import ExternalModel, build_model
@@ -245,6 +245,8 @@ def test_redrawn_projectors_depend_on_the_seed_alone():
         (Term("B-B", "msee", 1.0), "distillation loss 'msee' does not exist: choose from kl"),
         (Term("B-B", "fitnet", 1.0, 0.1), "loss 'fitnet' has no option temperature; it has none"),
         (Term("PMD", "kl", 1.0, options={"tau": 3}), "no option tau; it has temperature"),
+        (Term("B-B", "infonce", 1.0, options={"same_patient": "no"}), "same_patient is 'no': give true or false"),
+        (Term("B-B", "cirkd", 1.0, options={"weights": 5}), "weights 5: give three"),
         (Term("B-B", "kl", 1.0, 4.0), "loss 'kl' compares logits: let it read at 'logits'"),
         (Term("PMD", "infonce", 1.0, 0.1), "loss 'infonce' compares features"),
         (Term("x", "fitnet", 1.0, student_layers=("encoder1", "encoder2")), "takes one scale; write a term for each"),
@@ -261,6 +263,27 @@ def test_a_recipe_that_cannot_be_is_one_clear_line(term, message):
     with pytest.raises(InputError, match=message) as caught:
         check_recipe(Recipe("r", terms=(term,)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["dkd", "boundary_kl", "supcon", "prototype", "ifvd", "emkd_affinity"])
+def test_unlabelled_images_have_no_part_in_a_loss_of_labels(loss):
+    """With 255 throughout the labels of the second half, a term is that of the first half alone."""
+    _, channels = pair("S1", "T1", classes=2)
+    term = term_of(loss)
+    made = Distiller(Recipe("r", terms=(term,), unlabelled=True), *channels, seed=0, patients=range(4)).eval()
+    generator = torch.Generator().manual_seed(0)
+    maps = [
+        {name: torch.randn(4, *shape, generator=generator) for name, shape in shapes.items()}
+        for shapes in (channels[0], channels[1]["T1"])
+    ]
+    for scores in maps:
+        scores["logits"] = torch.randn(4, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 3, (4, 16, 16), generator=generator)
+    labels[2:] = UNLABELLED
+    both = made(maps[0], {"T1": maps[1]}, labels, seed=0, patients=torch.arange(4))
+    first = [{name: values[:2] for name, values in scores.items()} for scores in maps]
+    half = made(first[0], {"T1": first[1]}, labels[:2], seed=0, patients=torch.arange(2))
+    torch.testing.assert_close(both, half)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
