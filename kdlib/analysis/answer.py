@@ -22,7 +22,7 @@ from kdlib.analysis.sentences import (
     signed,
     withhold,
 )
-from kdlib.analysis.tables import HEADINGS
+from kdlib.analysis.tables import HEADINGS, markdown_table
 from kdlib.protocol import is_single
 
 ANSWER_COLUMNS = [  # of `answer`, to print
@@ -43,7 +43,8 @@ PLATEAUS = {  # verdict on the longest trainings -> what it says
 
 
 def verdicts_of(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """`statistics.compare` of every distilled student with itself alone; no verdict where one has not converged."""
+    """`statistics.compare` of every distilled student and control with the same student alone; no verdict where one
+    has not converged."""
     return withhold(compare(cases, baseline_pairs(cases)), convergence(history))
 
 
@@ -227,7 +228,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
     teachers = [_teachers(table) for table in (cases, *masters)]
     for row in verdicts.itertuples():
         method = found.loc[row.a]
-        values = by_patient(cases, [row.a, row.b], "dice", "method")
+        values = by_patient(cases, [row.a, row.b])
         means = values.mean()
         name, reached = _teacher(method, values.index, teachers)
         gap = reached - means[row.b]
@@ -266,7 +267,7 @@ def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFra
         own = table[table["model"] == name]
         if set(patients) <= set(own.get("patient", own["case"])):
             (method,) = own["method"].unique()
-            return name, by_patient(own, [method], "dice", "method").loc[patients, method].mean()
+            return name, by_patient(own, [method]).loc[patients, method].mean()
     return name, np.nan
 
 
@@ -333,8 +334,7 @@ def images_markdown(compared: pd.DataFrame, seeds: int) -> str:
         compared: from `statistics.compare` of `statistics.image_pairs`.
         seeds: trainings per method and fold.
     """
-    labels = dict(zip([*compared["a"], *compared["b"]], [*compared["label_a"], *compared["label_b"]], strict=True))
-    said = comparison_sentences(compared, labels, seeds)
+    said = comparison_sentences(compared, seeds)
     return "\n".join(["Is it the teacher, or the unlabelled images?", "", *(f"- {sentence}" for sentence in said)])
 
 
@@ -385,5 +385,4 @@ def markdown(table: pd.DataFrame) -> str:
     cells = table.map(
         lambda value: "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else str(value)
     )
-    rows = [[HEADINGS.get(name, name) for name in table], ["---"] * table.shape[1], *cells.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return f"{markdown_table(cells.rename(columns=HEADINGS))}\n"

@@ -19,7 +19,7 @@ from kdlib.analysis.comparisons import ALPHA, SAME
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import method_labels, percent
 from kdlib.analysis.metrics import METRICS
-from kdlib.analysis.tables import summarise
+from kdlib.analysis.tables import markdown_table, summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
 from kdlib.files import write_text
 
@@ -85,7 +85,7 @@ def templates(package: str) -> Environment:
         loader=PackageLoader(package), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    found.filters |= {"table": markdown, "listed": _listed, "percent": percent}
+    found.filters |= {"table": markdown_table, "listed": _listed, "percent": percent}
     return found
 
 
@@ -99,12 +99,6 @@ def _tables(folder: Path, part: str) -> pd.DataFrame:
         raise InputError(f"{folder / 'tables'} holds no *_{part}.csv: run a notebook of this study first")
     text = dict.fromkeys(("run", "case", "patient", "class"), str)  # a key or a name may look like a number
     return pd.concat([pd.read_csv(path, dtype=text) for path in paths], ignore_index=True)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown; bars in its cells become slashes."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows)
 
 
 def _listed(values: Iterable[object]) -> str:

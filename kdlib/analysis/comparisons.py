@@ -25,22 +25,15 @@ COMPARISON_COLUMNS = [  # of `compare`, to print
 ]  # fmt: skip
 
 
-def labels_of(table: pd.DataFrame, by: str) -> dict[object, str]:
-    """Group -> how a reader sees it: a method's label, else the value itself."""
-    return method_labels(table) if by == "method" else {value: str(value) for value in table[by].unique()}
-
-
-def paired(
-    table: pd.DataFrame, a: str, b: str, metric: str = "dice", by: str = "method", tests: int = 1
-) -> dict[str, object]:
-    """Group `a` against group `b` on the same patients: mean difference a - b, and Wilcoxon's signed-rank test.
+def paired(table: pd.DataFrame, a: str, b: str, metric: str = "dice", tests: int = 1) -> dict[str, object]:
+    """Method `a` against method `b` on the same patients: mean difference a - b, and Wilcoxon's signed-rank test.
 
     The p-value is two-sided, exact up to 50 patients (13 with ties or zeros), else by the normal approximation; with
     fewer than 6 patients it cannot fall below 0.05. The verdict is "better" or "worse" only if p < 0.05 and the 95 %
     interval of the mean difference lies on that side of 0, else "inconclusive".
 
     Args:
-        a, b: values of the column `by`.
+        a, b: values of the column `method`.
         tests: size of the family that this test is one of, for `minimum_detectable` alone.
 
     Returns: a, b, n (patients where both are defined), volumes, difference, low, high and interval (`interval`, of
@@ -50,7 +43,7 @@ def paired(
     Raises: InputError: a group that is not there, cases that only one of both has, a metric without a better direction;
         see also `per_patient`.
     """
-    difference, found = _difference(table, a, b, metric, by)
+    difference, found = _difference(table, a, b, metric)
     gain = difference if METRICS[metric].higher else -difference
     p = signed_rank(difference)
     return found | dict(
@@ -61,11 +54,11 @@ def paired(
     )  # fmt: skip
 
 
-def _difference(table: pd.DataFrame, a: str, b: str, metric: str, by: str) -> tuple[np.ndarray, dict[str, object]]:
+def _difference(table: pd.DataFrame, a: str, b: str, metric: str) -> tuple[np.ndarray, dict[str, object]]:
     """a - b of every patient where both are defined; and a, b, n, volumes, difference (their mean) and its interval."""
-    wide = by_patient(table, [a, b], metric, by)
-    rows = rows_of(table, metric, [by])
-    parts = [rows[rows[by] == name] for name in (a, b)]
+    wide = by_patient(table, [a, b], metric)
+    rows = rows_of(table, metric, ["method"])
+    parts = [rows[rows["method"] == name] for name in (a, b)]
     noise = seed_noise(*parts, metric=metric)
     difference = (wide[a] - wide[b]).round(12).to_numpy()  # rounded, so that means over seeds can tie
     seen = parts[0][parts[0].get("patient", parts[0]["case"]).isin(wide.index)]
@@ -75,20 +68,20 @@ def _difference(table: pd.DataFrame, a: str, b: str, metric: str, by: str) -> tu
     return difference, about | dict(low=low, high=high, interval=kind)
 
 
-def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str, by: str) -> pd.DataFrame:
-    """One row per patient with a value in each of the groups `names` (None: all), a column per group; see `paired`."""
+def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str = "dice") -> pd.DataFrame:
+    """One row per patient with a value in each of the methods `names` (None: all), a column per method."""
     _directed(metric)
-    rows = rows_of(table, metric, [by])
-    names = list(rows[by].unique()) if names is None else names
-    for name in names:
-        if name not in set(rows[by]):
-            raise InputError(f"no {by} {name!r} in the table: it has {', '.join(map(str, rows[by].unique()))}")
-    rows = rows[rows[by].isin(names)]
-    for name in names:
-        if missing := sorted(set(rows["case"]) - set(rows.loc[rows[by] == name, "case"])):
+    rows = rows_of(table, metric, ["method"])
+    known = list(rows["method"].unique())
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"no method {name!r} in the table: it has {', '.join(known)}")
+    rows = rows if names is None else rows[rows["method"].isin(names)]
+    for name in rows["method"].unique():
+        if missing := sorted(set(rows["case"]) - set(rows.loc[rows["method"] == name, "case"])):
             listed = ", ".join(map(str, missing))
-            raise InputError(f"{by} {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
-    return per_patient(rows, metric, [by]).pivot(index="patient", columns=by, values="value").dropna()
+            raise InputError(f"method {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
+    return per_patient(rows, metric).pivot(index="patient", columns="method", values="value").dropna()
 
 
 def _directed(metric: str) -> None:
@@ -146,8 +139,8 @@ def verdict(p: float, low: float, high: float, metric: str) -> str:
     return "better" if (low > 0) == METRICS[metric].higher else "worse"
 
 
-def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -> list[tuple[str, str]]:
-    """Every method of these roles with the same student alone: same labels, length and dimensions, no teacher.
+def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Every distilled student and control with the same student alone: same labels, length and dimensions.
 
     Returns: pairs (method, baseline) of values of the column `method`.
 
@@ -157,10 +150,10 @@ def baseline_pairs(table: pd.DataFrame, roles: Sequence[str] = ("distilled",)) -
     columns = ["model", "fraction", "length", "dimensions"]
     place = dict(zip(found.index, found[columns].itertuples(index=False, name=None), strict=True))
     alone = {place[name]: name for name in found.index[found["role"] == "baseline"]}
-    others = found.index[found["role"].isin(roles)]
+    others = found.index[found["role"].isin(["distilled", "control"])]
     pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]
     if not pairs:
-        raise InputError(f"no {' or '.join(roles)} student with itself alone on the same labels: run notebook 02")
+        raise InputError("no distilled student or control with itself alone on the same labels: run notebook 02")
     return pairs
 
 
@@ -186,9 +179,7 @@ def holm(pvalues: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1])
 
 
-def compare(
-    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str = "dice", by: str = "method"
-) -> pd.DataFrame:
+def compare(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str = "dice") -> pd.DataFrame:
     """`paired` for every (a, b), with p adjusted by Holm over all of them (`p_holm`) and the verdict from that.
 
     Where nothing is decided so, the interval of the mean difference lies wholly within `SAME` of 0 (as in a test of
@@ -201,8 +192,8 @@ def compare(
     """
     if not pairs:
         raise InputError("no pairs to compare: give at least one (a, b)")
-    found = pd.DataFrame([paired(table, a, b, metric, by, len(pairs)) for a, b in pairs])
-    return _decided(found, labels_of(table, by), metric)
+    found = pd.DataFrame([paired(table, a, b, metric, len(pairs)) for a, b in pairs])
+    return _decided(found, method_labels(table), metric)
 
 
 def compare_classes(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str = "dice") -> pd.DataFrame:
@@ -213,7 +204,7 @@ def compare_classes(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metri
     classes = [(name, rows) for name, rows in table.groupby("class", sort=False)]
     tests = len(classes) * len(pairs)
     rows = [{"class": name} | paired(of, a, b, metric, tests=tests) for name, of in classes for a, b in pairs]
-    found = _decided(pd.DataFrame(rows), labels_of(table, "method"), metric)
+    found = _decided(pd.DataFrame(rows), method_labels(table), metric)
     return found[["class", *found.columns.drop("class")]]
 
 
@@ -236,7 +227,7 @@ def _adjusted(found: pd.DataFrame, labels: dict[object, str]) -> pd.DataFrame:
 
 
 def non_inferiority(
-    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], margin: float, metric: str = "dice", by: str = "method"
+    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], margin: float, metric: str = "dice"
 ) -> pd.DataFrame:
     """Whether each a, say a student, is worse than its b, say its teacher, by less than a margin on the same patients.
 
@@ -246,7 +237,7 @@ def non_inferiority(
     say the opposite; else "inconclusive". The margin has to be stated before the results are seen.
 
     Args:
-        pairs: (a, b), values of the column `by`.
+        pairs: (a, b), values of the column `method`.
         margin: largest loss that would not matter, in the metric's unit; positive.
 
     Returns: a, b, label_a, label_b, n, volumes, margin, difference, low, high, interval, p (against the margin),
@@ -259,9 +250,9 @@ def non_inferiority(
     _directed(metric)
     edge, rows = -margin if METRICS[metric].higher else margin, []
     for a, b in pairs:
-        difference, row = _difference(table, a, b, metric, by)
+        difference, row = _difference(table, a, b, metric)
         rows.append(row | dict(p=signed_rank((difference - edge).round(12))))
-    found = _adjusted(pd.DataFrame(rows), labels_of(table, by))
+    found = _adjusted(pd.DataFrame(rows), method_labels(table))
     found.insert(found.columns.get_loc("difference"), "margin", margin)
     words = {"better": "non-inferior", "worse": "inferior"}
     verdicts = [verdict(row.p_holm, row.low - edge, row.high - edge, metric) for row in found.itertuples()]
@@ -269,36 +260,34 @@ def non_inferiority(
 
 
 def ranks(
-    table: pd.DataFrame, by: str = "method", metric: str = "dice", resamples: int = 2000, seed: int = 0,
-    reference: str | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """The rank of every group's mean over the same patients, and how far it hangs on which patients those were.
+    table: pd.DataFrame, metric: str = "dice", resamples: int = 2000, seed: int = 0, reference: str | None = None
+) -> pd.DataFrame:
+    """The rank of every method's mean over the same patients, and how far it hangs on which patients those were.
 
-    Patients are drawn anew, with replacement and for all groups at once, and the groups ranked by their means in each
+    Patients are drawn anew, with replacement and for all methods at once, and the methods ranked by their means in each
     resample (as Wiesenfarth et al. 2021 rank challenge results, arXiv 1910.05121). Equal means share the mean of their
     ranks, and a first place.
 
     Args:
         table: tidy.
-        by: column that makes the groups.
         metric: a metric with a better direction.
         resamples: bootstrap samples of the patients.
         seed: of the samples.
-        reference: group that the others are compared with.
+        reference: method that the others are compared with.
 
-    Returns: best first, columns: `by`; label; n (patients with a defined value in every group); mean; rank of the mean,
-        1 the best; rank_low and rank_high, its 95 % percentile interval; first, the share of resamples in which the
-        group has rank 1; with a reference beats, the share in which its mean is better than the reference's (equal
-        counts half; NaN for the reference); and of methods their identity columns.
+    Returns: best first, columns: method; label; n (patients with a defined value in every method); mean; rank of the
+        mean, 1 the best; rank_low and rank_high, its 95 % percentile interval; first, the share of resamples in which
+        the method has rank 1; with a reference beats, the share in which its mean is better than the reference's (equal
+        counts half; NaN for the reference); and the identity columns.
 
-    Raises: InputError: as `paired`, for the cases that any group has; no patient is defined in every group.
+    Raises: InputError: as `paired`, for the cases that any method has; no patient is defined in every method.
     """
-    wide = by_patient(table, None, metric, by)
-    names, n = [name for name in table[by].unique() if name in wide], len(wide)
+    wide = by_patient(table, None, metric)
+    names, n = [name for name in table["method"].unique() if name in wide], len(wide)
     if not n:
-        raise InputError(f"no patient has a defined {metric} in every {by}: rank fewer of them, or another metric")
+        raise InputError(f"no patient has a defined {metric} in every method: rank fewer of them, or another metric")
     if reference is not None and reference not in names:
-        raise InputError(f"no {by} {reference!r} in the table to be the reference: it has {', '.join(map(str, names))}")
+        raise InputError(f"no method {reference!r} in the table to be the reference: it has {', '.join(names)}")
     wide = wide.iloc[canonical_order(wide[sorted(names)].to_numpy())]
     values = wide[names].to_numpy() * (-1 if METRICS[metric].higher else 1)  # the best is the lowest, as its rank is
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -306,22 +295,20 @@ def ranks(
     found = stats.rankdata(means, axis=1)
     winners = means == means.min(axis=1, keepdims=True)
     low, high = np.quantile(found, [0.025, 0.975], axis=0, method="inverted_cdf")  # ranks that did occur
-    labels = labels_of(table, by)
+    labels = method_labels(table)
     result = pd.DataFrame({
-        by: names, "label": [labels[name] for name in names], "n": n, "mean": wide[names].mean().to_numpy(),
+        "method": names, "label": [labels[name] for name in names], "n": n, "mean": wide[names].mean().to_numpy(),
         "rank": stats.rankdata(values.mean(axis=0).round(12)), "rank_low": low, "rank_high": high,
         "first": (winners / winners.sum(axis=1, keepdims=True)).mean(axis=0),
     })  # fmt: skip
     if reference is not None:
         level = means[:, [names.index(reference)]]
         result["beats"] = ((means < level) + 0.5 * (means == level)).mean(axis=0)
-        result.loc[result[by] == reference, "beats"] = np.nan
-    return with_identity(result, table, by).sort_values("rank", kind="stable", ignore_index=True)
+        result.loc[result["method"] == reference, "beats"] = np.nan
+    return with_identity(result, table).sort_values("rank", kind="stable", ignore_index=True)
 
 
-def with_identity(result: pd.DataFrame, table: pd.DataFrame, by: str) -> pd.DataFrame:
+def with_identity(result: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """A result of methods, with those identity columns that the table has."""
-    if by != "method":
-        return result
     known = [column for column in IDENTITY if column in table and column not in result]
     return result.join(methods(table)[known], on="method")

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib.analysis.answer import fractions, verdicts_markdown
-from kdlib.analysis.comparisons import baseline_pairs, compare
-from kdlib.analysis.convergence import convergence
+from kdlib.analysis.answer import fractions, verdicts_markdown, verdicts_of
 from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
-from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed, withhold
+from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed
 from kdlib.config import InputError
 from kdlib.files import packed_or_not, read_csv
 
@@ -69,8 +67,7 @@ def _comparisons(
     about = methods(cases)
     if not about["role"].isin(["distilled", "control"]).any():
         return pd.DataFrame()
-    verdicts = withhold(compare(cases, baseline_pairs(cases, ("distilled", "control"))), convergence(history))
-    table = fractions(cases, verdicts, masters)
+    table = fractions(cases, verdicts_of(cases, history), masters)
     taught, parameters = about.loc[table["a"]], runs.drop_duplicates("method").set_index("method")["parameters"]
     classes = cases["class"].unique()
     target = classes[0] if len(classes) == 1 else f"{len(classes)} classes"
@@ -186,7 +183,6 @@ def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:
 
 def table_markdown(table: pd.DataFrame) -> str:
     """What was compared on scans of people, without controls, the largest change first, as Markdown."""
-    rows = of_people(table)
-    rows = rows[rows["knowledge"] != CONTROL].sort_values("difference", ascending=False)
+    rows = _taught(table).sort_values("difference", ascending=False)
     rows = rows.sort_values("verdict", key=lambda column: column == NOT_CONVERGED, kind="stable")
     return verdicts_markdown(rows, PRINTED)

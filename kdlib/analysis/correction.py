@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from kdlib.analysis.comparisons import labels_of, smallest_p, verdict
+from kdlib.analysis.comparisons import smallest_p, verdict
 from kdlib.analysis.intervals import canonical_order, studentised
+from kdlib.analysis.labels import method_labels
 from kdlib.analysis.patients import per_patient, volumes
 from kdlib.analysis.sentences import NOT_CONVERGED
 from kdlib.config import InputError
@@ -165,7 +166,7 @@ def gains(
     Raises: InputError: as `step_changes`.
     """
     groups, pairs, names = [], [], []
-    labels = labels_of(table[table["protocol"] == stages[0]], "method")
+    labels = method_labels(table[table["protocol"] == stages[0]])
     for stage in stages:
         own = len(groups)
         groups += [_of_stage(table[table["method"] == name], stage, pooled) for name in (method, *references)]

@@ -87,16 +87,6 @@ def trio(found: Results) -> dict[str, str]:
     }
 
 
-def against_baseline(found: Results) -> pd.DataFrame:
-    """Every method against the student alone, on the same patients; no verdict where one has not converged."""
-    rows = found.cases.drop_duplicates("method")
-    alone = pick(rows, role="baseline")
-    others = [
-        name for name, role in zip(rows["method"], rows["role"], strict=True) if role not in ("baseline", "teacher")
-    ]
-    return withhold(compare(found.cases, [(name, alone) for name in others]), convergence(found.history))
-
-
 def against_shuffled(found: Results) -> pd.DataFrame:
     """Every distillation loss against the same with a shuffled teacher."""
     rows = methods(found.cases).reset_index()
@@ -150,14 +140,18 @@ def _qualitative(saved: Saved) -> Figure:
     return figures.qualitative(found.examples, chosen, cases, found.cases)
 
 
+def _against_alone(saved: Saved) -> pd.DataFrame:
+    return verdicts_of(saved.found.cases, saved.found.history)
+
+
 def _ablation(saved: Saved) -> Figure:
-    return figures.forest(against_baseline(saved.found), terms=methods(saved.found.cases)["terms"].to_dict())
+    return figures.forest(_against_alone(saved), terms=methods(saved.found.cases)["terms"].to_dict())
 
 
 def _losses(saved: Saved) -> Figure:
     cases = saved.found.cases
     order = ranks(cases, reference=pick(cases, role="baseline"))
-    return figures.forest(against_baseline(saved.found), ranks=order, shares=cases["seed"].nunique() > 1)
+    return figures.forest(_against_alone(saved), ranks=order, shares=cases["seed"].nunique() > 1)
 
 
 def _terms(saved: Saved, protocol: int | None = None) -> Figure:
@@ -187,7 +181,7 @@ GALLERY: Mapping[str, Entry] = {
         "Baselines: Dice by volume and enhancement of the target and thickness of the slices.",
     ),
     "02_comparisons": Entry(
-        MAIN, lambda saved: figures.forest(verdicts_of(saved.found.cases, saved.found.history)),
+        MAIN, lambda saved: figures.forest(_against_alone(saved)),
         "Distilled students against the same students alone: difference of Dice, paired by patient.",
     ),
     "02_dice_per_method": Entry(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.analysis import answer, show
-from kdlib.analysis.labels import method_labels
 from kdlib.analysis.sentences import (
     comparison_sentences,
     convergence_sentence,
@@ -58,7 +57,7 @@ def opening(folder: Path) -> show.Shown:
     """
     main, parts = _table(folder, "02_answer"), []
     if main is not None:
-        drawn = [f"figures/{name}.png" for name in (FIRST, "02_classes") if _picture(folder, name)]
+        drawn = [png for name in (FIRST, "02_classes") if (folder / (png := f"figures/{name}.png")).is_file()]
         write_text(folder / "answer.md", answer.answer_markdown(main, *drawn[:1]))
         parts += [answer.shown(main), *_picture(folder, FIRST)]
         parts.append(show.view(main, columns=answer.ANSWER_COLUMNS))
@@ -82,11 +81,10 @@ def findings(folder: Path) -> show.Shown:
     `length.md`, and several classes as `classes.md`.
     """
     runs, parts = runs_of(folder), []
-    labels = method_labels(runs) if len(runs) else {}
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
-            lines = comparison_sentences(found, labels, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
+            lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
                 write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -41,12 +41,11 @@ def interval_of(value: float, low: float, high: float, sign: str = "+") -> str:
     return signed(text if np.isnan(low) else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def comparison_sentences(verdicts: pd.DataFrame, labels: Mapping[str, str], seeds: int) -> list[str]:
+def comparison_sentences(verdicts: pd.DataFrame, seeds: int) -> list[str]:
     """One sentence per comparison: methods, effect with its interval, patients, seeds, adjusted p and verdict.
 
     Args:
-        verdicts: columns a, b, n, difference, low, high, p_holm and verdict.
-        labels: method -> how readers know it.
+        verdicts: columns label_a, label_b, n, difference, low, high, p_holm and verdict.
         seeds: trainings per method and fold that the means are over.
     """
     sentences = []
@@ -54,8 +53,7 @@ def comparison_sentences(verdicts: pd.DataFrame, labels: Mapping[str, str], seed
         effect = interval_of(row.difference, row.low, row.high)
         trained = f"{row.n} patients, {seeds} seed{'s' if seeds > 1 else ''}"
         p = "" if pd.isna(row.p_holm) else f", p {row.p_holm:.3f}" if row.p_holm >= 0.001 else ", p < 0.001"
-        a, b = (labels.get(name, name) for name in (row.a, row.b))
-        sentences.append(f"{a} {VERDICTS[row.verdict]} {b}: Dice {effect} ({trained}{p}).")
+        sentences.append(f"{row.label_a} {VERDICTS[row.verdict]} {row.label_b}: Dice {effect} ({trained}{p}).")
     return sentences
 
 
@@ -67,7 +65,7 @@ def verdict_sentence(verdicts: pd.DataFrame) -> str:
     """
     count = len(verdicts)
     parts = []
-    for word in ("better", "worse", "equivalent", "inconclusive", NOT_CONVERGED):
+    for word in VERDICTS:
         rows = verdicts[verdicts["verdict"] == word]
         names = rows["label_a"] if verdicts["label_a"].nunique() > 1 else "than " + rows["label_b"]
         named = f" ({listed(names)})" if word in ("better", "worse") and 0 < len(rows) <= 6 else ""

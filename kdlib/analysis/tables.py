@@ -80,7 +80,7 @@ def summarise(table: pd.DataFrame, by: Sequence[str] = ("method",), metric: str 
     if by != ["method"]:
         return result
     result.insert(1, "label", result["method"].map(method_labels(table)))
-    return with_identity(result, table, "method")
+    return with_identity(result, table)
 
 
 def all_means(table: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +102,7 @@ def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
         slices), intensity (mean in the target, HU of CT), and the Dice of each method, by label; means over its scans.
     """
     labels = method_labels(table)
-    dice = by_patient(table, None, "dice", "method")[list(labels)].rename(columns=labels)
+    dice = by_patient(table, None)[list(labels)].rename(columns=labels)
     about = cases.set_index("case")
     scans = pd.DataFrame({
         "volume": about.filter(like="(ml)").sum(axis="columns"), "thickness": about["thickness (mm)"],
@@ -253,6 +253,12 @@ def styled(table: pd.DataFrame, bold: Sequence[str] = (), latex: bool = False) -
     style = style.apply(lambda _: marks, axis=None).format_index(escape=escape, axis=1)
     style = style.format_index(escape=escape, axis=0).apply_index(lambda index: np.where(won, mark, ""), axis=0)
     return style.hide(axis="index", names=named)  # their names, or all of it
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table of text in Markdown; bars in its cells become slashes."""
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows)
 
 
 def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str, bold: Sequence[str] = ()) -> Path:

@@ -35,10 +35,9 @@ def when(table: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(style.DOUBLE, 95 * style.MM))
     markers = dict(zip(rows["data"].unique(), itertools.cycle(MARKERS), strict=False))
     for row in rows.itertuples():
-        decided = row.verdict in ("better", "worse", "equivalent")
         look = dict(color=COLOURS[row.knowledge], marker=markers[row.data], markersize=5, **style.NO_LINE)
         errors = [[row.difference - row.low], [row.high - row.difference]]
-        fill = {} if decided else {"markerfacecolor": "white"}
+        fill = {} if row.verdict in style.DECIDED else {"markerfacecolor": "white"}
         ax.errorbar(row.gap, row.difference, errors, elinewidth=0.7, **look, **fill)
     ax.axhspan(-SAME["dice"], SAME["dice"], color=style.PALE, alpha=0.35, linewidth=0, zorder=0)
     ax.axhline(0, color=style.DARK, linewidth=0.6, zorder=0.5)

@@ -17,13 +17,9 @@ from kdlib.analysis.labels import method_labels, methods, way_of_learning
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient
 from kdlib.analysis.sentences import cost_sentence
-from kdlib.analysis.tables import THESIS_TABLE, summarise
+from kdlib.analysis.tables import HEADINGS, THESIS_TABLE, summarise
 from kdlib.config import InputError
 
-AGREEMENT = {  # metric of kdlib.evaluation.agreement -> print
-    "agreement": "Dice with the teacher", "band_agreement": "agreement at the boundary",
-    "error_overlap": "overlap of errors (Dice)", "cka": "feature similarity (CKA)", "ece": "calibration error",
-}  # fmt: skip
 COSTS = {  # column of the cost table -> (label, its unit)
     "inference_parameters": ("parameters (millions)", 1e6), "latency_ms": ("CPU latency (ms per slice)", 1),
 }  # fmt: skip
@@ -265,9 +261,8 @@ def teacher_agreement(table: pd.DataFrame) -> Figure:
     """Agreement with the teacher, a panel per metric, a row per method: patients, mean and interval.
 
     Args:
-        table: columns method, metric (of `kdlib.evaluation.agreement`, or "cka"), case (or patient) and value; over
-            seeds, classes and whatever else a case has several values for, values are averaged within the patient. For
-            CKA, which has no cases, give the fold as case.
+        table: columns method, metric (of `kdlib.evaluation.agreement`), case (or patient) and value; over seeds,
+            classes and whatever else a case has several values for, values are averaged within the patient.
 
     Raises: InputError: a missing column, or no defined value.
     """
@@ -275,7 +270,6 @@ def teacher_agreement(table: pd.DataFrame) -> Figure:
     style.need_columns(table, [*needed, unit], "teacher_agreement", "kdlib.teacher_agreement's first table")
     table = table.dropna(subset="value")
     labels, styles, metrics = method_labels(table), style.method_styles(table), list(table["metric"].unique())
-    metrics.sort(key=lambda name: [*AGREEMENT, name].index(name))
     if not metrics:
         raise InputError("teacher_agreement: no defined value in the table")
     columns = min(3, len(metrics))
@@ -292,7 +286,7 @@ def teacher_agreement(table: pd.DataFrame) -> Figure:
                 style.draw_mean(ax, y, values.mean(), *limits, styles[method])
                 counts.append(len(values))
                 kinds.append(kind)
-        style.name_rows(ax, list(labels.values()), AGREEMENT.get(metric, metric))
+        style.name_rows(ax, list(labels.values()), HEADINGS[metric])
         ax.xaxis.get_major_locator().set_params(nbins=4)
     note = f"Small points: {unit}s, seeds and classes averaged; large ones: mean over {_units_text(table, counts)}"
     figure.set_label(f"{note} and {interval_text(kinds)}.")

@@ -61,8 +61,9 @@ TERMS = ("E-E", "B-B", "D-D", "PMD")
 TERM_COLOURS = dict(zip(("segmentation", *TERMS), (GREY, BLUE, ORANGE, GREEN, PINK), strict=True))
 VERDICTS = {  # verdict -> colour, marker; whatever is not decided is hollow
     "better": ("#4D9221", "^"), "worse": ("#C51B7D", "v"), "equivalent": (DARK, "s"),
-    "inconclusive": (GREY, "o"), "not converged": (PALE, "o"), "": (DARK, "|"),
+    "inconclusive": (GREY, "o"), "not converged": (PALE, "o"),
 }  # fmt: skip
+DECIDED = ("better", "worse", "equivalent")
 DIRECTIONS = {  # of a patient's change, for lines
     "gains": dict(color=DARK, linewidth=0.7, linestyle="-", alpha=0.6),
     "loses": dict(color=DARK, linewidth=0.7, linestyle=(0, (1.5, 1.5)), alpha=0.8),
@@ -88,7 +89,7 @@ def method_styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:
 def verdict_look(verdict: str) -> dict[str, str]:
     """Colour and marker of a difference with this verdict; hollow where it is not decided."""
     colour, marker = VERDICTS[verdict]
-    hollow = {} if verdict in ("better", "worse", "equivalent") else {"markerfacecolor": "white"}
+    hollow = {} if verdict in DECIDED else {"markerfacecolor": "white"}
     return NO_LINE | dict(color=colour, marker=marker) | hollow
 
 

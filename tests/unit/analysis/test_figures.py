@@ -480,7 +480,7 @@ def test_reliability_weighs_cases_alike():
     assert "n = 2 patients with 3 volumes" in found.get_label()
 
 
-CLOSE = ["agreement", "band_agreement", "error_overlap", "cka", "ece"]
+CLOSE = ["agreement", "band_agreement", "error_overlap"]
 
 
 def closeness(methods, metrics, cases=6) -> pd.DataFrame:
@@ -491,10 +491,10 @@ def closeness(methods, metrics, cases=6) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_teacher_agreement(count):
     methods, metrics = ["S1 (50 %)", "KD(T1, S1)"], CLOSE[:count]
-    table = closeness(methods, metrics[::-1])
+    table = closeness(methods, metrics)
     table.loc[(table["metric"] == "error_overlap") & (table["case"] == "case_0"), "value"] = np.nan
     figure = teacher_agreement(table)
     check(figure, SINGLE if count == 1 else DOUBLE)

@@ -22,10 +22,11 @@ VERDICTS = pd.DataFrame(
     ]
 )
 LABELS = {"d": "KD(T1, S1)", "s": "S1 (50 %)", "t": "T1"}
+VERDICTS = VERDICTS.assign(label_a=VERDICTS["a"].map(LABELS), label_b=VERDICTS["b"].map(LABELS))
 
 
 def test_a_sentence_says_effect_interval_patients_seeds_and_p():
-    assert comparison_sentences(VERDICTS, LABELS, 3) == [
+    assert comparison_sentences(VERDICTS, 3) == [
         "KD(T1, S1) does better than S1 (50 %): Dice +0.012 [+0.004, +0.021] (72 patients, 3 seeds, p < 0.001).",
         "KD(T1, S1) differs inconclusively from T1: Dice −0.020 [−0.030, +0.001] (72 patients, 3 seeds, p 0.310).",
     ]
@@ -37,7 +38,7 @@ def test_a_method_that_has_not_converged_gets_no_verdict():
     )
     withheld = withhold(VERDICTS, table)
     assert withheld["verdict"].tolist() == ["not converged", "inconclusive"]
-    assert comparison_sentences(withheld, LABELS, 1)[0].startswith("KD(T1, S1) cannot be compared yet with S1 (50 %):")
+    assert comparison_sentences(withheld, 1)[0].startswith("KD(T1, S1) cannot be compared yet with S1 (50 %):")
     assert "1 of 3 methods have not converged" in convergence_sentence(table)
     assert "S1 (50 %) (+0.020)" in convergence_sentence(table)
     assert convergence_sentence(table[table["converged"]]).startswith("All 2 methods have converged")
