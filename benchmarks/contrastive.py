@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kdlib.losses import SupervisedContrastiveLoss
 from kdlib.losses.linear import log_sum_exp
-from kdlib.training.device import pick_device
+from kdlib.training.device import one_thread, pick_device
 
 TEMPERATURE, CLASSES = 0.1, 4
 
@@ -200,15 +200,13 @@ def contrast(record: Record, loss: str, n: int, dims: int) -> list[tuple[str, fl
 
 def measure(record: Record, sizes: tuple[int, ...] = (1024, 2048, 4096, 8192), dims: tuple[int, ...] = (64,)) -> None:
     record.sizes = sizes = (256, 512) if record.quick else sizes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for width in dims:
-        points = [point for loss in WAYS for n in sizes for point in contrast(record, loss, n, width)]
-        record.curve(f"contrast of pixels, d {width}", "pixels", points)
+    with one_thread():
+        for width in dims:
+            points = [point for loss in WAYS for n in sizes for point in contrast(record, loss, n, width)]
+            record.curve(f"contrast of pixels, d {width}", "pixels", points)
     for loss, goal in WITH_BF16.items():
         why = NO_BF16 if not has_bf16(record.device) else "not measured: products in bf16 are not written"
         record.add(unmeasured(f"7 {loss} with bf16 matrix products", f"at least {goal} times", why))
-    torch.set_num_threads(threads)
 
 
 def main() -> None:

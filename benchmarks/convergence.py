@@ -48,12 +48,12 @@ from kdlib.config import Run, TrainingError, override_profile
 from kdlib.data.augment import ROTATION, SCALE, SHIFT
 from kdlib.experiments.recipes import prediction_recipe
 from kdlib.experiments.source import run_bank, run_source
+from kdlib.experiments.store import untrained
 from kdlib.losses import predict
 from kdlib.models import build_model
 from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
 from kdlib.training.schedule import epochs_of, optimiser_of, steps_per_epoch
-from kdlib.training.state import new_model
 
 Course = list[tuple[float, float]]  # of validations: seconds since the start, Dice
 BOTH = ["image", "label"]
@@ -64,10 +64,9 @@ def kdlib_course(run: Run, results: Path, device: torch.device) -> Course:
     begin, course = time.perf_counter(), []
     fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
     train, val = bank.select(fold.subset(run.fraction)).to(device), bank.select(fold.val).to(device)
-    slices, teachers = len(bank.select(fold.train)), {}
-    for name, teacher in run.teacher_runs().items():  # untrained: it takes as long
-        model = new_model(teacher, len(bank.classes)).to(device, memory_format=torch.channels_last)
-        teachers[name] = model.eval().requires_grad_(False)
+    slices = len(bank.select(fold.train))
+    # untrained: it takes as long
+    teachers = {name: untrained(each, len(bank.classes), device) for name, each in run.teacher_runs().items()}
 
     def validated(states: list) -> None:
         dice = next(row["value"] for row in states[0].history[::-1] if row["name"] == "val_dice")

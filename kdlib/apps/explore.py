@@ -28,13 +28,12 @@ from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source
-from kdlib.experiments.store import run_key, trained
+from kdlib.experiments.store import run_key, trained, untrained
 from kdlib.files import read_csv
 from kdlib.models import MODELS
 from kdlib.record import read_manifest
 from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
-from kdlib.training.state import new_model
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
 # of classes, for the colour-blind (after Paul Tol), other than those of errors
@@ -326,8 +325,7 @@ def teacher_networks(run: Run, teachers: tuple[Finished, ...]) -> dict[str, nn.M
     """Teachers by model; untrained ones for the control that learns from random weights."""
     if run.recipe.teacher != "random":
         return {teacher.run.model: network(teacher) for teacher in teachers}
-    fresh = {teacher.run.model: new_model(teacher.run, len(teacher.classes)).to(teacher.device) for teacher in teachers}
-    return {name: model.eval().requires_grad_(False) for name, model in fresh.items()}
+    return {teacher.run.model: untrained(teacher.run, len(teacher.classes), teacher.device) for teacher in teachers}
 
 
 def change_recipe(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdlib.config import InputError
-from kdlib.files import write_text
+from kdlib.files import write_json
 
 KILLED = "killed from outside, or out of memory"
 STOPPED = "stopped"  # by a scheduler or by Ctrl-C
@@ -35,7 +35,7 @@ def recorded(done: Path | None, folder: Path) -> Iterator[None]:
     before = json.loads(failed.read_text()) if failed.exists() else {"cause": KILLED}
     if before["cause"] not in (KILLED, STOPPED):
         sys.exit(before["status"])
-    write_text(failed, json.dumps({"cause": KILLED, "status": 1}))
+    write_json(failed, {"cause": KILLED, "status": 1})
     print(f"== {name}")
     try:
         with contextlib.redirect_stdout(_Labelled(name)):
@@ -43,18 +43,14 @@ def recorded(done: Path | None, folder: Path) -> Iterator[None]:
     except BaseException as error:
         cause = STOPPED if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"== {name} failed after {time.perf_counter() - begin:.0f} s: {cause.partition(chr(10))[0]}")
-        write_text(failed, json.dumps({"cause": cause, "status": 2 if isinstance(error, InputError) else 1}))
+        write_json(failed, {"cause": cause, "status": 2 if isinstance(error, InputError) else 1})
         raise
     print(f"== {name} took {time.perf_counter() - begin:.0f} s")
     own = f"{name.partition('_')[0]}_*"  # experiments side by side write into one folder
     made = [path for part in ("tables", "figures", "slices") for path in folder.glob(f"{part}/{own}")]
     made += folder.glob("report.html") if name == "report" else []
-    write_text(
-        done,
-        json.dumps(
-            {"finished": time.time(), "made": sorted(os.path.relpath(path, done.parent) for path in made)}, indent=1
-        ),
-    )
+    names = sorted(os.path.relpath(path, done.parent) for path in made)
+    write_json(done, {"finished": time.time(), "made": names})
     failed.unlink()
 
 

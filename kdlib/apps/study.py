@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, convert, read_parameters
 from kdlib.config import PROTOCOLS, TEACHERS, InputError, Run, lookup, override_profile
-from kdlib.files import check_study, write_text
+from kdlib.files import check_study, write_json
 
 ROOT = NOTEBOOKS.parent
 ORDER = (
@@ -241,7 +241,7 @@ def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequen
 def _snakemake(folder: Path, config: Mapping[str, object], words: Sequence[str], lock: int, *targets: str) -> bool:
     """Runs Snakemake in the study's folder; returns whether anything failed. Ctrl-C, or a scheduler's SIGTERM, reaches
     it and its jobs once, as SIGINT."""
-    write_text(folder / "jobs" / "study.json", json.dumps(config, indent=1))
+    write_json(folder / "jobs" / "study.json", config)
     command = [sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(ROOT / "Snakefile"), "--nolock"]
     # what is finished stays, whatever ONLY leaves out and whatever became of the code; a job that was killed runs again
     command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--retries", "1"]

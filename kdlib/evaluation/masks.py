@@ -13,6 +13,7 @@ from kdlib.data.decathlon import Dataset
 from kdlib.data.slices import read_case_file, restore
 from kdlib.data.volumes import Bank
 from kdlib.losses import probabilities
+from kdlib.losses.segmentation import most_probable
 from kdlib.training.validation import inference, slice_logits
 
 
@@ -29,9 +30,8 @@ def true_mask(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray
 
 
 def class_indices(scores: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class indices of probabilities with the channel as first axis: one is cut at the threshold, of several the most
-    probable wins."""
-    return scores.argmax(0) if len(scores) > 1 else (scores[0] > threshold).long()
+    """Class indices of probabilities with the channel as first axis, see `kdlib.losses.segmentation.predict`."""
+    return most_probable(scores[None], threshold)[0]
 
 
 def predict_cases(model: nn.Module, bank: Bank, batch: int = 32) -> dict[str, Tensor]:

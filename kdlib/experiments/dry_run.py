@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +17,11 @@ from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.designs import requested_runs
 from kdlib.experiments.runner import cohorts
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import is_done, read_manifest, run_key
-from kdlib.models import CHANNELS_LAST
-from kdlib.training.device import pick_device, precision
+from kdlib.experiments.store import is_done, read_manifest, run_key, untrained
+from kdlib.training.device import one_thread, pick_device, precision
 from kdlib.training.loop import train_cohort
 from kdlib.training.schedule import epochs_of, steps_per_epoch
-from kdlib.training.state import RunState, new_model
+from kdlib.training.state import RunState
 from kdlib.training.validation import volume_dice
 
 
@@ -87,10 +86,7 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
     train, val = bank.select(fold.train).to(device), bank.select(fold.val[:1]).to(device)  # a case stands for all
     if run.recipe.unlabelled:
         train = train.hide_labels(set(fold.train) - set(fold.subset(run.fraction)))
-    teachers = {
-        name: new_model(teacher, len(bank.classes)).to(device, memory_format=CHANNELS_LAST[bank.dims]).eval()
-        for name, teacher in run.teacher_runs().items()
-    }
+    teachers = {name: untrained(teacher, len(bank.classes), device) for name, teacher in run.teacher_runs().items()}
 
     def train_for(count: int) -> float:
         states.extend(train_cohort(group, train, val, count, device, teachers, epochs=1))
@@ -108,16 +104,6 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
         evaluate(states[0].model, one.to(device), run_source(run, results).dataset, one.cases)
         evaluation = (time.perf_counter() - begin) * len(fold.test)
     return (long - short) / steps / len(group), validation, evaluation
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def foretell(runs: Sequence[Run], past: pd.DataFrame, results: Path, device: torch.device) -> dict[Run, float]:

@@ -30,11 +30,12 @@ from kdlib.experiments.store import (
     run_folder,
     run_key,
     trained,
+    untrained,
     write_manifest,
 )  # fmt: skip
 from kdlib.experiments.tables import Results, collect, saved_runs
 from kdlib.files import remove_partial_files, write_arrays, write_csv
-from kdlib.models import CHANNELS_LAST, MODELS, count_parameters
+from kdlib.models import MODELS, count_parameters
 from kdlib.models.pruning import check_smaller, prune_into
 from kdlib.training.checkpoint import CODE_HASH, Checkpoint, save_tensors
 from kdlib.training.device import pick_device, precision
@@ -236,13 +237,11 @@ def train_group(
     if run.protocol.test_selection:
         val = bank.select(fold.test)
     slices = len(bank.select(fold.train))
-    teachers = {}
-    for name, teacher_run in run.teacher_runs().items() if any(each.is_taught for each in group) else ():
-        if run.recipe.teacher == "random":
-            teacher = new_model(teacher_run, len(bank.classes)).to(device, memory_format=CHANNELS_LAST[bank.dims])
-            teachers[name] = teacher.eval().requires_grad_(False)
-        else:
-            teachers[name] = trained(teacher_run, len(bank.classes), results, device)
+    teachers = {
+        name: untrained(teacher, len(bank.classes), device) if run.recipe.teacher == "random"
+        else trained(teacher, len(bank.classes), results, device)
+        for name, teacher in run.teacher_runs().items() if any(each.is_taught for each in group)
+    }  # fmt: skip
     initial = {}
     if run.origin:
         larger = trained(run.origin, len(bank.classes), results, device)

@@ -228,11 +228,17 @@ def _now() -> str:
 # ------------------------------------------------------------------------------------------------------ weights, locks
 
 
+def untrained(run: Run, classes: int, device: torch.device) -> nn.Module:
+    """The network of a run with its initial weights, frozen, in eval mode."""
+    layout = CHANNELS_LAST[run.preprocessing.dimensions]
+    return new_model(run, classes).to(device, memory_format=layout).eval().requires_grad_(False)
+
+
 def trained(run: Run, classes: int, results: Path, device: torch.device) -> nn.Module:
     """The network of a finished run with its best weights, frozen, in eval mode."""
-    model = new_model(run, classes)
+    model = untrained(run, classes, device)
     load_weights(model, run_folder(run, results) / "best.safetensors")
-    return model.to(device, memory_format=CHANNELS_LAST[run.preprocessing.dimensions]).eval().requires_grad_(False)
+    return model
 
 
 def checkpoint_of(run: Run, results: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ from kdlib.inference.export import quantise, save_onnx
 from kdlib.inference.student import Student
 from kdlib.models import build_model, count_parameters, gflops, receptive_field
 from kdlib.models.cost import milliseconds
-from kdlib.training.device import computes_bf16
+from kdlib.training.device import computes_bf16, one_thread
 
 LIBRARIES = {"onnx": ("onnxscript", "onnxruntime"), "openvino-int8": ("onnxscript", "openvino", "nncf")}
 
@@ -47,9 +47,8 @@ def network_costs(
     """
     for runtime in runtimes:
         lookup("runtime", runtime, RUNTIMES)
-    rows, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # sessions of other libraries take their number from torch
-    try:
+    rows = []
+    with one_thread():
         for name in models:
             with torch.random.fork_rng(devices=[]):
                 model = build_model(name, classes=classes, width=width).eval()
@@ -58,8 +57,6 @@ def network_costs(
             row = dict(model=name, parameters=count_parameters(model) - spared)
             row |= dict(gflops=gflops(model, size, reconstruct=False), receptive_field=receptive_field(model))
             rows.append(row | _latencies(model, student, runtimes))
-    finally:
-        torch.set_num_threads(threads)
     return pd.DataFrame(rows)
 
 

@@ -13,6 +13,7 @@ from kdlib.config import InputError
 from kdlib.losses import base
 from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
 from kdlib.losses.memory import MemoryBank
+from kdlib.losses.prediction import divergence
 
 
 class SimilarityPreserving(DistillationLoss):
@@ -246,7 +247,7 @@ def _class_means(vectors: Tensor, members: Tensor) -> Tensor:
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of the softmax over the last dimension, mean over the others."""
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    return divergence(student.log_softmax(-1), teacher.log_softmax(-1), dim=-1).mean()
 
 
 def _draw(groups: Tensor, most: int, generator: torch.Generator | None) -> Tensor:

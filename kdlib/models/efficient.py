@@ -89,10 +89,3 @@ class EfficientUNet(UNet):
         self.pool = POOL[spatial_dims](2)
         self.bottleneck = stages[-1]
         self.segmentation = EfficientDecoder(spatial_dims, widths, out_channels, kernel=3)
-        levels = range(1, self.depth + 1)
-        self.scales = (
-            {f"encoder{i}": f"encoder.{i}" for i in levels}
-            | {"bottleneck": "bottleneck"}
-            | {f"decoder{i}": f"segmentation.decoder.{i}" for i in levels}
-            | {"logits": "segmentation.head"}
-        )

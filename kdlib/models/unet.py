@@ -103,8 +103,11 @@ class UNet(nn.Module):
         if reconstruct:
             self.reconstruction = Decoder(spatial_dims, widths, convs, in_channels)
 
+    @property
+    def scales(self) -> dict[str, str]:
+        """Name of a scale -> path of the layer that makes its features."""
         levels = range(1, self.depth + 1)
-        self.scales = (
+        return (
             {f"encoder{i}": f"encoder.{i}" for i in levels}
             | {"bottleneck": "bottleneck"}
             | {f"decoder{i}": f"segmentation.decoder.{i}" for i in levels}

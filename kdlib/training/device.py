@@ -90,8 +90,19 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Layers that draw from torch's own random numbers (dropout) draw from a stream of their own."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def seeded_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """What draws from torch's own random numbers (initial weights, dropout) draws from a stream of its own."""
+    with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Everything that takes its number of threads from torch has one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdlib.config import UNLABELLED, InputError, Recipe, Term, derive_seed, lookup
 from kdlib.losses import LOSSES, Context
 from kdlib.training.adapters import Adapter, resize
+from kdlib.training.device import seeded_rng
 from kdlib.training.hooks import scales_of, split_scale
 
 
@@ -140,8 +141,7 @@ class Distiller(nn.Module):
         for teacher, shapes in teachers.items():
             for term in recipe.terms:
                 name = term.name if len(teachers) == 1 else f"{teacher} {term.name}"
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(derive_seed(seed, "projector", name))
+                with seeded_rng(derive_seed(seed, "projector", name)):
                     self.terms[name] = DistillationTerm(term, student, shapes, dims, recipe.redrawn_projectors)
                 self.weights[name] = term.weight / len(teachers)
                 self.teacher_of[name] = teacher

@@ -13,6 +13,7 @@ from kdlib.config import InputError, Run, TrainingError, derive_seed
 from kdlib.losses import SegmentationLoss
 from kdlib.models import CHANNELS_LAST, build_model
 from kdlib.training.checkpoint import Checkpoint
+from kdlib.training.device import seeded_rng
 from kdlib.training.diagnostics import EpochDiagnostics
 from kdlib.training.distiller import Distiller
 from kdlib.training.fabric import ALONE, Processes
@@ -22,8 +23,7 @@ from kdlib.training.schedule import optimiser_of
 
 def new_model(run: Run, classes: int) -> nn.Module:
     """The run's model with its initial weights: the same for every recipe of a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(run.seed, "weights", run.model))
+    with seeded_rng(derive_seed(run.seed, "weights", run.model)):
         view = run.preprocessing
         return build_model(run.model, view.dimensions, view.input_shape[0], classes, run.profile.width)
 
