@@ -17,13 +17,14 @@ from kdlib.evaluation.similarity import scale_similarity
 from kdlib.experiments.identity import identity
 from kdlib.experiments.setting import Setting
 from kdlib.experiments.source import run_bank, run_source
-from kdlib.experiments.store import manifest, run_folder, run_key, trained
+from kdlib.experiments.store import is_done, manifest, run_folder, run_key, trained
 from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
 from kdlib.models import cost_of
 from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
+EMPTY = pd.DataFrame({"run": []})
 NO_EXAMPLES = pd.DataFrame(columns=["method", "case", "seed", "image", "truth", "prediction"])
 
 
@@ -136,7 +137,7 @@ def volume_costs(setting: Setting, models: Sequence[str]) -> pd.DataFrame:
 
 
 def teacher_agreement(
-    runs: Sequence[Run], teacher: Run, results: Path | str = "results", device: str = "auto"
+    runs: Sequence[Run], teacher: Run, results: Path | str = "results", device: str = "auto", reuse: Sequence[Path] = ()
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """How far finished runs agree with a teacher on the test patients, and how well they know what they know.
 
@@ -145,13 +146,21 @@ def teacher_agreement(
     Args:
         runs: whose best weights are compared.
         teacher: with whose; the teacher of the same fold for each run.
+        reuse: folders of studies; what their tables of chapter 2b hold of a run that was not trained here is read.
 
     Returns: tidy tables with the columns of `identity`: agreement by case and class, similarity of features by scale
         (CKA) and calibration by case, class and bin.
     """
     results, place = Path(results).resolve(), pick_device(device)
     tables: dict[str, list[pd.DataFrame]] = {"agreement": [], "similarity": [], "calibration": []}
+    paths = {name: [folder / "tables" / f"02b_{name}.csv" for folder in reuse] for name in tables}
+    known = {name: pd.concat([EMPTY, *map(_read, filter(packed_or_not, paths[name]))]) for name in tables}
     for run in dict.fromkeys(runs):
+        key = run_key(run, results)
+        if not is_done(run, results) and all((table["run"] == key).any() for table in known.values()):
+            for name, table in known.items():
+                tables[name].append(table[table["run"] == key].assign(**_columns(run, results)))
+            continue
         folder, missing = run_folder(run, results), dict.fromkeys(tables)
         master = dataclasses.replace(teacher, fold=run.fold)
         files = {name: folder / f"{name}-{run_key(master, results)}.csv" for name in tables}

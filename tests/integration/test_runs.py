@@ -43,7 +43,7 @@ from kdlib.experiments.recipes import controls, thesis_recipe
 from kdlib.experiments.runner import cohorts, study
 from kdlib.experiments.store import run_folder, run_key
 from kdlib.experiments.tables import Results
-from kdlib.files import write, write_arrays
+from kdlib.files import write, write_arrays, write_csv
 from kdlib.models import MODELS, ExternalModel, build_model
 from kdlib.training import checkpoint as keeping
 from kdlib.training import loop as training
@@ -113,7 +113,7 @@ def test_manifest_says_where_a_number_came_from(finished):
         store.manifest(dataclasses.replace(runs[1], seed=9), results)
 
 
-def test_teacher_agreement_is_computed_once_and_kept(finished, monkeypatch):
+def test_teacher_agreement_is_computed_once_and_kept(finished, tmp_path, monkeypatch):
     results, runs, _ = finished
     found = tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu")
     agreement, similarity, confidence = found
@@ -126,6 +126,15 @@ def test_teacher_agreement_is_computed_once_and_kept(finished, monkeypatch):
         found, tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
     ):
         pd.testing.assert_frame_equal(first, again)
+    # on a machine without their folders, from the tables of a study
+    for name, table in zip(("agreement", "similarity", "calibration"), found, strict=True):
+        write_csv(tmp_path / "study" / "tables" / f"02b_{name}.csv", table)
+    given = runs[:2], teacher_of(runs[1]), tmp_path / "here", "cpu"
+    for first, read in zip(found, tables.teacher_agreement(*given, [tmp_path / "study"]), strict=True):
+        pd.testing.assert_frame_equal(first, read[first.columns], check_dtype=False)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="do not exist: train that run first"):
+        tables.teacher_agreement(*given)
 
 
 def test_a_finished_study_only_reads(finished, monkeypatch):
