@@ -305,6 +305,7 @@ def length_sentences(table: pd.DataFrame) -> list[str]:
     said = []
     for (student, learns), rows in table.sort_values("length").groupby(["student", "learns"], sort=False):
         longest = rows.iloc[-1]
+        plateau = _plateau(rows)
         alone, taught = (rows.loc[rows[name].idxmax()] for name in ("dice_alone", "dice"))
         enough = alone["dice_alone"] - SAME["dice"]
         first, first_taught = (  # the lengths from which on all longer ones reach it
@@ -314,11 +315,23 @@ def length_sentences(table: pd.DataFrame) -> list[str]:
         there = "at no length" if first_taught.empty else f"from {first_taught.iloc[0]} on"
         said.append(
             f"{student} taught by {learns}: {longest['change']} Dice at {longest['times']} the usual steps "
-            f"({longest['verdict']}), {PLATEAUS[longest['verdict']]}. Alone its best Dice is {alone['dice_alone']:.3f} "
+            f"({longest['verdict']}), {plateau}. Alone its best Dice is {alone['dice_alone']:.3f} "
             f"({alone['times']}), {held}; so taught it is there {there}, and "
             f"at best {taught['dice']:.3f} ({taught['times']})."
         )
     return said
+
+
+def _plateau(rows: pd.DataFrame) -> str:
+    """What the longest of some trainings says of the plateau: nothing where it still gained over the second longest."""
+    if len(rows) == 1:
+        return "one length shows no plateau"
+    before, longest = rows.iloc[-2], rows.iloc[-1]
+    alone, taught = (longest[name] - before[name] for name in ("dice_alone", "dice"))
+    if longest["verdict"] == NOT_CONVERGED or max(alone, taught) <= SAME["dice"]:
+        return PLATEAUS[longest["verdict"]]
+    gained = signed(f"{alone:+.3f} alone and {taught:+.3f} taught")
+    return f"not shown to be a plateau: {before['times']} to {longest['times']} still changed it by {gained}"
 
 
 def lengths_markdown(table: pd.DataFrame) -> str:

@@ -137,7 +137,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
         first = group.iloc[0]
         who = f"{first['student']} with {first['labels']} of the labels on {first['data']}, taught by {first['learns']}"
         parts = [f"{row.times} {row.change} ({row.verdict})" for row in group.itertuples()]
-        said.append(f"By length of training (1 x: the usual steps), {who}: {listed(parts)}.")
+        said.append(f"By length of training (1 x: the usual steps of that study), {who}: {listed(parts)}.")
     return said
 
 

@@ -192,7 +192,12 @@ def test_the_longest_training_says_whether_the_plateau_is_higher_and_the_shorter
     rows = fractions(table, compare(table, baseline_pairs(table)))
     assert rows["times"].tolist() == ["0.5 x", "1 x", "2 x"] and rows["length"].tolist() == [0.5, 1, 2]
     (said,) = length_sentences(rows.iloc[::-1])
-    assert "S1 taught by kl from T1: +0.030 [+0.030, +0.030] Dice at 2 x the usual steps (better), a higher" in said
+    assert "S1 taught by kl from T1: +0.030 [+0.030, +0.030] Dice at 2 x the usual steps (better), not shown" in said
+    assert "to be a plateau: 1 x to 2 x still changed it by +0.005 alone and +0.020 taught. Alone" in said
+    (flat,) = length_sentences(rows.assign(dice=rows["dice"].clip(upper=0.815)))
+    assert "(better), a higher plateau. Alone" in flat
+    (once,) = length_sentences(rows.tail(1))
+    assert "(better), one length shows no plateau. Alone" in once
     assert "Alone its best Dice is 0.800 (2 x), within 0.01 from 1 x on;" in said
     assert said.endswith("so taught it is there from 0.5 x on, and at best 0.830 (2 x).")
     dip = length_sentences(rows.assign(dice_alone=[0.8, 0.78, 0.805], dice=[0.8, 0.78, 0.8]))[0]

@@ -115,8 +115,8 @@ def test_lengths_are_compared_within_one_study(tmp_path):
         write_csv(path, pd.concat([table, twice]))
     said = conclusion.sentences(conclusion.everything([tmp_path / "best", tmp_path / "long"]))[-1]
     assert said == (
-        "By length of training (1 x: the usual steps), S1 with 10 % of the labels on Scans, spleen, taught by KL from "
-        "T1: 1 x +0.010 [+0.010, +0.010] (better) and 2 x +0.030 [+0.030, +0.030] (better)."
+        "By length of training (1 x: the usual steps of that study), S1 with 10 % of the labels on Scans, spleen, "
+        "taught by KL from T1: 1 x +0.010 [+0.010, +0.010] (better) and 2 x +0.030 [+0.030, +0.030] (better)."
     )
 
 
