@@ -225,21 +225,20 @@ def _limits(low: float, high: float, sign: str) -> str:
     return "" if np.isnan(low) else signed(f"[{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def styled(table: pd.DataFrame, bold: Sequence[str] = (), latex: bool = False) -> Styler:
+def styled(table: pd.DataFrame, latex: bool = False) -> Styler:
     """A table as it is printed: the same headings, digits and bold cells in a notebook, a page and LaTeX.
 
     Bold are the name and the difference of rows with a verdict for them ("better", "non-inferior"), never a row for
     being the largest: an inconclusive lead is none. Text is plain text, and escaped.
 
     Args:
-        bold: names (of the index, else of the first column) to set in bold in a table without verdicts.
         latex: escaped and marked for LaTeX, else for HTML.
     """
     table = _headed(table)
     escape, mark = ("latex", BOLD) if latex else ("html", "font-weight: bold")
     named = not isinstance(table.index, pd.RangeIndex)
     names = table.index.to_series() if named else table.iloc[:, 0]
-    won = (names.isin(bold) | table.get("verdict", names).isin(DECIDED)).to_numpy()
+    won = table.get("verdict", names).isin(DECIDED).to_numpy()
     marks = pd.DataFrame("", index=table.index, columns=table.columns)
     for column in table:
         if column == "difference" or not named and column == names.name:
@@ -261,12 +260,10 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows)
 
 
-def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str, bold: Sequence[str] = ()) -> Path:
+def to_latex(table: pd.DataFrame, path: Path | str, caption: str, label: str) -> Path:
     """Writes a booktabs table, see `styled`; cells, headings and caption are plain text."""
     escaped = caption.translate({ord(sign): f"\\{sign}" for sign in "%&_#$"})
-    text = styled(table, bold, latex=True).to_latex(
-        hrules=True, caption=escaped, label=label, position_float="centering"
-    )
+    text = styled(table, latex=True).to_latex(hrules=True, caption=escaped, label=label, position_float="centering")
     write_text(Path(path), text)
     return Path(path)
 
@@ -286,14 +283,13 @@ def _p_cell(value: float, latex: bool) -> str:
 
 def save_table(
     table: pd.DataFrame, folder: Path | str, name: str, caption: str, columns: Sequence[str] | None = None,
-    bold: Sequence[str] = (), latex: bool = True,
+    latex: bool = True,
 ) -> list[Path]:  # fmt: skip
     """Writes `<name>.csv` with all columns and `<name>.tex` with those in `columns`; returns the paths.
 
     Args:
         caption: what the table shows; patients, interval and smallest p (`caption_note`) are added to it.
         columns: of the printed table; None: all but ids and identity columns where labels name the rows.
-        bold: see `styled`, which takes them from a column `verdict` too.
         latex: False for a table that is not printed: then there is no `<name>.tex`.
     """
     csv, tex = (Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "tex"))
@@ -301,4 +297,4 @@ def save_table(
     if not latex:
         return [csv]
     chosen = printed(table) if columns is None else table[list(columns)]
-    return [csv, to_latex(chosen, tex, f"{caption} {caption_note(table)}".strip(), f"tab:{name}", bold)]
+    return [csv, to_latex(chosen, tex, f"{caption} {caption_note(table)}".strip(), f"tab:{name}")]

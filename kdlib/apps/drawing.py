@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from kdlib.analysis.figures.style import ERRORS, STYLE
+from kdlib.analysis.figures.style import ERRORS, ORANGE, SKY, STYLE
 from kdlib.analysis.metrics import METRICS
 from kdlib.apps.explore import COLOURS, CaseView
 from kdlib.apps.gradients import Gradients
@@ -75,7 +75,7 @@ def draw_gradients(found: Gradients) -> Figure:
         bar.set_label("gradient norm per pixel", fontsize=7)
         bar.ax.tick_params(labelsize=6)
     for ax in axes[:columns]:
-        look = dict(fill=False, edgecolor="#56B4E9", linewidth=1.2)
+        look = dict(fill=False, edgecolor=SKY, linewidth=1.2)
         ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **look))
     for ax in axes:
         ax.set_axis_off()
@@ -91,11 +91,11 @@ def draw_comparison(table: pd.DataFrame, a: str, b: str, metric: str = "dice") -
     ax = figure.subplots()
     at = np.arange(len(rows))
     ax.hlines(at, rows["b"], rows["a"], color="#999999", linewidth=1)
-    ax.plot(rows["b"], at, "o", color="#56B4E9", label=b, markersize=5)
-    ax.plot(rows["a"], at, "D", color="#D55E00", label=a, markersize=4)
+    ax.plot(rows["b"], at, "o", color=SKY, label=b, markersize=5)
+    ax.plot(rows["a"], at, "D", color=ORANGE, label=a, markersize=4)
     ax.set(xlabel=METRICS[metric].heading, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(at, rows.index)
-    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+    ax.grid(axis="x")
     figure.legend(loc="outside upper center")
     return figure
 

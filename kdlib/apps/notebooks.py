@@ -183,14 +183,13 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kernel: str = "python3") -> None:
+def execute(notebook: Path, output: Path, parameters: Mapping[str, object]) -> None:
     """Runs a notebook in its own folder and saves the executed copy; what it prints also goes to the terminal.
 
     Args:
         notebook: the file to run; it is not changed.
         output: the executed copy, written whole or not at all. A notebook that stops is kept as `<name>.failed.ipynb`.
         parameters: values by name; text is converted to the type that the notebook declares.
-        kernel: name of the Jupyter kernel.
 
     Raises:
         InputError: parameters that do not fit the notebook, a folder that cannot be written, or the notebook's own.
@@ -212,7 +211,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], kern
         output.parent.mkdir(parents=True, exist_ok=True)
         with _environment(**inherited), _forwarding() as asked:
             papermill.execute_notebook(
-                _literal(notebook), _literal(partial), values, kernel_name=kernel, language="python",
+                _literal(notebook), _literal(partial), values, kernel_name="python3", language="python",
                 cwd=notebook.resolve().parent, progress_bar=False, stdout_file=sys.stdout,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # the kernel's own log tells a reader nothing
             )  # fmt: skip

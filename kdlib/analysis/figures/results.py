@@ -26,17 +26,16 @@ COSTS = {  # column of the cost table -> (label, its unit)
 
 
 @plt.rc_context(style.STYLE)
-def dice_per_method(table: pd.DataFrame, metric: str = "dice", means: pd.DataFrame | None = None) -> Figure:
+def dice_per_method(table: pd.DataFrame, metric: str = "dice") -> Figure:
     """Every patient's value for each method, with mean and interval.
 
     Args:
         table: tidy.
         metric: one of `kdlib.analysis.metrics.METRICS`.
-        means: from `kdlib.analysis.statistics.summarise`; None makes the same from the table.
 
     Raises: InputError: see `kdlib.analysis.statistics.per_patient`.
     """
-    means = summarise(table, metric=metric) if means is None else means
+    means = summarise(table, metric=metric)
     styles = style.method_styles(table)
     values = per_patient(table, metric).pivot(index="patient", columns="method", values="value")[list(means["method"])]
     figure, ax = plt.subplots(figsize=(style.SINGLE, (7 * len(means) + 16) * style.MM))
@@ -51,9 +50,9 @@ def dice_per_method(table: pd.DataFrame, metric: str = "dice", means: pd.DataFra
 
 
 @plt.rc_context(style.STYLE)
-def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
-    """Mean and interval along the share of labels or the length of the training, a line for each way of learning and a
-    panel for each student.
+def along(table: pd.DataFrame, axis: str) -> Figure:
+    """Mean Dice and interval along the share of labels or the length of the training: a line for each way of learning,
+    a panel for each student.
 
     Args:
         table: tidy; its teachers are a band.
@@ -64,7 +63,7 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
     title = {"fraction": "training patients with labels (%)", "length": "length of the training (profile = 1)"}
     if axis not in title:
         raise InputError(f"axis {axis!r} does not exist: choose from {', '.join(title)}")
-    means = summarise(table, metric=metric).set_index("method")
+    means = summarise(table).set_index("method")
     found = methods(table)
     teachers = means.loc[found.index[found["role"] == "teacher"]]
     learners = found[found["role"] != "teacher"]
@@ -93,7 +92,7 @@ def along(table: pd.DataFrame, axis: str, metric: str = "dice") -> Figure:
         ax.minorticks_off()
         ax.set(xlabel=title[axis], title=name if len(names) > 1 else "")
         ax.grid(axis="y")
-    axes[0, 0].set_ylabel(METRICS[metric].heading)
+    axes[0, 0].set_ylabel(METRICS["dice"].heading)
     handles, _ = axes[0, 0].get_legend_handles_labels()
     style.legend_below(figure, handles, columns=2 if len(names) == 1 else 3)
     band = "" if teachers.empty else "; the teacher's as a band"

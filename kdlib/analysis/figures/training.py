@@ -74,7 +74,7 @@ def _runs_text(history: pd.DataFrame) -> str:
 
 
 @plt.rc_context(style.STYLE)
-def gradient_diagnostics(history: pd.DataFrame, method: str | None = None) -> Figure:
+def gradient_diagnostics(history: pd.DataFrame) -> Figure:
     """Whether each distillation term acts, by epoch: a line per term (mean of the runs), a band from least to most.
 
     Panels, as far as the history has them: `share/<term>` of the gradient on the student, `infonce_over_chance/<term>`
@@ -82,16 +82,14 @@ def gradient_diagnostics(history: pd.DataFrame, method: str | None = None) -> Fi
     relative to their norm).
 
     Args:
-        history: tidy, columns run, method, epoch, name, value.
-        method: which to draw; it may be left out where the history has only one.
+        history: tidy, of one method, columns run, method, epoch, name, value.
 
     Raises: InputError: a missing column, several methods, or no rows of any panel.
     """
     style.need_columns(history, COLUMNS, "history of trainings", "`Results.history`")
     labels = method_labels(history)
-    if method is None and len(labels) > 1 or method is not None and method not in labels:
-        raise InputError(f"gradient_diagnostics: method {method!r}; choose from {', '.join(labels)}")
-    history = history if method is None else history[history["method"] == method]
+    if len(labels) > 1:
+        raise InputError(f"gradient_diagnostics: several methods; give the history of one of {', '.join(labels)}")
     kinds = history["name"].str.partition("/")
     rows = history.assign(kind=kinds[0], term=kinds[2])
     rows = rows[(kinds[1] == "/") & rows["kind"].isin(list(DIAGNOSTICS))]

@@ -235,7 +235,7 @@ def test_diagnostics_leave_out_what_was_not_measured(kinds):
 
 def test_diagnostics_of_one_method():
     both = pd.concat([diagnostics(), diagnostics("KD(T2, S1)").assign(value=9.0)])
-    curve = gradient_diagnostics(both, "KD(T2, S1)").axes[0].lines[0]
+    curve = gradient_diagnostics(both[both["method"] == "KD(T2, S1)"]).axes[0].lines[0]
     assert (curve.get_ydata() == 9).all() and len(curve.get_xdata()) == 12
 
 
@@ -763,8 +763,7 @@ def test_tables_without_what_is_drawn_are_refused():
         *((draw, (table,), message) for draw in (learning_curves, gradient_diagnostics)
           for table, message in ((nothing, "no run, method"), (trainings().iloc[:0], "no rows"))),
         (learning_curves, (trainings(["S1"]).query("name == 'loss'"),), "no val_dice"),
-        (gradient_diagnostics, (two_methods(),), r"method None; choose from KD\(T1, S1\), KD\(T2, S1\)"),
-        (gradient_diagnostics, (two_methods(), "S1"), "method 'S1'"),
+        (gradient_diagnostics, (two_methods(),), r"several methods; give .* of one of KD\(T1, S1\), KD\(T2, S1\)"),
         (gradient_diagnostics, (trainings(["KD(T1, S1)"]),), "no share/<term>, infonce_over_chance/<term>"),
         (choose_cases, (results(["S1"]), "T1"), "no method 'T1'"),
         (efficiency, (results(["S1", "T1"]), costs(["S1"])), "no cost of T1 in size study"),

@@ -97,13 +97,6 @@ def test_bold_follows_the_verdict_and_never_the_largest(tmp_path):
     assert margin.count(r"\textbf") == 6
 
 
-def test_names_can_be_set_in_bold_in_a_table_without_verdicts(study, tmp_path):
-    text = save_table(pivot_thesis(study, {}), tmp_path, "pivot", "Pivot", THESIS_COLUMNS, bold=["KD(T1, S1)"])[
-        1
-    ].read_text()
-    assert r"\textbf{KD(T1, S1)} &" in text and text.count(r"\textbf") == 1
-
-
 def test_whole_numbers_are_printed_whole(tmp_path):
     table = pd.DataFrame({"group": ["a", "b"], "rank": [1.0, 2.0], "shared": [1.5, 2.0]})
     assert r"a & 1 & 1.500 \\" in save_table(table, tmp_path, "ranks", "Ranks")[1].read_text()
