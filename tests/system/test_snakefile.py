@@ -118,6 +118,11 @@ def test_with_one_fold_and_seed_the_aggregate_notebook_is_the_job_and_jobs_queue
     assert shares(text) == {("16", "1")}
 
 
+def test_teachers_are_those_of_the_profile(capfd, notebooks):
+    text = planned(capfd, notebooks, "--folds", "0 1", "--only", "02_distillation", "--profile", "hippocampus3d")
+    assert "teacher-T1-fold1" in text and "teacher-T2" not in text
+
+
 # ------------------------------------------------------------------------------------------------ what is run and when
 
 
