@@ -159,7 +159,8 @@ def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def image_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     """What asks whether unlabelled images help by the teacher or by themselves: distillation on all images with that on
-    the labelled ones, and both that and pseudo-labels with self-consistency, which has the images and no teacher.
+    the labelled ones, both that and pseudo-labels with self-consistency, which has the images and no teacher, and this
+    with the control that does not use them but has as few labelled slices in each step.
 
     Returns: pairs of values of the column `method`, of one student, label fraction and length each; none where no image
         was unlabelled.
@@ -168,8 +169,9 @@ def image_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     for _, rows in methods(table).groupby(["model", "fraction", "length"], sort=False):
         distilled = rows[rows["role"] == "distilled"]
         everywhere, labelled = (distilled.index[distilled["unlabelled"] == kind] for kind in (True, False))
-        pseudo, alone = (rows.index[rows["control"] == kind] for kind in ("pseudo_labels", "self_consistency"))
-        pairs += [*product(everywhere, labelled), *product([*everywhere, *pseudo], alone)]
+        kinds = "pseudo_labels", "self_consistency", "unused_images"
+        pseudo, alone, unused = (rows.index[rows["control"] == kind] for kind in kinds)
+        pairs += [*product(everywhere, labelled), *product([*everywhere, *pseudo], alone), *product(alone, unused)]
     return pairs
 
 

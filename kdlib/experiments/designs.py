@@ -31,6 +31,7 @@ from kdlib.experiments.recipes import (
     pseudo_labels,
     thesis_recipe,
     unlabelled,
+    unused_images,
     zero_weights,
 )
 from kdlib.experiments.setting import Setting
@@ -172,13 +173,14 @@ def label_fractions(
     fractions: Sequence[float] = LABEL_FRACTIONS,
 ) -> list[Run]:
     """With how few labels does distillation help? Of each student: baseline, distilled, distilled with unlabelled
-    images and its two controls at every label fraction; and the teacher, which has all labels."""
+    images and its three controls at every label fraction; and the teacher, which has all labels."""
     runs = teachers(setting, [teacher])
     for fraction, student in product(fractions, students):
         runs += setting.everywhere(student, fraction=fraction)
-        taught: list[tuple[str, Recipe]] = [(teacher, prediction_recipe())]
+        taught: list[tuple[str | None, Recipe]] = [(teacher, prediction_recipe())]
         if fraction < 1:
             taught += [(teacher, unlabelled()), ("self", consistency()), (teacher, pseudo_labels())]
+            taught += [(None, unused_images())]
         for name, recipe in taught:
             runs += setting.everywhere(student, fraction=fraction, teacher=name, recipe=recipe)
     return runs

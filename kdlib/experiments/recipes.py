@@ -63,6 +63,12 @@ def consistency() -> Recipe:
     return dataclasses.replace(unlabelled(), name="self-consistency", control="self_consistency")
 
 
+def unused_images() -> Recipe:
+    """Control of these three: the same batches, of which the half without labels teaches nothing. With `unlabelled` a
+    student sees half as many labelled slices in each step as without, and so does this one."""
+    return Recipe("unused unlabelled images", unlabelled=True, control="unused_images")
+
+
 def pseudo_labels() -> Recipe:
     """Control of `unlabelled`: the teacher's masks as labels of the images that have none, and no distillation."""
     return Recipe("pseudo-labels", unlabelled=True, pseudo_labels=True, control="pseudo_labels")

@@ -138,10 +138,10 @@ def test_the_correction_goes_from_the_published_to_the_corrected_protocol(later)
 def test_chapters_on_labels_and_length_have_a_line_for_each_way_of_learning(later):
     fractions = pd.read_csv(later / "tables/07_fractions.csv")
     assert set(fractions["fraction"]) == {0.1, 0.25, 0.5, 1.0}
-    assert set(fractions["control"].dropna()) == {"self_consistency", "pseudo_labels"}
+    assert set(fractions["control"].dropna()) == {"self_consistency", "pseudo_labels", "unused_images"}
     lengths = pd.read_csv(later / "tables/08_length.csv").query("role != 'teacher'")["length"]
     assert set(lengths) == {0.125, 0.25, 0.5, 1, 2}
-    assert len(pd.read_csv(later / "tables/07_images.csv")) == 3 * 3, "of each fraction but 1"
+    assert len(pd.read_csv(later / "tables/07_images.csv")) == 3 * 4, "of each fraction but 1"
     verdicts = pd.read_csv(later / "tables/07_comparisons.csv")
     progress = pd.read_csv(later / "tables/07_convergence.csv").set_index("method")["converged"]
     rising = ~verdicts["a"].map(progress) | ~verdicts["b"].map(progress)
