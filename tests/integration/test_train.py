@@ -12,7 +12,7 @@ from small_training import CPU, TINY, blobs, distilled, frozen_teacher, run_of, 
 
 from kdlib.config import PROTOCOLS, InputError, Recipe, Run, Term, TrainingError
 from kdlib.data.sampling import batch_indices
-from kdlib.experiments.recipes import thesis_recipe
+from kdlib.experiments.recipes import thesis_recipe, unused_images
 from kdlib.losses import LOSSES
 from kdlib.training import batch
 from kdlib.training import loop as training
@@ -346,6 +346,21 @@ def test_gpu_trains_in_bf16_channels_last():
         assert arm.failure is None
         assert all(math.isfinite(row["value"]) for row in arm.history)
         assert next(arm.model.parameters()).is_cuda
+
+
+def test_images_that_are_not_used_teach_nothing_by_themselves():
+    """Whatever stands where labels are missing, the student's gradient is that of the labelled half."""
+    images, labels = blobs().batch(torch.arange(8))
+    gradients = []
+    for hidden in (0, 1):
+        given = labels.clone()
+        given[4:] = hidden
+        patients = torch.zeros(8, dtype=torch.long)
+        state = new_state(run_of("S1", recipe=unused_images(), fraction=0.5), 1, 10, CPU, {})
+        training_step(state, Batch(images, given, torch.arange(8) < 4, patients, 0, {}))
+        gradients.append([parameter.grad for parameter in state.model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert any(gradient.abs().sum() for gradient in gradients[0])
 
 
 def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):
