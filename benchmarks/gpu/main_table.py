@@ -3,7 +3,7 @@
     python benchmarks/gpu/main_table.py DATA RESULTS FOLD DEVICE [--quick]
 
 As many steps as profile ct128 has (1,200 of a teacher, 2,400 of a student), so that a fold fits into minutes; else the
-profile `thesis`. What is finished is kept, and SIGTERM leaves a checkpoint: the same command goes on.
+profile `thesis`. What is finished is kept, and SIGTERM leaves a checkpoint: the same command resumes.
 """
 
 from __future__ import annotations

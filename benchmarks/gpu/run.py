@@ -5,7 +5,7 @@
     python benchmarks/gpu/run.py --quick --device cpu --output trial      # the whole way in small, without a GPU
 
 The machine needs Python 3.12 and torch 2.11, no internet and none of the other packages: they are installed from
-`--wheels` into a folder of their own beside what comes out. The same command goes on where the last one stopped, was
+`--wheels` into a folder of their own beside what comes out. The same command resumes where the last one stopped, was
 killed or ran out of its minutes: a step that is done stays done, a training resumes from its checkpoint, and a step
 that was killed twice is left out. At the end, and whenever it stops, what there is lies in one archive,
 `<output>.tar.gz`:

@@ -75,7 +75,7 @@ class Panel(widgets.VBox):
 
     @contextmanager
     def errors_said(self) -> Iterator[None]:
-        """Errors that a user can mend are said in one line."""
+        """Errors that a user can correct are shown in one line."""
         self.message.value = ""
         try:
             yield

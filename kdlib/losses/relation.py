@@ -20,8 +20,8 @@ class SimilarityPreserving(DistillationLoss):
     """Squared difference of the similarities between the images of a batch (Tung & Mori 2019, arXiv 1907.09682).
 
     Every map is flattened to one vector an image, `q`; `G = q q^T` over the batch, its rows divided by their lengths;
-    `loss = |G_teacher - G_student|^2 / B^2`, a mean over the pairs of images. Nothing is said of a single image: a
-    batch of one gives 0. A common scale of a side is not seen; an image whose features are under a hundredth of
+    `loss = |G_teacher - G_student|^2 / B^2`, a mean over the pairs of images; a batch of
+    one image gives 0. A common scale of a side is not seen; an image whose features are under a hundredth of
     the batch's greatest counts less (see `l2_normalize`). Values are small, and the paper weighs them with 3000.
     """
 

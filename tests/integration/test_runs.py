@@ -255,13 +255,13 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
 
 def test_a_protocol_without_its_faults_is_the_corrected_one(phantom, tmp_path):
     """`thesis` and `corrected` differ in the switches and in nothing else."""
-    mended = dataclasses.replace(PROTOCOLS["thesis"], name="mended", **dict.fromkeys(SWITCHES, False))
+    corrected = dataclasses.replace(PROTOCOLS["thesis"], name="corrected again", **dict.fromkeys(SWITCHES, False))
     for run in [*runs_on(phantom), teacher_of(runs_on(phantom)[1])]:
-        same = dataclasses.replace(run, protocol=mended)
+        same = dataclasses.replace(run, protocol=corrected)
         assert (same.effective_recipe, same.optimisation, same.preprocessing, same.threshold) == (
             run.effective_recipe, run.optimisation, run.preprocessing, run.threshold,
         )  # fmt: skip
-        assert run_key(dataclasses.replace(run, protocol=mended), tmp_path) == run_key(run, tmp_path)
+        assert run_key(dataclasses.replace(run, protocol=corrected), tmp_path) == run_key(run, tmp_path)
         assert run_key(dataclasses.replace(run, protocol=PROTOCOLS["thesis"]), tmp_path) != run_key(run, tmp_path)
 
 
@@ -305,9 +305,9 @@ def test_no_run_is_trained_twice_under_two_names(phantom, tmp_path, monkeypatch)
         for run in runs_on(phantom)[:2]
     ]
     thesis = dict(teacher="T1", fraction=0.5, data=str(phantom), target="spleen", profile=TINY)
-    twins = [Run(model="S1", recipe=thesis_recipe("S1", loss), protocol=PROTOCOLS["thesis"], **thesis)
+    others = [Run(model="S1", recipe=thesis_recipe("S1", loss), protocol=PROTOCOLS["thesis"], **thesis)
              for loss in ("infonce", "supcon")]  # fmt: skip
-    study(runs + twins, tmp_path, "cpu")
+    study(runs + others, tmp_path, "cpu")
     assert len(trained) == len(set(trained))
 
 

@@ -105,7 +105,7 @@ def test_corrected_protocol_treats_every_arm_alike_and_thesis_does_not():
     assert (teacher.lr, teacher.betas, teacher.weight_decay) == (1e-4, (0.9, 0.95), 0.05)
 
 
-def test_the_lesson_keeps_the_published_faults():
+def test_the_effective_recipe_keeps_the_published_faults():
     corrected, thesis = arms("corrected")[2], arms("thesis")[2]
     assert (
         corrected.effective_recipe == corrected.recipe

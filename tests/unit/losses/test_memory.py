@@ -96,7 +96,7 @@ def test_a_checkpoint_restores_the_bank(counts, used):
     other.load_state_dict(copy.deepcopy(bank.state_dict()))
     for a, b in zip(bank.entries(), other.entries(), strict=True):
         assert torch.equal(a, b)
-    for both in (bank, other):  # it goes on where it was
+    for both in (bank, other):  # it resumes where it was
         both.push(torch.ones(3, 2), torch.arange(3), torch.ones(3).long(), 9)
     for a, b in zip(bank.entries(), other.entries(), strict=True):
         assert torch.equal(a, b)
