@@ -21,7 +21,7 @@ CONTROLS = {  # column `control` -> label
     "frozen_projectors": "frozen projectors", "redrawn_projectors": "redrawn projectors",
     "label_smoothing": "label smoothing", "longer_training": "longer training",
     "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
-    "self_distillation": "self-distillation", "unused_images": "unused unlabelled images",
+    "self_distillation": "self-distillation", "unused_images": "unused images",
 }  # fmt: skip
 KNOWLEDGE = (
     "features (and predictions)",
