@@ -91,7 +91,7 @@ def means_sentence(means: pd.DataFrame) -> str:
 
 def worst_patient_sentence(patients: pd.DataFrame) -> str:
     """Which patient is hardest, and what it takes off each mean; from `statistics.by_patient_table`."""
-    dice = patients.drop(columns=["patient", "mean", "volume", "thickness", "intensity"])
+    dice = patients.drop(columns=["patient", "mean", "volume", "thickness", "intensity"], errors="ignore")
     worst, costs = patients.iloc[0], dice.iloc[1:].mean() - dice.mean()
     text = (
         f"The hardest patient is {worst['patient']} ({worst['volume']:,.1f} ml, slices of {worst['thickness']:g} mm): "

@@ -99,7 +99,7 @@ def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
         cases: as notebook 00 saves them.
 
     Returns: one row per patient: patient, mean (over the methods), volume (ml, of all classes), thickness (mm of axial
-        slices), intensity (mean in the target, HU of CT), and the Dice of each method, by label; means over its scans.
+        slices), of CT intensity (mean in the target, HU), and the Dice of each method, by label; means over its scans.
     """
     labels = method_labels(table)
     dice = by_patient(table, None)[list(labels)].rename(columns=labels)
@@ -109,7 +109,7 @@ def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
         "intensity": about.filter(like="mean intensity").mean(axis="columns"),
     })  # fmt: skip
     owner = table.drop_duplicates("case").set_index("case")["patient"]
-    found = scans.groupby(owner).mean().join(dice, how="right")
+    found = scans.dropna(axis="columns", how="all").groupby(owner).mean().join(dice, how="right")
     found.insert(0, "mean", dice.mean(axis="columns"))
     return found.sort_values("mean").reset_index(names="patient")
 

@@ -22,9 +22,9 @@ def case_table(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
     """One row per case.
 
     Columns: case, patient and how patients were recognised, grid, spacing and thickness of axial slices in mm, and for
-    each target class its volume in ml. With a `preprocessing` also, for each class, its mean intensity (HU of CT; how
-    strongly contrast medium enhances it), the share (%) that lies inside the slices and the Dice that a perfect network
-    would reach on the file's grid; NaN where a case lacks the class.
+    each target class its volume in ml. With a `preprocessing` also, for each class, of CT its mean intensity (HU: how
+    strongly contrast medium enhances it; MR has no unit), the share (%) that lies inside the slices and the Dice that a
+    perfect network would reach on the file's grid; NaN where a case lacks the class.
     """
     rows = []
     for case in dataset.cases:
@@ -38,8 +38,9 @@ def case_table(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
         if preprocessing is not None:
             kept = target_in_view(case, classes, preprocessing)
             dice = best_dice(dataset, case, classes, preprocessing)
-            found = mean_intensity(case, classes)
-            row |= {f"{name} mean intensity": found.get(name, np.nan) for name in classes}
+            if dataset.modality == "CT":
+                found = mean_intensity(case, classes)
+                row |= {f"{name} mean intensity": found.get(name, np.nan) for name in classes}
             row |= {f"{name} in slices (%)": 100 * kept.get(name, np.nan) for name in classes}
             row |= {f"{name} best Dice": dice.get(name, np.nan) for name in classes}
         rows.append(row)

@@ -148,3 +148,5 @@ def test_by_patient_table_has_the_worst_first_and_what_its_scans_are_like():
         "The hardest patient is b (3,000.0 ml, slices of 5 mm): Dice 0.100 to 0.500, by network; without it the means "
         "of the networks would change by +0.175 to +0.325."
     )
+    of_mr = by_patient_table(table, cases.drop(columns="spleen mean intensity"))
+    assert "intensity" not in of_mr and worst_patient_sentence(of_mr) == worst_patient_sentence(found)

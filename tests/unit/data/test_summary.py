@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from kdlib.config import Preprocessing
 from kdlib.data import case_table
 from kdlib.data.decathlon import index
 from kdlib.data.summary import mean_intensity
@@ -36,3 +38,7 @@ def test_the_thickness_is_that_of_axial_slices_in_any_orientation(tmp_path, code
     assert row["spleen (ml)"] == pytest.approx(6 * 8 / 1000) and "spleen mean intensity" not in row
     inside = nib.load(tmp_path / "imagesTr" / "a_1.nii.gz").get_fdata()[label == 1]
     assert mean_intensity(dataset.cases[0], {"spleen": 1, "liver": 2}) == {"spleen": pytest.approx(inside.mean())}
+    view = Preprocessing(16, 2.0)
+    assert case_table(dataset, {"spleen": 1}, view)["spleen mean intensity"].item() == pytest.approx(inside.mean())
+    of_mr = case_table(dataclasses.replace(dataset, modality="MR"), {"spleen": 1}, view)
+    assert "spleen best Dice" in of_mr and "spleen mean intensity" not in of_mr, "MR has no unit"
