@@ -131,7 +131,7 @@ def test_history_has_every_term_and_its_gradient():
 
 def test_a_term_that_passes_no_gradient_stops_its_arm_and_no_other(monkeypatch):
     class Constant(torch.nn.Module):
-        reads, adapt = "features", "both"
+        reads, adapt, needs_labels = "features", "both", False
 
         def __init__(self, temperature=None):
             super().__init__()
