@@ -19,7 +19,7 @@ from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
 from kdlib.analysis.sentences import signed
 from kdlib.files import write, write_text
 
-DECIDED = ("better", "non-inferior")  # verdicts that a printed table sets in bold
+IN_BOLD = ("better", "non-inferior")  # verdicts that a printed table sets in bold
 BOLD = "textbf:--rwrap;"
 OVERLAP = ("iou", "dice", "recall", "precision")
 HEADINGS = {  # column -> heading of a printed table
@@ -238,7 +238,7 @@ def styled(table: pd.DataFrame, latex: bool = False) -> Styler:
     escape, mark = ("latex", BOLD) if latex else ("html", "font-weight: bold")
     named = not isinstance(table.index, pd.RangeIndex)
     names = table.index.to_series() if named else table.iloc[:, 0]
-    won = table.get("verdict", names).isin(DECIDED).to_numpy()
+    won = table.get("verdict", names).isin(IN_BOLD).to_numpy()
     marks = pd.DataFrame("", index=table.index, columns=table.columns)
     for column in table:
         if column == "difference" or not named and column == names.name:

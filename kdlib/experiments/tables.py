@@ -24,7 +24,6 @@ from kdlib.record import verified
 from kdlib.training.device import pick_device
 
 PARTS = ("cases", "history", "runs")
-EMPTY = pd.DataFrame({"run": []})
 NO_EXAMPLES = pd.DataFrame(columns=["method", "case", "seed", "image", "truth", "prediction"])
 
 
@@ -153,13 +152,12 @@ def teacher_agreement(
     """
     results, place = Path(results).resolve(), pick_device(device)
     tables: dict[str, list[pd.DataFrame]] = {"agreement": [], "similarity": [], "calibration": []}
-    paths = {name: [folder / "tables" / f"02b_{name}.csv" for folder in reuse] for name in tables}
-    known = {name: pd.concat([EMPTY, *map(_read, filter(packed_or_not, paths[name]))]) for name in tables}
+    saved = {name: _rows_by_run(reuse, f"02b_{name}") for name in tables}
     for run in dict.fromkeys(runs):
         key = run_key(run, results)
-        if not is_done(run, results) and all((table["run"] == key).any() for table in known.values()):
-            for name, table in known.items():
-                tables[name].append(table[table["run"] == key].assign(**_columns(run, results)))
+        if not is_done(run, results) and all(key in rows for rows in saved.values()):
+            for name, rows in saved.items():
+                tables[name].append(rows[key].assign(**_columns(run, results)))
             continue
         folder, missing = run_folder(run, results), dict.fromkeys(tables)
         master = dataclasses.replace(teacher, fold=run.fold)
@@ -178,6 +176,12 @@ def teacher_agreement(
         for name, path in files.items():
             tables[name].append(read_csv(path).assign(**_columns(run, results)))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
+
+
+def _rows_by_run(folders: Sequence[Path], name: str) -> dict[str, pd.DataFrame]:
+    """Key -> rows of every run in a table of some studies, by the first of them that has it."""
+    paths = [folder / "tables" / f"{name}.csv" for folder in reversed(folders)]
+    return {key: rows for path in filter(packed_or_not, paths) for key, rows in _read(path).groupby("run")}
 
 
 def _read(path: Path) -> pd.DataFrame:

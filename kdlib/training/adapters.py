@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib.config import derive_seed
+from kdlib.training.device import seeded_rng
 from kdlib.training.hooks import split_scale
 
 PROJECTION = 64  # channels that a contrast compares teacher and student in
@@ -35,8 +36,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor, seed: int) -> Tensor:
         if self.redrawn:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(seed)
+            with seeded_rng(seed), torch.no_grad():
                 fresh = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1)  # on the CPU: alike on any device
                 self.conv.weight.copy_(fresh.weight.view_as(self.conv.weight))
                 self.conv.bias.copy_(fresh.bias)

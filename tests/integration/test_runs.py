@@ -126,11 +126,13 @@ def test_teacher_agreement_is_computed_once_and_kept(finished, tmp_path, monkeyp
         found, tables.teacher_agreement(runs[:2], teacher_of(runs[1]), results, "cpu"), strict=True
     ):
         pd.testing.assert_frame_equal(first, again)
-    # on a machine without their folders, from the tables of a study
+    # on a machine without their folders, from the tables of studies, of which two may hold the same run
+    studies = [tmp_path / "study", tmp_path / "again"]
     for name, table in zip(("agreement", "similarity", "calibration"), found, strict=True):
-        write_csv(tmp_path / "study" / "tables" / f"02b_{name}.csv", table)
+        for folder in studies:
+            write_csv(folder / "tables" / f"02b_{name}.csv", table)
     given = runs[:2], teacher_of(runs[1]), tmp_path / "here", "cpu"
-    for first, read in zip(found, tables.teacher_agreement(*given, [tmp_path / "study"]), strict=True):
+    for first, read in zip(found, tables.teacher_agreement(*given, studies), strict=True):
         pd.testing.assert_frame_equal(first, read[first.columns], check_dtype=False)
     monkeypatch.undo()
     with pytest.raises(InputError, match="do not exist: train that run first"):
