@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 import zipfile
 import zlib
@@ -55,6 +56,25 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # as little can be deleted as written
             partial.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, writer: Callable[[Path], object]) -> None:
+    """Writes a folder whole or not at all, in place of one that is there: `writer` fills a neighbour, then renamed.
+
+    Raises: InputError: the file system refuses.
+    """
+    partial, old = (path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}") for _ in range(2))
+    try:
+        partial.mkdir(parents=True)
+        writer(partial)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+    except OSError as error:
+        raise write_error(path, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

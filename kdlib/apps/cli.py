@@ -10,14 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdlib.apps.exporting import add_export, run_export
-from kdlib.apps.importing import add_import, run_import
 from kdlib.apps.jobs import recorded
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
-from kdlib.apps.predicting import add_predict, run_predict
-from kdlib.apps.site import add_site, run_site
 from kdlib.apps.study import plan, run_study
 from kdlib.config import PROFILES, InputError, TrainingError, from_json
+from kdlib.inference import FORMATS
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,16 +56,54 @@ def parser() -> Parser:
     train.add_argument("--results", default="results", help="folder that trained runs are kept in")
     train.add_argument("--processes", type=int, default=1, help="processes of each training, each on a GPU of its own")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_import(commands)
-    add_predict(commands)
-    add_export(commands)
-    add_site(commands)
+    _add_import(commands)
+    _add_predict_and_export(commands)
     report = commands.add_parser("report", help="write report.html and a page per chapter")
     report.add_argument("folder", type=Path, help="the study's folder, e.g. results/phantom-spleen-quick")
     report.add_argument("--notebook", type=Path, default=NOTEBOOKS / "report.ipynb", help=argparse.SUPPRESS)
     for command in (run, report):
         command.add_argument("--record", type=Path, help="file that says the job is done; for the Snakefile")
+    site = commands.add_parser("site", help="write the pages of studies as a folder of plain files for the web")
+    site.add_argument("--results", type=Path, default=Path("results"), help="folder that studies are kept in")
+    site.add_argument("--output", type=Path, default=Path("docs/site"), help="folder of the pages")
+    site.add_argument(
+        "--block", nargs=3, action="append", default=[], metavar=("PAGE", "BLOCK", "STUDY"),
+        help="write a study's 'answer', 'worth' or 'when' into a page, between its two comments; repeatable",
+    )  # fmt: skip
     return line
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    line = commands.add_parser("import", help="make a data set of your own images and masks")
+    line.add_argument("pairs", type=Path, help="folder of images and masks, or a CSV with columns image and mask")
+    line.add_argument("-o", "--output", type=Path, required=True, help="folder of the new data set")
+    line.add_argument("--modality", required=True, choices=("CT", "MR"))
+    line.add_argument("--labels", default="", help="e.g. 'spleen,liver' (values 1 and 2) or 'spleen=1,liver=6'")
+    line.add_argument("--images", metavar="GLOB", help="which files of the folder are images, e.g. 'ct/*.nii.gz'")
+    line.add_argument("--masks", metavar="GLOB", help="which are masks, e.g. 'seg/*_seg.nii.gz'; * pairs them")
+    line.add_argument("--on-defect", default="raise", choices=("raise", "drop"), help="drop: leave such cases out")
+    line.add_argument("--copy", action="store_true", help="copy the files; else they are hard links where that can be")
+
+
+def _add_predict_and_export(commands: argparse._SubParsersAction) -> None:
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument("student", help="folder of a student, name of a released one, or key of a run")
+    both.add_argument("--overwrite", action="store_true", help="replace what exists")
+    both.add_argument("--results", default="results", help="folder that trained runs are kept in")
+    line = commands.add_parser("predict", parents=[both], help="segment new scans with a trained student")
+    line.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help="NIfTI file, folder of them, DICOM series")
+    line.add_argument("-o", "--output", type=Path, required=True, help="the mask (.nii.gz, .nii, .dcm), or a folder")
+    line.add_argument("--probabilities", action="store_true", help="also write the probability of each class")
+    line.add_argument("--dicom-seg", action="store_true", help="also write the mask of a DICOM series as DICOM SEG")
+    line.add_argument("--postprocess", action="store_true", help="keep the largest component of each class")
+    line.add_argument("--data", help="data set of a run of an older version, which did not record CT or MR")
+    line.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    line.add_argument("--batch", type=int, default=32, help="slices that pass the network at once (eight: a patch)")
+    said = "write a student as ONNX, OpenVINO or a MONAI bundle, with its card"
+    line = commands.add_parser("export", parents=[both], help=said)
+    line.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    line.add_argument("-o", "--output", type=Path, required=True, help="the exported student's folder")
+    line.add_argument("--data", help="data set that it was trained on; int8 is calibrated on its training slices")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -98,13 +133,11 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         found = json.loads(options.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{options.file} cannot be read as JSON: {error}") from None
-    records = found if isinstance(found, list) else [found]
-    try:
-        runs = [from_json(record) for record in records]
+        runs = [from_json(record) for record in (found if isinstance(found, list) else [found])]
     except InputError as error:
         raise InputError(f"{options.file}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{options.file} cannot be read as JSON: {error}") from None
     if not runs:
         raise InputError(f"{options.file} holds no run: give one, or a list of runs, with the fields of kdlib.Run")
     parallel.train(runs, options.results, options.processes, options.device)
@@ -138,7 +171,11 @@ def main(command: Sequence[str]) -> int:
         if options.command == "study":
             return run_study(options, command)
         commands = {"run": _run, "report": _report, "train": _train, "dry-run": _dry_run}
-        commands |= {"predict": run_predict, "export": run_export, "import": run_import, "site": run_site}
+        if options.command not in commands:
+            from kdlib.apps import importing, site, students  # need torch
+
+            commands |= {"import": importing.run_import, "site": site.run_site}
+            commands |= {"predict": students.run_predict, "export": students.run_export}
         return commands[options.command](options)
     except (InputError, TrainingError, NotebookError) as error:
         # a study prints the causes of its failed jobs when all have ended

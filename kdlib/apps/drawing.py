@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,8 +16,11 @@ from matplotlib.patches import Patch, Rectangle
 
 from kdlib.analysis.figures.style import ERRORS, ORANGE, SKY, STYLE
 from kdlib.analysis.metrics import METRICS
-from kdlib.apps.explore import COLOURS, CaseView
+from kdlib.apps.explore import CaseView
 from kdlib.apps.gradients import Gradients
+
+# of classes, for the colour-blind (after Paul Tol), other than those of errors
+COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -31,28 +35,32 @@ def _paint(ax: Axes, mask: np.ndarray, colours: tuple[str, ...], alpha: float, *
     ax.imshow(shown, cmap=shades, vmin=1, vmax=shades.N, alpha=alpha, interpolation="nearest", **how)
 
 
+def legend(seen: CaseView) -> dict[str, str]:
+    """Each class, and each kind of difference that there can be, -> its colour."""
+    errors = {kind: colour for colour, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]}
+    return dict(zip(seen.classes, itertools.cycle(COLOURS), strict=False)) | errors
+
+
 @rc_context(STYLE)
 def draw_slice(seen: CaseView, number: int) -> Figure:
     """One slice of a case: a panel for each mask, and below one for each difference between two of them."""
-    geometry, differences = seen.geometry, seen.differences()
-    rows = [seen.masks, differences]
-    columns = max(len(seen.masks), len(differences))
-    # differences of three masks: teacher - truth, student - truth, student - teacher
+    geometry = seen.geometry
+    rows = (seen.masks, COLOURS), (seen.differences(), tuple(colour for colour, _ in ERRORS))
+    columns = max(len(panels) for panels, _ in rows)
     figure = _figure(2.6 * columns, 5.6)
     axes = figure.subplots(2, columns, squeeze=False)
     image = geometry.orient(seen.image)[number]
     aspect = geometry.factor[0] / geometry.factor[1]
-    for row, (panels, colours) in enumerate(zip(rows, (COLOURS, tuple(c for c, _ in ERRORS)), strict=True)):
-        for ax, (name, mask) in zip(axes[row], panels.items(), strict=False):
+    for row, (panels, colours) in zip(axes, rows, strict=True):
+        for ax, (name, mask) in zip(row, panels.items(), strict=False):
             ax.imshow(image, cmap="gray", vmin=seen.shown[0], vmax=seen.shown[1], aspect=aspect)
             _paint(ax, geometry.orient(mask)[number], colours, 0.5, aspect=aspect)
             ax.set_title(name, fontsize=8)
     for ax in axes.flat:
         ax.set_axis_off()
-    classes = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(seen.classes)]
-    errors = [Patch(color=colour, label=kind) for colour, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]]
-    figure.legend(handles=[*classes, *errors], loc="outside lower center", ncols=6)
-    figure.suptitle(f"{seen.case}, slice {number} of 0 to {len(geometry.orient(seen.image)) - 1}", fontsize=9)
+    handles = [Patch(color=colour, label=name) for name, colour in legend(seen).items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.suptitle(f"{seen.case}, slice {number} of 0 to {geometry.depth - 1}", fontsize=9)
     return figure
 
 

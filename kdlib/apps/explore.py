@@ -22,8 +22,9 @@ from torch import nn
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.report import runs_of
-from kdlib.config import TEACHERS, InputError, Recipe, Run, from_json, lookup
-from kdlib.data import Fold, SliceBank, build_bank, index
+from kdlib.config import TEACHERS, InputError, Run, from_json, lookup
+from kdlib.data import Fold, SliceBank, build_bank
+from kdlib.data.description import read_description
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
@@ -36,8 +37,6 @@ from kdlib.training.device import pick_device
 from kdlib.training.loop import train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
-# of classes, for the colour-blind (after Paul Tol), other than those of errors
-COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")
 
 
 # -------------------------------------------------------------------------------------------------- what has been done
@@ -85,7 +84,6 @@ class Finished:
     Args:
         key: name of its folder in `results/runs`.
         run: its description, with the folder of its data.
-        record: its manifest.
         source: data set, classes and folds.
         results: folder that keeps runs and studies.
         device: where to compute.
@@ -93,7 +91,6 @@ class Finished:
 
     key: str
     run: Run
-    record: dict
     source: TrainingData
     results: Path
     device: torch.device
@@ -109,11 +106,6 @@ class Finished:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.source.classes)
-
-
-@functools.cache
-def _data_name(folder: str) -> str:
-    return index(folder, "drop").name
 
 
 @functools.cache
@@ -134,7 +126,7 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
     name, method = record["run"]["data"], record["identity"]["method"]
     if name == PHANTOM:
         data = "phantom"
-    elif data == "phantom" or (found := _data_name(str(data))) != name:
+    elif data == "phantom" or (found := read_description(Path(data)).name) != name:
         instead = "no folder is given" if data == "phantom" else f"{data} holds {found}"
         raise InputError(f"{method} ({key}) was trained on {name!r}, {instead}: give that data set's folder as data")
     run = from_json(record["run"] | {"data": str(data)})
@@ -145,7 +137,7 @@ def load_run(results: Path | str, key: str, data: str = "phantom", device: str =
         raise InputError(f"{method} ({key}) was trained on other files or folds than {data} has now: restore them")
     if run_key(run, results) != key:  # a manifest of another version may say what this one does not understand
         raise InputError(f"{path} does not describe the run of its key in this version of kdlib: train that run again")
-    return Finished(key, run, record, source, results, pick_device(device))
+    return Finished(key, run, source, results, pick_device(device))
 
 
 def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str = "auto") -> tuple[Finished, ...]:
@@ -181,12 +173,11 @@ def case_slices(finished: Finished, cases: tuple[str, ...]) -> SliceBank:
 
 def cases(finished: Finished) -> pd.DataFrame:
     """Every case of a run's data: case, patient, part (test, val, train, or unused) and, of the test part, its Dice."""
-    fold = finished.fold
-    parts = [(case, part) for part in ("test", "val", "train") for case in getattr(fold, part)]
-    table = pd.DataFrame(parts, columns=["case", "part"])
-    table.insert(1, "patient", table["case"].map(fold.groups))
-    used = fold.subset(finished.run.fraction)
-    table.loc[(table["part"] == "train") & ~table["case"].isin(used), "part"] = "unused"
+    fold, used = finished.fold, finished.fold.subset(finished.run.fraction)
+    unused = [case for case in fold.train if case not in used]
+    parts = {"test": fold.test, "val": fold.val, "train": used, "unused": unused}
+    rows = [(case, fold.groups[case], part) for part, names in parts.items() for case in names]
+    table = pd.DataFrame(rows, columns=["case", "patient", "part"])
     return table.assign(dice=table["case"].map(metrics_of(finished).groupby("case")["dice"].mean()))
 
 
@@ -260,25 +251,22 @@ def place(geometry: Geometry, voxel: tuple[int, int, int]) -> tuple[int, int, in
     """Slice, row and column, in the network's slices, of a voxel of the case's own grid; clipped to the slice."""
     mark = np.zeros(geometry.shape, bool)
     mark[voxel] = True
-    number, *where = (int(i) for i in np.argwhere(geometry.orient(mark))[0])
-    return number, *_pixel(geometry, where)
+    return _middle(geometry, geometry.orient(mark))
 
 
-def _pixel(geometry: Geometry, where: Sequence[float]) -> list[int]:
-    """Row and column of the slice nearest to a row and column of the oriented volume; clipped to the slice."""
-    grid = zip(where, geometry.factor, geometry.start, strict=True)
-    return [min(max(round((i + 0.5) * f - 0.5 + s), 0), geometry.size - 1) for i, f, s in grid]
+def _middle(geometry: Geometry, mask: np.ndarray) -> tuple[int, int, int]:
+    """The slice that holds most of an oriented mask, and the row and column of its middle, in the network's slices."""
+    number = int(mask.sum((1, 2)).argmax())
+    voxels = mask[number].nonzero()
+    where = [axis[i].mean() for axis, i in zip(geometry.positions(), voxels, strict=True)]
+    return number, *np.rint(where).astype(int).clip(0, geometry.size - 1).tolist()
 
 
 def on_target(seen: CaseView) -> tuple[int, int, int]:
     """Slice, row and column, in the network's slices, of the middle of the truth on the slice with the largest true
     area; the middle of the volume where the case has no target."""
-    truth = seen.geometry.orient(seen.masks["truth"]) > 0
-    area = truth.sum((1, 2))
-    if not area.any():
-        return len(area) // 2, seen.geometry.size // 2, seen.geometry.size // 2
-    number = int(area.argmax())
-    return number, *_pixel(seen.geometry, np.argwhere(truth[number]).mean(0).tolist())
+    geometry, truth = seen.geometry, seen.geometry.orient(seen.masks["truth"]) > 0
+    return _middle(geometry, truth) if truth.any() else (geometry.depth // 2, geometry.size // 2, geometry.size // 2)
 
 
 # ------------------------------------------------------------------------------------------------- two runs compared
@@ -328,20 +316,6 @@ def teacher_networks(run: Run, teachers: tuple[Finished, ...]) -> dict[str, nn.M
     return {teacher.run.model: untrained(teacher.run, len(teacher.classes), teacher.device) for teacher in teachers}
 
 
-def change_recipe(
-    recipe: Recipe, weights: Mapping[str, float] | None = None, temperatures: Mapping[str, float] | None = None
-) -> Recipe:
-    """A recipe with other weights and temperatures of some of its terms.
-
-    Raises: InputError: no such term, or a value that cannot be.
-    """
-    terms = {term.name: term for term in recipe.terms}
-    for field, given in (("weight", weights), ("temperature", temperatures)):
-        for name, value in (given or {}).items():
-            terms[name] = dataclasses.replace(lookup("term", name, terms), **{field: value})
-    return dataclasses.replace(recipe, terms=tuple(terms.values()))
-
-
 def train_small(
     student: Finished, teachers: tuple[Finished, ...] = (), weights: Mapping[str, float] | None = None,
     temperatures: Mapping[str, float] | None = None, epochs: int = 5, steps: int = 20,
@@ -362,7 +336,7 @@ def train_small(
     Returns: history: tidy, columns epoch, name, value, as of a run.
 
     Raises:
-        InputError: a teacher is to be trained, no such term, or a length below 1.
+        InputError: a teacher is to be trained, no such term, a value that cannot be, or a length below 1.
         TrainingError: the training failed, e.g. by a term that passes no gradient.
     """
     if epochs < 1 or steps < 1:
@@ -370,8 +344,13 @@ def train_small(
     run = distillation_run(student, teachers) if teachers or student.run.teacher else student.run
     if run.model in TEACHERS:
         raise InputError(f"{run.method} is a teacher: choose a student to train in place")
+    terms = {term.name: term for term in run.recipe.terms}
+    for field, given in (("weight", weights), ("temperature", temperatures)):
+        for name, value in (given or {}).items():
+            terms[name] = dataclasses.replace(lookup("term", name, terms), **{field: value})
+    recipe = dataclasses.replace(run.recipe, terms=tuple(terms.values()))
     profile = dataclasses.replace(run.profile, student_epochs=epochs, student_steps=steps)
-    run = dataclasses.replace(run, recipe=change_recipe(run.recipe, weights, temperatures), profile=profile)
+    run = dataclasses.replace(run, recipe=recipe, profile=profile)
     train, val = (case_slices(student, cases) for cases in (student.fold.subset(run.fraction), student.fold.val))
     heard = None if on_epoch is None else lambda arms: on_epoch(pd.DataFrame(arms[0].history))
     networks = teacher_networks(run, teachers) if run.teacher else {}

@@ -69,23 +69,20 @@ def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunSta
 
 
 def _terms(
-    state: RunState, hooks: Mapping[str, FeatureHooks], images: Tensor, labels: Tensor, patients: Tensor, draws: range
+    state: RunState, hooks: Mapping[str, FeatureHooks], images: Tensor, labels: Tensor, patients: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Unweighted losses by name, as in training but for the frozen network, and the features they rest on.
-
-    Args:
-        draws: numbers of the steps whose random draws (the pixels of a contrast) the terms are averaged over.
-    """
+    """Unweighted losses by name, as in training but for the frozen network, and the features they rest on; terms are
+    averaged over the random draws (the pixels of a contrast) of the first steps."""
     images = images.contiguous(memory_format=torch.channels_last)
     seen = {name: teacher_forward(tap, images) for name, tap in hooks.items()}
     with autocast(images.device, images.dim() - 2):
         output, features = state.hooks(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
         totals = dict.fromkeys(state.distiller.terms, 0.0)
-        for step in draws:
+        for step in range(DRAWS):
             seed = derive_seed(state.run.seed, "terms", step)
             found = state.distiller(features, seen, labels, seed, patients, step)
-            totals = {name: totals[name] + value / len(draws) for name, value in found.items()}
+            totals = {name: totals[name] + value / DRAWS for name, value in found.items()}
         return {"segmentation": state.segmentation(output.segmentation, labels)} | totals, features
 
 
@@ -99,9 +96,8 @@ def _gradients(loss: Tensor, features: list[Tensor]) -> list[Tensor]:
     """Gradient of a loss on the first image's features, CHW each; 0 where it does not reach."""
     if not loss.requires_grad:
         return [torch.zeros_like(feature[0]) for feature in features]
-    found = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-    pairs = zip(features, found, strict=True)
-    return [torch.zeros_like(feature[0]) if g is None else g[0].float() for feature, g in pairs]
+    found = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [gradient[0].float() for gradient in found]
 
 
 def term_gradients(
@@ -124,7 +120,8 @@ def term_gradients(
 
     Raises: InputError: a run without a teacher, or a slice or region that is not there.
     """
-    run, size = distillation_run(student, teachers, only=("PMD",)), student.run.preprocessing.size
+    state, bank, hooks = _prepared(student, teachers)
+    run, size = state.run, student.run.preprocessing.size
     lookup("case", case, dict.fromkeys(student.fold.groups))
     own = case_slices(student, (case,))
     if not 0 <= number < len(own):
@@ -132,14 +129,13 @@ def term_gradients(
     top, bottom, left, right = region = tuple(region or (0, size, 0, size))
     if not (0 <= top < bottom <= size and 0 <= left < right <= size):
         raise InputError(f"region {region}: give (row, row, column, column), each pair ascending, from 0 to {size}")
-    state, bank, hooks = _prepared(student, teachers)
     others = next(batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed))[1:].to(student.device)
     patient = bank.patients[bank.cases.index(case)] if case in bank.cases else max(bank.patients) + 1
     here = torch.tensor([number], device=student.device)
     parts = zip(own.batch(here), bank.batch(others), strict=True)
     images, labels = (torch.cat(part) for part in parts)
     patients = torch.cat([torch.full_like(here, patient), bank.patient_of(others)])
-    losses, features = _terms(state, hooks, images, labels, patients, range(DRAWS))
+    losses, features = _terms(state, hooks, images, labels, patients)
 
     weights, maps, rows = _weights(student, state), {}, []
     for name, module in state.distiller.terms.items():

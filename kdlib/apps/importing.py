@@ -11,13 +11,18 @@ import re
 import shlex
 import shutil
 import sys
-import uuid
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
+
+from kdlib.apps.jobs import warnings_said
 from kdlib.config import PROFILES, InputError
-from kdlib.files import write_error, write_json
+from kdlib.data import DefectError, check_view, index
+from kdlib.data.nifti import Defect, read, stem
+from kdlib.data.roundtrip import whole_size
+from kdlib.files import write_folder, write_json
 
 PATTERNS = (  # of images and masks, tried in this order; relative to the folder and without .nii.gz
     ("*_image", "*_label"), ("*_image", "*_mask"), ("*_img", "*_seg"), ("images/*", "labels/*"),
@@ -33,18 +38,6 @@ class Pair(NamedTuple):
     patient: str | None = None
 
 
-def add_import(commands: argparse._SubParsersAction) -> None:
-    line = commands.add_parser("import", help="make a data set of your own images and masks")
-    line.add_argument("pairs", type=Path, help="folder of images and masks, or a CSV with columns image and mask")
-    line.add_argument("-o", "--output", type=Path, required=True, help="folder of the new data set")
-    line.add_argument("--modality", required=True, choices=("CT", "MR"))
-    line.add_argument("--labels", default="", help="e.g. 'spleen,liver' (values 1 and 2) or 'spleen=1,liver=6'")
-    line.add_argument("--images", metavar="GLOB", help="which files of the folder are images, e.g. 'ct/*.nii.gz'")
-    line.add_argument("--masks", metavar="GLOB", help="which are masks, e.g. 'seg/*_seg.nii.gz'; * pairs them")
-    line.add_argument("--on-defect", default="raise", choices=("raise", "drop"), help="drop: leave such cases out")
-    line.add_argument("--copy", action="store_true", help="copy the files; else they are hard links where that can be")
-
-
 def run_import(options: argparse.Namespace) -> int:
     """Writes the data set, checks it as a study does, and prints what to type next.
 
@@ -58,14 +51,7 @@ def run_import(options: argparse.Namespace) -> int:
         raise InputError("--images and --masks belong together: give both, or none for the usual names")
     pairs = _from_csv(options.pairs) if options.pairs.is_file() else _from_folder(options)
     labels = _labels(options.labels) if options.labels else _values(pairs)
-    partial = out.with_name(f".{uuid.uuid4().hex[:12]}.{out.name}")
-    try:
-        _write(partial, out.name, pairs, labels, options)
-        os.rename(partial, out)
-    except OSError as error:
-        raise write_error(out, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_folder(out, lambda partial: _write(partial, out.name, pairs, labels, options))
     try:
         command = _check(out, pairs, labels, options)
     except BaseException:
@@ -77,8 +63,6 @@ def run_import(options: argparse.Namespace) -> int:
 
 def _from_csv(path: Path) -> dict[str, Pair]:
     """Case -> pair, of a table whose files are given relative to it."""
-    import pandas as pd
-
     try:
         table = pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False)
     except (OSError, ValueError) as error:
@@ -91,7 +75,7 @@ def _from_csv(path: Path) -> dict[str, Pair]:
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise InputError(f"{path}, line {number}: {missing[0]} does not exist; give paths relative to the table")
-        _add(pairs, _stem(files[0]), Pair(*files, row.get("patient")), path)
+        _add(pairs, stem(files[0].name), Pair(*files, row.get("patient")), path)
     return pairs
 
 
@@ -100,7 +84,7 @@ def _from_folder(options: argparse.Namespace) -> dict[str, Pair]:
     folder = options.pairs
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: give a folder of images and masks, or a CSV of them")
-    files = [file for file in sorted(folder.rglob("*")) if _stem(file) and not file.name.startswith(".")]
+    files = [file for file in sorted(folder.rglob("*")) if stem(file.name) and not file.name.startswith(".")]
     for patterns in [(options.images, options.masks)] if options.images else PATTERNS:
         found = [_matching(folder, files, pattern) for pattern in patterns]
         images = {file: case for file, case in found[0].items() if file not in found[1]}
@@ -124,16 +108,10 @@ def _matching(folder: Path, files: list[Path], pattern: str) -> dict[Path, str]:
     expression = re.compile(re.escape(bare).replace(r"\*\*/", "(.*/)?").replace(r"\*", "([^/]*)"))
     found = {}
     for file in files:
-        match = expression.fullmatch(file.relative_to(folder).with_name(_stem(file)).as_posix())
+        match = expression.fullmatch(file.relative_to(folder).with_name(stem(file.name)).as_posix())
         if match:
-            found[file] = "_".join(filter(None, match.groups())).replace("/", "_").strip("_") or _stem(file)
+            found[file] = "_".join(filter(None, match.groups())).replace("/", "_").strip("_") or stem(file.name)
     return found
-
-
-def _stem(file: Path) -> str:
-    from kdlib.data.nifti import stem  # needs torch
-
-    return stem(file.name)
 
 
 def _add(found: dict, case: str, value: object, source: Path) -> None:
@@ -144,23 +122,18 @@ def _add(found: dict, case: str, value: object, source: Path) -> None:
 
 def _labels(text: str) -> dict[str, int]:
     """Name -> value, of "spleen,liver" or "spleen=1,liver=6"."""
-    parts = [part.strip() for part in text.split(",")]
-    pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in enumerate(parts, 1)]
-    names = [name.strip() for name, _ in pairs]
-    values = [value.strip() for _, value in pairs]
+    parts = enumerate(text.split(","), 1)
+    pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in parts]
+    names, values = ([word.strip() for word in words] for words in zip(*pairs, strict=True))
     if not all(names) or len({*names}) < len(names) or not all(map(str.isdecimal, values)):
         raise InputError(f"labels {text!r}: give names, e.g. 'spleen,liver' or 'spleen=1,liver=6'")
     if len({*map(int, values)} - {0}) < len(values):
         raise InputError(f"labels {text!r}: give each label a value of its own, and none 0, which is the background")
-    return {name: int(value) for name, (_, value) in zip(names, pairs, strict=True)}
+    return dict(zip(names, map(int, values), strict=True))
 
 
 def _values(pairs: dict[str, Pair]) -> dict[str, int]:
     """Name -> value, of the values that the masks hold; unreadable ones are named by the check."""
-    import numpy as np
-
-    from kdlib.data.nifti import Defect, read
-
     values = set()
     for pair in pairs.values():
         with contextlib.suppress(Defect):
@@ -178,11 +151,10 @@ def _write(
         for case, pair in pairs.items():
             source = getattr(pair, side)
             if source is not None:
-                _place(source.resolve(), folder / part / f"{case}{source.name[len(_stem(source)) :]}", options.copy)
+                _place(source.resolve(), folder / part / f"{case}{source.name[len(stem(source.name)) :]}", options.copy)
     if any(pair.patient for pair in pairs.values()):
-        with (folder / "patients.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            rows.writerows([("case", "patient"), *((case, pair.patient) for case, pair in pairs.items())])
+        table = pd.DataFrame({"case": list(pairs), "patient": [pair.patient for pair in pairs.values()]})
+        table.to_csv(folder / "patients.csv", index=False, quoting=csv.QUOTE_ALL)
     _describe(folder, name, list(pairs), labels, options.modality)
 
 
@@ -205,27 +177,21 @@ def _check(out: Path, pairs: dict[str, Pair], labels: dict[str, int], options: a
 
     Returns: the command that shows it.
     """
-    from kdlib.data import DefectError, check_view, index
-    from kdlib.data.roundtrip import whole_size
-
     grouped = (out / "patients.csv").exists()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
+    try:
+        with warnings_said():
             dataset = index(out, options.on_defect, "patients.csv" if grouped else "auto")
-        except DefectError as error:
-            cases = error.table["case"].nunique()
-            advice = "fix them, or leave these cases out by --on-defect drop" if cases < len(pairs) else "fix them"
-            headline = f"{options.pairs}: defects in {cases} of {len(pairs)} cases, so nothing is imported; {advice}"
-            raise DefectError(headline, error.table) from None
+    except DefectError as error:
+        cases = error.table["case"].nunique()
+        advice = "fix them, or leave these cases out by --on-defect drop" if cases < len(pairs) else "fix them"
+        headline = f"{options.pairs}: defects in {cases} of {len(pairs)} cases, so nothing is imported; {advice}"
+        raise DefectError(headline, error.table) from None
     for case in {*pairs} - {case.name for case in dataset.cases}:
         for file in out.glob(f"*Tr/{case}.nii*"):
             file.unlink()
     _describe(out, out.name, [case.name for case in dataset.cases], labels, options.modality)
     for row in dataset.defects.itertuples():
         print(f"left out: {row.case}, {row.defect}", file=sys.stderr)
-    for warning in said:
-        print(f"warning: {warning.message}", file=sys.stderr)
     print(f"{out}: {len(dataset.cases)} cases, {dataset.grouping}, labels {', '.join(labels)}")
     profile = "ct96" if options.modality == "CT" else "hippocampus"
     words = ["kdlib", "study", "--data", str(out), "--target", "all", "--profile", profile, "--only", "00_data"]

@@ -1,4 +1,4 @@
-"""One job of a study: how it ends is told on the terminal and left on disk for Snakemake."""
+"""What the terminal is told: warnings in one line each, and how a job of a study ends, also on disk for Snakemake."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from kdlib.config import InputError
 from kdlib.files import write_json
 
 KILLED = "killed from outside, or out of memory"
 STOPPED = "stopped"  # by a scheduler or by Ctrl-C
+
+
+@contextlib.contextmanager
+def warnings_said(kind: type[Warning] = UserWarning) -> Iterator[None]:
+    """Warnings of this kind are one line each on stderr, also beside a bar; others are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", kind)
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        yield
 
 
 @contextlib.contextmanager

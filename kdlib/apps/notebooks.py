@@ -14,10 +14,10 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import papermill
@@ -125,17 +125,6 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextmanager
 def _forwarding() -> Iterator[list[int]]:
     """SIGTERM and SIGINT reach the kernel as SIGTERM: a training there ends its step, saves a checkpoint and stops;
     anything else stops at once. A second Ctrl-C does not wait for that. Yields the signals that came."""
@@ -151,9 +140,6 @@ def _forwarding() -> Iterator[list[int]]:
         for kernel in kernels:
             kernel.terminate()
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield asked
-        return
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
@@ -209,7 +195,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object]) -> N
     asked: list[int] = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _environment(**inherited), _forwarding() as asked:
+        with mock.patch.dict(os.environ, inherited), _forwarding() as asked:
             papermill.execute_notebook(
                 _literal(notebook), _literal(partial), values, kernel_name="python3", language="python",
                 cwd=notebook.resolve().parent, progress_bar=False, stdout_file=sys.stdout,
@@ -218,12 +204,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object]) -> N
         _fold(partial)
         os.replace(partial, output)
         failed.unlink(missing_ok=True)
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, RuntimeError) as error:
         raise Stopped(asked[0]) if asked else _failure(notebook, error, failed) from None
-    except RuntimeError as error:  # of the kernel, not of the code in it
-        if asked:
-            raise Stopped(asked[0]) from None
-        raise NotebookError(f"{notebook.name}: {error} (out of memory?); executed so far: {failed}") from None
     except OSError as error:
         raise InputError(f"{output} could not be saved: {error}; fix that and run again") from None
     finally:
@@ -248,7 +230,9 @@ def _fold(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def _failure(notebook: Path, error: PapermillExecutionError, failed: Path) -> Exception:
+def _failure(notebook: Path, error: Exception, failed: Path) -> Exception:
+    if isinstance(error, RuntimeError):  # of the kernel, not of the code in it
+        return NotebookError(f"{notebook.name}: {error} (out of memory?); executed so far: {failed}")
     known = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
     if error.ename in known:
         return known[error.ename](error.evalue)
@@ -288,19 +272,12 @@ def render(folder: Path, leave_out: Sequence[str] = ()) -> list[Path]:
         facts = {"title": titles[path], "study": folder.resolve().name, "links": links}
         for cell in notebook.cells:  # nbconvert embeds only pictures below the folder that it is given
             cell.source = cell.source.replace("](../", "](") if cell.cell_type == "markdown" else cell.source
+        rest = sorted(notebook.cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
+        notebook.cells[1:] = rest  # the answer moves up to below the chapter's title and question
         about = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS.parent)}}
-        text, _ = exporter.from_notebook_node(_answer_first(notebook), about | facts)
+        text, _ = exporter.from_notebook_node(notebook, about | facts)
         write_text(pages[path], text)
     return list(pages.values())
-
-
-def _answer_first(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """With the cell that is tagged "answer" moved up to below the chapter's title and question."""
-    for number, cell in enumerate(notebook.cells):
-        if "answer" in cell.metadata.get("tags", []):
-            notebook.cells.insert(1, notebook.cells.pop(number))
-            break
-    return notebook
 
 
 def _title(notebook: nbformat.NotebookNode, otherwise: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import html
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,31 +15,16 @@ import nibabel as nib
 import numpy as np
 import traitlets
 from ipyniivue import NiiVue, ShowRender, SliceType, Volume
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from kdlib.analysis.figures.style import ERRORS
 from kdlib.analysis.metrics import METRICS
 from kdlib.apps import drawing, explore, gradients
-from kdlib.config import InputError, TrainingError
+from kdlib.config import TEACHERS, InputError, TrainingError, lookup
 
 
-def picture(figure: Figure, dpi: int = 110) -> bytes:
-    """A figure as PNG."""
-    figure.savefig(buffer := io.BytesIO(), dpi=dpi)
-    return buffer.getvalue()
-
-
-def _image() -> widgets.Image:
-    """A picture that takes no room, and shows no broken icon, before there is one."""
-    return widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
-
-
-def _show(image: widgets.Image, png: bytes) -> None:
-    image.value, image.layout.display = png, "" if png else "none"
-
-
-def _legend(colours: dict[str, str]) -> str:
+def _legend(colours: Mapping[str, str]) -> str:
     """What each colour of an overlay means."""
     box = '<span style="display:inline-block;width:.9em;height:.9em;background:{};margin:0 .3em 0 1em"></span>{}'
     return "".join(box.format(colour, html.escape(name)) for name, colour in colours.items())
@@ -70,8 +55,16 @@ class Panel(widgets.VBox):
     """Widgets with a picture and a line of text, which says the errors of a `with self.errors_said()`."""
 
     def __init__(self):
-        self.message, self.image = widgets.HTML(), _image()
+        self.message, self.image = widgets.HTML(), widgets.Image(layout=widgets.Layout(max_width="100%"))
+        self.show_picture(None)
         super().__init__()
+
+    def show_picture(self, figure: Figure | None) -> None:
+        """Shows a figure; None takes no room, and shows no broken icon."""
+        png = io.BytesIO()
+        if figure is not None:
+            figure.savefig(png, dpi=110)
+        self.image.value, self.image.layout.display = png.getvalue(), "none" if figure is None else ""
 
     @contextmanager
     def errors_said(self) -> Iterator[None]:
@@ -82,9 +75,17 @@ class Panel(widgets.VBox):
         except (InputError, TrainingError) as error:
             self.message.value = f"<b>{html.escape(str(error))}</b>"
 
+    def watch(self, pick: Picker, show: Callable[[], None], *children: widgets.Widget) -> None:
+        """Shows `children`, and calls `show` now and after each choice; blank where there is nothing to choose."""
+        self.pick = pick
+        if not pick.empty:
+            self.children = children
+            pick.observe(lambda _: show(), "chosen")
+            show()
+
 
 class Picker(Panel):
-    """Three lists: study, run, case. What is chosen stands in `run`, `teachers` and `case`; panels watch `chosen`.
+    """Three lists: study, run, case. What is chosen stands in `run`, `teachers` and `case`; panels watch it.
 
     Where nothing has been trained yet, `empty` is True and a message says how to make a study; panels then stay blank.
 
@@ -105,16 +106,15 @@ class Picker(Panel):
     def __init__(self, results, data="phantom", study="", run="", case="", device="auto"):
         super().__init__()
         self.results, self.data, self.device = Path(results).resolve(), data, device
-        names = []
+        self.study_list, self.run_list, self.case_list = map(_dropdown, ("study", "run", "case"))
+        names, self.children = [], [self.message]
         with self.errors_said():
             names = explore.studies(self.results)
-        self.study_list, self.run_list, self.case_list = _dropdown("study", names), _dropdown("run"), _dropdown("case")
         self.empty = not names
-        self.children = [*([] if self.empty else (self.study_list, self.run_list, self.case_list)), self.message]
         if self.empty:
             return
-        if study:
-            self.study_list.value = explore.lookup("study", study, {name: name for name in self.study_list.options})
+        self.children = [self.study_list, self.run_list, self.case_list, self.message]
+        self._fill(self.study_list, dict(zip(names, names, strict=True)), study or names[0])
         self._list_runs(run)
         self._list_cases(case)
         self.study_list.observe(lambda _: self._try(self._list_runs, self._list_cases), "value")
@@ -130,40 +130,31 @@ class Picker(Panel):
                 step()
             self.chosen += 1
 
-    def _fill(self, chooser: widgets.Dropdown, options: list, value: str) -> None:
+    def _fill(self, chooser: widgets.Dropdown, labels: Mapping[str, str], key: str) -> None:
+        """A list of labels, at that of `key`. Raises: InputError: no such key."""
+        lookup(chooser.description, key, labels)
         self._filling = True
-        chooser.options, chooser.value = options, value
+        chooser.options, chooser.value = [(label, name) for name, label in labels.items()], key
         self._filling = False
 
     def _list_runs(self, run: str = "") -> None:
         self.table = explore.finished_runs(self.results, self.study_list.value)
-        keys = self.table["run"].tolist()
+        self.labels = self.table.set_index("run")["label"].to_dict()
         distilled = self.table.loc[self.table["role"] == "distilled", "run"].tolist()
-        students = self.table.loc[~self.table["model"].isin(explore.TEACHERS), "run"].tolist()
-        first = (distilled + students + keys)[0]
-        run = explore.lookup("run", run or first, dict(zip(keys, keys, strict=True)))
-        self._fill(self.run_list, list(zip(self.table["label"], keys, strict=True)), run)
+        students = self.table.loc[~self.table["model"].isin(TEACHERS), "run"].tolist()
+        self._fill(self.run_list, self.labels, run or [*distilled, *students, *self.labels][0])
 
     def _list_cases(self, case: str = "") -> None:
         self.run = explore.load_run(self.results, self.run_list.value, self.data, self.device)
         self.teachers = explore.teachers_of(self.run, self.table, self.data, self.device)
-        rows = explore.cases(self.run)
-        names = rows["case"].tolist()
-        kept = self.case_list.value if self.case_list.value in names else names[0]
-        case = explore.lookup("case", case or kept, dict(zip(names, names, strict=True)))
-        said = [f"{r.case}, {r.part}" + (f", Dice {r.dice:.3f}" if r.dice == r.dice else "") for r in rows.itertuples()]
-        self._fill(self.case_list, list(zip(said, names, strict=True)), case)
+        rows = explore.cases(self.run).itertuples()
+        labels = {r.case: f"{r.case}, {r.part}" + (f", Dice {r.dice:.3f}" if r.dice == r.dice else "") for r in rows}
+        kept = self.case_list.value if self.case_list.value in labels else next(iter(labels))
+        self._fill(self.case_list, labels, case or kept)
 
     @property
     def case(self) -> str:
         return self.case_list.value
-
-    def watch(self, show: Callable[[], None]) -> None:
-        """Calls `show` now and after each choice; never where there is nothing to choose."""
-        if self.empty:
-            return
-        self.observe(lambda _: show(), "chosen")
-        show()
 
 
 # ------------------------------------------------------------------------------------------------------------- viewer
@@ -189,16 +180,16 @@ def _nifti(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     return gzip.compress(nib.Nifti1Image(voxels, affine).to_bytes(), compresslevel=1)
 
 
-def _volume(name: str, mask: np.ndarray, affine: np.ndarray, colours, labels) -> Volume:
-    """A mask to lay over the image, in plain colours by class; hidden at first."""
+def _volume(name: str, mask: np.ndarray, affine: np.ndarray, colours: Mapping[str, str]) -> Volume:
+    """A mask to lay over the image, in the plain colours of its labels; hidden at first."""
     volume = Volume(data=_nifti(mask, affine), name=f"{name}.nii.gz", opacity=0.0, colorbar_visible=False)
-    shades = [(0, 0, 0, 0), *((np.array(to_rgba(colour)) * 255).astype(int).tolist() for colour in colours)]
+    shades = [(0, 0, 0, 0), *(to_rgba_array(list(colours.values())) * 255).astype(int).tolist()]
     channels = dict(zip("RGBA", map(list, zip(*shades, strict=True)), strict=True))
-    volume.set_colormap_label(channels | dict(I=list(range(len(shades))), labels=["", *labels]))
+    volume.set_colormap_label(channels | dict(I=list(range(len(shades))), labels=["", *colours]))
     return volume
 
 
-class Viewer(widgets.VBox):
+class Viewer(Panel):
     """The case as a volume (NiiVue: scroll, click, drag) or, where the browser has no WebGL, slice by slice.
 
     Args:
@@ -209,24 +200,23 @@ class Viewer(widgets.VBox):
 
     place = traitlets.Tuple()
 
-    def __init__(self, pick: Picker, height: int = 480):
+    def __init__(self, pick: Picker):
         super().__init__()
-        self.pick, self.webgl = pick, WebGL()
+        self.webgl = WebGL()
         self.mode = widgets.ToggleButtons(options=["slices", "volume"], value="slices")
         self.masks = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         # three planes alone: a rendering in 3D takes a browser without a GPU many times as long
         planes = dict(multiplanar_show_render=ShowRender.NEVER, back_color=(0, 0, 0, 1), crosshair_width=0.3)
-        self.volume = NiiVue(height=height, **planes)
+        self.volume = NiiVue(height=480, **planes)
         self.volume.set_slice_type(SliceType.MULTIPLANAR)
         self.volume.set_radiological_convention(True)  # the patient's right on the left, as in the slices
         self.volume.on_location_change(self._clicked)
         self.number = _slider("slice", width="90%")
-        self.slices, self.legend, self.body = _image(), widgets.HTML(), widgets.VBox()
-        self.children = [] if pick.empty else [self.webgl, self.mode, self.body]
+        self.legend, self.body = widgets.HTML(), widgets.VBox()
         self.webgl.observe(lambda change: setattr(self.mode, "value", "volume" if change["new"] else "slices"), "there")
         self.mode.observe(lambda _: self._lay_out(), "value")
         self.number.observe(self._draw, "value")
-        pick.watch(self.show)
+        self.watch(pick, self.show, self.webgl, self.mode, self.body)
 
     def show(self) -> None:
         self.seen = explore.look(self.pick.run, self.pick.teachers, self.pick.case)
@@ -243,11 +233,11 @@ class Viewer(widgets.VBox):
             self.body.children = [self.masks, self.volume, self.legend]
         else:
             self._draw()
-            self.body.children = [self.number, self.slices]
+            self.body.children = [self.number, self.image]
 
     def _draw(self, change: object = None) -> None:
         if self.mode.value == "slices":
-            _show(self.slices, picture(drawing.draw_slice(self.seen, self.number.value)))
+            self.show_picture(drawing.draw_slice(self.seen, self.number.value))
         self.place = (self.number.value, *self.place[1:])
 
     def _load(self) -> None:
@@ -256,12 +246,11 @@ class Viewer(widgets.VBox):
             data=_nifti(seen.image, seen.affine), name=f"{seen.case}.nii.gz", colormap="gray", colorbar_visible=False,
             cal_min=seen.shown[0], cal_max=seen.shown[1],
         )  # fmt: skip
-        colours = [explore.COLOURS[i % len(explore.COLOURS)] for i in range(len(seen.classes))]
-        errors = {kind: colour for colour, kind in ERRORS[: 3 if len(seen.classes) > 1 else 2]}
-        self.legend.value = _legend(dict(zip(seen.classes, colours, strict=True)) | errors)
-        layers = {name: _volume(name, mask, seen.affine, colours, seen.classes) for name, mask in seen.masks.items()}
-        wrong = [[colour for colour, _ in ERRORS], [kind for _, kind in ERRORS]]
-        layers |= {n: _volume(n, mask, seen.affine, *wrong) for n, mask in seen.differences().items()}
+        colours = drawing.legend(seen)
+        self.legend.value = _legend(colours)
+        classes, errors = {name: colours[name] for name in seen.classes}, {kind: colour for colour, kind in ERRORS}
+        layers = {name: _volume(name, mask, seen.affine, classes) for name, mask in seen.masks.items()}
+        layers |= {name: _volume(name, mask, seen.affine, errors) for name, mask in seen.differences().items()}
         self.volume.load_volumes([image, *layers.values()])
         shown = [box.value for box in self.masks.children]  # the same ones as before, whatever the run is called
         if len(shown) != len(layers):
@@ -299,23 +288,21 @@ class GradientPanel(Panel):
 
     def __init__(self, pick: Picker, viewer: Viewer):
         super().__init__()
-        self.pick, self.viewer, self.table = pick, viewer, widgets.HTML()
+        self.viewer, self.table = viewer, widgets.HTML()
         self.number = _slider("slice")
         self.rows, self.columns = (_slider(name, widgets.IntRangeSlider) for name in ("rows", "columns"))
         self.button = widgets.Button(description="show gradients", button_style="primary")
-        if pick.empty:
-            return
-        settings = [self.number, self.rows, self.columns, self.button]
-        self.children = [*settings, self.message, self.image, self.table]
         self.button.on_click(lambda _: self.show())
         viewer.observe(lambda _: self._follow(), "place")
-        self._follow()
-        pick.watch(self._clear)
+        settings = self.number, self.rows, self.columns, self.button
+        self.watch(pick, self._clear, *settings, self.message, self.image, self.table)
+        if not pick.empty:
+            self._follow()
 
     def _clear(self) -> None:
         """What is shown is of another run or case."""
         self.message.value, self.table.value = "", ""
-        _show(self.image, b"")
+        self.show_picture(None)
 
     def _follow(self) -> None:
         """The region: a quarter of the slice's side about the place that was clicked."""
@@ -334,7 +321,7 @@ class GradientPanel(Panel):
             self.message.value = "one forward and backward pass ..."
             run, teachers, case = self.pick.run, self.pick.teachers, self.pick.case
             found = gradients.term_gradients(run, teachers, case, self.number.value, region)
-            _show(self.image, picture(drawing.draw_gradients(found)))
+            self.show_picture(drawing.draw_gradients(found))
             how = dict(index=False, float_format="{:.3g}".format, border=0, classes="terms")
             table = found.table.rename(columns=HEADERS).to_html(**how)
             self.table.value = f"<style>.terms :is(td, th) {{ padding: 0 .8em; text-align: right }}</style>{table}"
@@ -349,12 +336,11 @@ class ComparisonPanel(Panel):
 
     def __init__(self, pick: Picker):
         super().__init__()
-        self.pick, self.other = pick, _dropdown("against")
+        self.other = _dropdown("against")
         self.metric = _dropdown("metric", [(name, key) for key, (name, *_) in METRICS.items()])
-        self.children = [] if pick.empty else [self.other, self.metric, self.message, self.image]
         for chooser in (self.other, self.metric):
             chooser.observe(self.show, "value")
-        pick.watch(self._list)
+        self.watch(pick, self._list, self.other, self.metric, self.message, self.image)
 
     def _list(self) -> None:
         table, mine = self.pick.table, self.pick.run.run
@@ -374,9 +360,8 @@ class ComparisonPanel(Panel):
         with self.errors_said():
             other = explore.load_run(self.pick.results, self.other.value, self.pick.data, self.pick.device)
             table = explore.compare(self.pick.run, other, self.metric.value)
-            labels = self.pick.table.set_index("run")["label"]
-            drawn = drawing.draw_comparison(table, labels[self.pick.run.key], labels[other.key], self.metric.value)
-            _show(self.image, picture(drawn))
+            labels = [self.pick.labels[run.key] for run in (self.pick.run, other)]
+            self.show_picture(drawing.draw_comparison(table, *labels, self.metric.value))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -387,19 +372,18 @@ class TrainingPanel(Panel):
 
     def __init__(self, pick: Picker):
         super().__init__()
-        self.pick, self.terms, self.printed = pick, widgets.VBox(), widgets.Output()
+        self.terms, self.printed = widgets.VBox(), widgets.Output()
         self.epochs = widgets.BoundedIntText(5, min=1, max=1000, description="epochs")
         self.steps = widgets.BoundedIntText(20, min=1, max=10000, description="steps each")
         self.button = widgets.Button(description="train", button_style="primary")
-        length = widgets.HBox([self.epochs, self.steps, self.button])
-        self.children = [] if pick.empty else [self.terms, length, self.message, self.printed, self.image]
         self.button.on_click(lambda _: self.train())
-        pick.watch(self._list)
+        length = widgets.HBox([self.epochs, self.steps, self.button])
+        self.watch(pick, self._list, self.terms, length, self.message, self.printed, self.image)
 
     def _list(self) -> None:
         """One row per term: weight and temperature."""
         self.histories: dict = {}
-        _show(self.image, b"")
+        self.show_picture(None)
         terms = ()
         with self.errors_said():
             terms = explore.distillation_run(self.pick.run, self.pick.teachers).recipe.terms
@@ -425,7 +409,7 @@ class TrainingPanel(Panel):
 
         def draw(history) -> None:
             self.histories[title] = history
-            _show(self.image, picture(drawing.draw_history({title: history, **before})))
+            self.show_picture(drawing.draw_history({title: history, **before}))
 
         self.button.disabled = True
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kdlib.apps.notebooks import NOTEBOOKS, read_notebook, render
 from kdlib.config import InputError
+from kdlib.data.decathlon import credit
 from kdlib.files import write_text
 
 OPEN_LICENCES = ("cc0", "cc-by", "cc by", "apache", "mit", "odc", "public domain")
@@ -20,16 +21,6 @@ STYLE = (
     "body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif}"
     "img{max-width:100%;height:auto}h2{margin-top:2.5rem}"
 )
-
-
-def add_site(commands: argparse._SubParsersAction) -> None:
-    line = commands.add_parser("site", help="write the pages of studies as a folder of plain files for the web")
-    line.add_argument("--results", type=Path, default=Path("results"), help="folder that studies are kept in")
-    line.add_argument("--output", type=Path, default=Path("docs/site"), help="folder of the pages")
-    line.add_argument(
-        "--block", nargs=3, action="append", default=[], metavar=("PAGE", "BLOCK", "STUDY"),
-        help="write a study's 'answer', 'worth' or 'when' into a page, between its two comments; repeatable",
-    )  # fmt: skip
 
 
 def run_site(options: argparse.Namespace) -> int:
@@ -74,8 +65,6 @@ def _parameters(chapter: Path) -> dict[str, object]:
 
 def _closed(study: Path) -> str:
     """Why a study's scans may not be published: its data set has no licence that allows it; "" where it has."""
-    from kdlib.data.decathlon import credit  # needs torch
-
     given = {_parameters(chapter).get("data", "phantom") for chapter in study.glob("notebooks/*.ipynb")}
     for data in map(str, given - {"phantom"}):
         try:
@@ -100,14 +89,12 @@ def _without_paths(page: Path, study: Path) -> str:
 def with_block(page: Path, block: str, study: Path) -> str:
     """A page with what `<study>/<block>.md` says between the page's two comments of that block.
 
-    Raises: InputError: the study has no such file, or the page no place for it.
+    Raises: InputError: the page has no place for it.
     """
-    made, text = study / f"{block}.md", page.read_text(encoding="utf-8")
-    if not made.is_file():
-        raise InputError(f"{made} does not exist: run that study's chapters and its report first")
+    text = page.read_text(encoding="utf-8")
     place = re.compile(rf"(<!-- {block}: [^\n]*-->\n).*?(<!-- end of {block} -->)", re.S)
     if not place.search(text):
         raise InputError(f"{page} has no place for it: write '<!-- {block}: ... -->' and '<!-- end of {block} -->'")
     shown = os.path.relpath(NOTEBOOKS.parent / "results" / study.name, page.resolve().parent)  # wherever it was made
-    said = made.read_text(encoding="utf-8").replace("(figures/", f"({shown}/figures/")
+    said = (study / f"{block}.md").read_text(encoding="utf-8").replace("(figures/", f"({shown}/figures/")
     return place.sub(lambda found: f"{found[1]}{said}{found[2]}", text)

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, convert, read_parameters
-from kdlib.config import PROTOCOLS, TEACHERS, InputError, Run, lookup, override_profile
+from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Run, lookup, override_profile
 from kdlib.files import check_study, write_json
 
 ROOT = NOTEBOOKS.parent
@@ -46,8 +47,8 @@ def _numbers(name: str, text: str) -> list[int]:
         raise InputError(f"{name} {text!r}: give whole numbers, e.g. '0 1'") from None
 
 
-def study_parameters(options: argparse.Namespace) -> dict[str, object]:
-    """The parameters that all experiments share, checked before anything runs; paths become absolute.
+def study_parameters(options: argparse.Namespace) -> tuple[dict[str, object], Profile]:
+    """The parameters that all experiments share, checked before anything runs, and their profile; paths are absolute.
 
     Raises:
         InputError: a value that no run can have, no such folder, or a study name that is not a plain folder name.
@@ -65,18 +66,9 @@ def study_parameters(options: argparse.Namespace) -> dict[str, object]:
         data = str(Path(data).expanduser().resolve())
         if not os.path.isdir(data):
             raise InputError(f"data folder {data} does not exist: give a folder in Decathlon layout, or 'phantom'")
-    for fold in folds:
-        for seed in seeds:
-            Run(
-                data,
-                options.target,
-                "T1",
-                fold,
-                seed=seed,
-                profile=profile,
-                protocol=protocol,
-                on_defect=options.on_defect,
-            )
+    fields = dict(profile=profile, protocol=protocol, on_defect=options.on_defect)
+    for fold, seed in itertools.product(folds, seeds):
+        Run(data, options.target, "T1", fold, seed=seed, **fields)  # whatever it refuses
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
         raise InputError(f"device {options.device!r}: choose 'auto', 'cpu' or 'cuda'")
     if not options.target.strip() or options.target.startswith("-"):  # a job could not be given it as a word
@@ -89,7 +81,7 @@ def study_parameters(options: argparse.Namespace) -> dict[str, object]:
         "protocol": options.protocol, "folds": folds, "seeds": seeds, "on_defect": options.on_defect,
         "group": options.group, "device": options.device, "results": str(Path(options.results).expanduser().resolve()),
         "study": study,
-    }  # fmt: skip
+    }, profile  # fmt: skip
 
 
 def plan(options: argparse.Namespace) -> dict[str, object]:
@@ -101,16 +93,16 @@ def plan(options: argparse.Namespace) -> dict[str, object]:
     chosen = options.only or EXPERIMENTS
     for name in chosen:
         lookup("experiment", name, dict.fromkeys(ORDER))
-    shared = study_parameters(options)
+    shared, profile = study_parameters(options)
     experiments, parameters = [name for name in ORDER if name in chosen], {}
     for name in dict.fromkeys([*experiments, "00_data", "01_baseline", "06_figures"]):
         path = options.notebooks / f"{name}.ipynb"
         declared = read_parameters(path)
         parameters[name] = check_parameters(path, {key: value for key, value in shared.items() if key in declared})
-    networks = override_profile(shared["profile"], shared["changes"]).networks
+    teachers = [name for name in profile.networks if name in TEACHERS]
     return {
-        "experiments": experiments, "shared": shared, "parameters": parameters,
-        "teachers": [name for name in networks if name in TEACHERS], "notebooks": str(options.notebooks.resolve()),
+        "experiments": experiments, "shared": shared, "parameters": parameters, "teachers": teachers,
+        "notebooks": str(options.notebooks.resolve()),
     }  # fmt: skip
 
 
@@ -145,16 +137,13 @@ def run_study(options: argparse.Namespace, command: Sequence[str]) -> int:
         failures: dict[str, dict] = {}
         if _until_all_is_done(folder, config, words, lock):
             failures = _failures(folder, experiments)
-            done = [name for name in experiments if (folder / "jobs" / name / "done.json").exists()]
+            done = _done(folder).keys() & experiments
             if any(name > "01" for name in done) and "report" not in failures:  # draw from what there is
                 targets = [f"jobs/{name}/done.json" for name in ("06_figures", "report") if name not in done]
-                _snakemake(
-                    folder, config | {"ended": True}, words + ["--allowed-rules", "figures", "report"], lock, *targets
-                )
+                drawing = [*words, "--allowed-rules", "figures", "report"]
+                _snakemake(folder, config | {"ended": True}, drawing, lock, *targets)
                 failures |= {name: each for name, each in _failures(folder, []).items() if name != "snakemake"}
-                failures = {
-                    name: each for name, each in failures.items() if not (folder / "jobs" / name / "done.json").exists()
-                }
+                failures = {name: each for name, each in failures.items() if name not in _done(folder)}
     causes = {name: failure for name, failure in failures.items() if failure["cause"] != WAITING}
     if causes and all(failure["status"] == 2 for failure in causes.values()):
         raise InputError("\n".join(dict.fromkeys(failure["cause"] for failure in causes.values())))
@@ -198,12 +187,14 @@ def _forget(folder: Path, again: Sequence[str]) -> None:
             record.unlink()
 
 
+def _done(folder: Path) -> dict[str, int]:
+    """Job that is done -> since when."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("jobs/*/done.json")}
+
+
 def _fingerprint(data: str) -> str:
     """A mark that changes with the files of a data set: then every job looks at them again."""
-    paths = [
-        Path(data) / "dataset.json",
-        *(path for part in ("imagesTr", "labelsTr") for path in Path(data, part).glob("*")),
-    ]
+    paths = [path for name in ("dataset.json", "imagesTr/*", "labelsTr/*") for path in Path(data).glob(name)]
     seen = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists())
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
@@ -225,13 +216,9 @@ def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequen
     One pass may leave jobs out: where a job runs whose result others take as `ancient`, Snakemake 9 does not look at
     whether these have reasons of their own to run, such as a changed notebook (snakemake/snakemake#4166).
     """
-
-    def made() -> dict[str, int]:
-        return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("jobs/*/done.json")}
-
-    before, done = made(), set()
+    before, done = _done(folder), set()
     while not (failed := _snakemake(folder, config, words, lock)):
-        new = {name for name, time in made().items() if before.get(name) != time}
+        new = {name for name, time in _done(folder).items() if before.get(name) != time}
         if new == done or new >= {*config["experiments"]}:  # a forced job runs in each pass
             break
         done = new
@@ -241,19 +228,12 @@ def _until_all_is_done(folder: Path, config: Mapping[str, object], words: Sequen
 def _snakemake(folder: Path, config: Mapping[str, object], words: Sequence[str], lock: int, *targets: str) -> bool:
     """Runs Snakemake in the study's folder; returns whether anything failed. Ctrl-C, or a scheduler's SIGTERM, reaches
     it and its jobs once, as SIGINT."""
-    write_json(folder / "jobs" / "study.json", config)
+    record = folder / "jobs" / "study.json"
+    write_json(record, config)
     command = [sys.executable, "-P", "-m", "snakemake", *targets, "--snakefile", str(ROOT / "Snakefile"), "--nolock"]
     # what is finished stays, whatever ONLY leaves out and whatever became of the code; a job that was killed runs again
     command += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "--retries", "1"]
-    command += [
-        "--scheduler",
-        "greedy",
-        "--directory",
-        str(folder),
-        "--configfile",
-        str(folder / "jobs" / "study.json"),
-        *words,
-    ]
+    command += ["--scheduler", "greedy", "--directory", str(folder), "--configfile", str(record), *words]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs run in other folders
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}, pass_fds=[lock], process_group=0,
@@ -274,5 +254,5 @@ def _failures(folder: Path, experiments: Sequence[str]) -> dict[str, dict]:
         logs = sorted(folder.glob(".snakemake/log/*.log"), key=lambda path: path.stat().st_mtime)
         lines = logs[-1].read_text().strip().splitlines() if logs else []
         found["snakemake"] = {"cause": f"{lines[-1]} ({logs[-1]})" if lines else "see above", "status": 1}
-    ended = found.keys() | {path.parent.name for path in folder.glob("jobs/*/done.json")}
+    ended = found.keys() | _done(folder).keys()
     return found | {name: {"cause": WAITING, "status": 1} for name in experiments if name not in ended}

@@ -30,17 +30,13 @@ def model_card(student: Student, to: str, hashes: Mapping[str, str]) -> str:
         dice=_means(before), dice_int8=_means(exported), costs=_costs(before, exported),
         worst=shown if shown.empty else worst(shown),
         interval=interval_text(summarise(shown, ["run"])["interval"]) if not shown.empty else UNKNOWN,
-        licence=facts.get("licence") or UNKNOWN, attribution=facts.get("attribution") or UNKNOWN,
     )  # fmt: skip
 
 
 def licence_text(student: Student) -> str:
     """The terms of the weights."""
-    facts = student.facts
-    return templates("kdlib.inference").get_template("licence.j2").render(
-        student=student, data_set=facts.get("data_set", UNKNOWN), licence=facts.get("licence") or UNKNOWN,
-        attribution=facts.get("attribution") or UNKNOWN,
-    )  # fmt: skip
+    page = templates("kdlib.inference").get_template("licence.j2")
+    return page.render(student=student, facts=student.facts, unknown=UNKNOWN)
 
 
 def _cases(facts: Mapping, name: str) -> pd.DataFrame:

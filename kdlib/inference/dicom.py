@@ -22,11 +22,8 @@ def _volume(series):
     return library("highdicom").get_volume_from_series(series, dtype=np.float32)
 
 
-def read_series(folder: Path) -> tuple[np.ndarray, nib.Nifti1Image, list]:
-    """The volume of the DICOM series in a folder.
-
-    Returns:
-        voxels XYZ float32, rescaled, along columns, rows and slices; an empty image of their grid; the datasets.
+def read_series(folder: Path) -> tuple[nib.Nifti1Image, list]:
+    """The volume of the DICOM series in a folder, XYZ float32, rescaled, along columns, rows and slices; its datasets.
 
     Raises:
         InputError: no series or several; slices that are not alike, or not evenly spaced along their normal.
@@ -57,12 +54,11 @@ def read_series(folder: Path) -> tuple[np.ndarray, nib.Nifti1Image, list]:
         raise InputError(f"{folder}: the DICOM series is no regular volume: {_line(error)}; export it again") from None
     # highdicom's axes are slices, rows, columns; those of the file are turned round, as converters do
     affine = (LPS_TO_RAS @ volume.affine)[:, [2, 1, 0, 3]]
-    voxels = volume.array.transpose(2, 1, 0)
-    image = nib.Nifti1Image(np.zeros(voxels.shape, np.uint8), affine)
+    image = nib.Nifti1Image(volume.array.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
-    return voxels, image, series
+    return image, series
 
 
 def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -> None:

@@ -6,7 +6,6 @@ import os
 import tempfile
 import warnings
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,18 +65,19 @@ def export(folder: Path, to: str, out: Path, data: str | Path | None = None, ove
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists: give --overwrite to replace it, or choose another folder")
     network = load_network(folder, student)
-    if to == "bundle":
-        write = partial(_save_bundle, network, student)
-    elif to == "onnx":
-        student, write = replace(student, format=to), partial(save_onnx, network, student)
-    else:
-        model = openvino_model(network, student)
-        if to == "openvino-int8":
-            student, model = _quantised(model, student, data)
-        student, write = replace(student, format=to), partial(_save_openvino, model)
+    model = openvino_model(network, student) if to.startswith("openvino") else None
+    if to == "openvino-int8":
+        student, model = _quantised(model, student, data)
+    if to != "bundle":
+        student = replace(student, format=to)
 
     def make(made: Path) -> None:
-        write(made)
+        if to == "bundle":
+            _save_bundle(network, student, made)
+        elif to == "onnx":
+            save_onnx(network, student, made)
+        else:  # in an int8 model few tensors are left in float32: halving them saves nothing
+            library("openvino").save_model(model, made / "model.xml", compress_to_fp16=False)
         hashes = {name: sha256(made / name) for name in WEIGHTS[student.format]}
         write_text(made / "README.md", model_card(student, to, hashes))
 
@@ -112,11 +112,6 @@ def openvino_model(network: nn.Module, student: Student):
     with tempfile.TemporaryDirectory() as folder:
         save_onnx(network, student, Path(folder))
         return openvino_core().read_model(Path(folder) / "model.onnx")
-
-
-def _save_openvino(model, made: Path) -> None:
-    # in an int8 model few tensors are left in float32: halving them saves nothing
-    library("openvino").save_model(model, made / "model.xml", compress_to_fp16=False)
 
 
 def _quantised(model, student: Student, data: str | Path | None) -> tuple[Student, object]:

@@ -22,13 +22,12 @@ from kdlib.data import Bank
 from kdlib.data.sampling import batch_indices
 from kdlib.training.batch import load_batch
 from kdlib.training.device import seeded_rng
-from kdlib.training.frozen import teacher_forward
+from kdlib.training.frozen import FrozenTeachers
 from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.loop import training_step
 from kdlib.training.state import new_state
 
-TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class RoundedWeight(nn.Module):
@@ -51,7 +50,7 @@ def rounded(network: nn.Module) -> Iterator[None]:
     layers = [module for module in network.modules() if isinstance(module, CONVOLUTIONS)]
     handles = []
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", RoundedWeight(int(isinstance(layer, TRANSPOSED))))
+        parametrize.register_parametrization(layer, "weight", RoundedWeight(int(layer.transposed)))
         handles.append(layer.register_forward_pre_hook(_rounded_input(layer.weight.device)))
     try:
         yield
@@ -91,19 +90,16 @@ def finetune(
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, student=slow))
     state = new_state(run, len(train.classes), steps, device, teachers, train.patients)
     state.model.load_state_dict(network.state_dict())
-    hooks = {
-        name: FeatureHooks(teacher, teacher.scales, scales_of([run.effective_recipe], "teacher"))
-        for name, teacher in teachers.items()
-    }
-    how = run.optimisation
+    layers = scales_of([run.effective_recipe], "teacher")
+    hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
+    taught, how = FrozenTeachers(hooks), run.optimisation
     batches = batch_indices(train.holds_target.cpu(), how.batch, derive_seed(run.seed, "int8"), how.target_share)
     with rounded(state.model):
-        state.begin_epoch()
         for step in range(steps):
             batch = load_batch(train, next(batches).to(device), run.seed, step)
-            seen = {name: teacher_forward(each, batch.images) for name, each in hooks.items()}
+            batch = dataclasses.replace(batch, teachers=taught(batch.images, step))
             with seeded_rng(derive_seed(run.seed, "layers", step), device):
-                training_step(state, dataclasses.replace(batch, teachers=seen))
+                training_step(state, batch)
     for each in [*hooks.values(), state.hooks]:
         each.close()
     return state.model.eval()

@@ -18,8 +18,7 @@ from kdlib.config import Preprocessing, lookup
 from kdlib.inference.backends import load_backend, openvino_backend, openvino_core
 from kdlib.inference.export import quantise, save_onnx
 from kdlib.inference.student import Student
-from kdlib.models import build_model, count_parameters, gflops, receptive_field
-from kdlib.models.cost import milliseconds
+from kdlib.models.cost import milliseconds, receptive_field, untimed
 from kdlib.training.device import computes_bf16, one_thread
 
 LIBRARIES = {"onnx": ("onnxscript", "onnxruntime"), "openvino-int8": ("onnxscript", "openvino", "nncf")}
@@ -50,25 +49,19 @@ def network_costs(
     rows = []
     with one_thread():
         for name in models:
-            with torch.random.fork_rng(devices=[]):
-                model = build_model(name, classes=classes, width=width).eval()
-            spared = count_parameters(model.reconstruction) if model.reconstructs else 0
+            model, found = untimed(name, width, size, classes)
             student = Student(name, name, width, tuple(map(str, range(classes))), "CT", Preprocessing(size))
-            row = dict(model=name, parameters=count_parameters(model) - spared)
-            row |= dict(gflops=gflops(model, size, reconstruct=False), receptive_field=receptive_field(model))
-            rows.append(row | _latencies(model, student, runtimes))
+            row = dict(model=name, parameters=found["inference_parameters"], gflops=found["gflops"])
+            rows.append(row | dict(receptive_field=receptive_field(model)) | _latencies(model, student, runtimes))
     return pd.DataFrame(rows)
 
 
 def _latencies(model: nn.Module, student: Student, runtimes: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    found = dict.fromkeys(runtimes, float("nan"))
     model = model.to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        for runtime in runtimes:
-            if not _is_there(runtime):
-                found[runtime] = float("nan")
-                continue
+        for runtime in filter(_is_there, runtimes):
             if runtime in LIBRARIES and not path.exists():
                 save_onnx(model, student, path.parent)
             found[runtime] = milliseconds(_forward(model, student, runtime, path), student.preprocessing.input_shape)

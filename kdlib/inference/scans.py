@@ -13,6 +13,7 @@ import numpy as np
 from kdlib.config import InputError
 from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 from kdlib.files import write
+from kdlib.inference.dicom import read_series
 
 FEWEST = 16  # different intensities; an image with fewer is a mask
 
@@ -60,39 +61,30 @@ def read_scan(path: Path) -> Scan:
         InputError: nothing is there; a file that `kdlib.data.nifti.read` or `read_series` refuses; intensities that
             are not finite; one slice; a mask.
     """
-    if os.path.isdir(path):
-        from kdlib.inference.dicom import read_series  # an optional dependency
-
-        voxels, image, series = read_series(path)
-        scan = Scan(path, voxels, image, str(series[0].get("Modality", "")), tuple(series))
-    elif not os.path.isfile(path):
-        raise InputError(f"{path} does not exist: give a NIfTI file, a folder of them, or that of a DICOM series")
-    elif not stem(path.name):
-        raise InputError(f"{path} is neither .nii.gz nor .nii: give a NIfTI file, or the folder of a DICOM series")
-    else:
-        try:
+    series, modality = [], ""
+    try:
+        if os.path.isdir(path):
+            image, series = read_series(path)
+            modality = str(series[0].get("Modality", ""))
+        elif not os.path.isfile(path):
+            raise InputError(f"{path} does not exist: give a NIfTI file, a folder of them, or that of a DICOM series")
+        elif not stem(path.name):
+            raise InputError(f"{path} is neither .nii.gz nor .nii: give a NIfTI file, or the folder of a DICOM series")
+        else:
             image = read(path)
             check_grid(image)
-        except Defect as defect:
-            raise _refused(path, defect) from None
-        scan = Scan(path, np.asanyarray(image.dataobj).astype(np.float32), image)
-    shape, sample = scan.voxels.shape, scan.voxels.ravel()[:: max(1, scan.voxels.size // 2**20)]
-    try:
-        check_intensities(scan.voxels.min(), scan.voxels.max())
-        if min(shape) < 2:
-            raise Defect(f"one slice, of shape {shape}", "give the whole volume")
-        values = np.unique(sample)
+        voxels = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
+        check_intensities(voxels.min(), voxels.max())
+        if min(voxels.shape) < 2:
+            raise Defect(f"one slice, of shape {voxels.shape}", "give the whole volume")
+        values = np.unique(voxels.ravel()[:: max(1, voxels.size // 2**20)])
         if len(values) < FEWEST and (values == np.rint(values)).all():
             shown = ", ".join(f"{value:g}" for value in values)
             raise Defect(f"holds the values {shown} alone, so it is a mask or empty", "give the scan itself")
     except Defect as defect:
-        raise _refused(path, defect) from None
-    return scan
-
-
-def _refused(path: Path, defect: Defect) -> InputError:
-    fault, remedy = defect.row
-    return InputError(f"{path}: {fault}; {remedy.removesuffix(', or remove the case')}")
+        fault, remedy = defect.row
+        raise InputError(f"{path}: {fault}; {remedy.removesuffix(', or remove the case')}") from None
+    return Scan(path, voxels, image, modality, tuple(series))
 
 
 def on_grid(scan: Scan, voxels: np.ndarray, description: str) -> nib.Nifti1Image:

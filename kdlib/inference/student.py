@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,9 +19,9 @@ from typing import Literal
 import numpy as np
 
 from kdlib.config import InputError, Preprocessing, Run, from_json, lookup, structure
-from kdlib.data import Dataset, index
+from kdlib.data import index
 from kdlib.data.slices import read_case_file
-from kdlib.files import read_csv, sha256, write_error, write_json
+from kdlib.files import read_csv, sha256, write_folder, write_json
 from kdlib.models import MODELS
 from kdlib.record import read_manifest, verified
 from kdlib.strict import Positive, check_fields
@@ -119,15 +117,13 @@ def load_student(folder: Path, data: str | Path | None = None) -> Student:
     """
     path = folder / "student.json"
     if not path.is_file():
-        return student_of_run(folder, data=data)
+        return student_of_run(folder, data)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}): copy or export the student again") from None
-    try:
-        student = structure(record, Student)
+        student = structure(json.loads(path.read_text(encoding="utf-8")), Student)
     except InputError as error:
         raise InputError(f"{path}: {str(error).removesuffix(' @ student')}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): copy or export the student again") from None
     for name in WEIGHTS[student.format]:
         file = folder / name
         if not file.is_file():
@@ -151,30 +147,22 @@ def write_student(student: Student, folder: Path, make: Callable[[Path], object]
     if folder.exists() and not (overwrite and (folder / "student.json").is_file()):
         what = "give --overwrite to replace it" if (folder / "student.json").is_file() else "choose another folder"
         raise InputError(f"{folder} exists: {what}")
-    partial, old = (folder.with_name(f".{uuid.uuid4().hex[:12]}.{folder.name}") for _ in range(2))
-    try:
-        partial.mkdir(parents=True)
+
+    def fill(partial: Path) -> None:
         make(partial)
         files = {name: sha256(partial / name) for name in WEIGHTS[student.format]}
         write_json(partial / "student.json", dataclasses.asdict(dataclasses.replace(student, files=files)))
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise write_error(folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+    write_folder(folder, fill)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def student_of_run(folder: Path, name: str = "", data: str | Path | None = None) -> Student:
+def student_of_run(folder: Path, data: str | Path | None = None) -> Student:
     """The student that a finished run's folder holds, `best.safetensors` its weights.
 
     Args:
-        name: of the student; the run's data set, model and key where empty.
         data: the data set that it was trained on: adds to its facts what the run's folder does not hold, and says the
             modality where the run is of a version that did not record it.
 
@@ -198,12 +186,12 @@ def student_of_run(folder: Path, name: str = "", data: str | Path | None = None)
     }  # fmt: skip
     modality = record["data"].get("modality")
     if data is not None:
-        dataset = _dataset_of(run, data, record["data"]["train"])
-        modality, facts = dataset.modality, facts | _data_facts(dataset, record["data"]["train"])
+        modality, known = _of_data_set(run, data, record["data"]["train"])
+        facts |= known
     if modality is None:
         raise InputError(f"{folder}: a run of an older version, which did not say CT or MR: give its data set (--data)")
     return Student(
-        name=name or f"{run.data}-{run.model}-{record['key'][:8]}".lower(),
+        name=f"{run.data}-{run.model}-{record['key'][:8]}".lower(),
         model=run.model,
         width=run.profile.width,
         classes=tuple(dice["class"].unique()),
@@ -214,20 +202,15 @@ def student_of_run(folder: Path, name: str = "", data: str | Path | None = None)
     )
 
 
-def _dataset_of(run: Run, data: str | Path, train: list[str]) -> Dataset:
+def _of_data_set(run: Run, data: str | Path, train: list[str]) -> tuple[str, dict[str, object]]:
+    """Modality and further facts of a run, read off the data set itself."""
     dataset = index(data, "drop", run.group)
-    missing = set(train) - {case.name for case in dataset.cases}
-    if missing or dataset.name != run.data:
+    cases = [case for case in dataset.cases if case.name in train]
+    if len(cases) < len(train) or dataset.name != run.data:
         raise InputError(f"{data} is not the data set of that run: give that of {run.data}, which holds {train[0]}")
-    return dataset
-
-
-def _data_facts(dataset: Dataset, train: list[str]) -> Mapping[str, object]:
     licence, attribution = dataset.credit
-    negative = [float(np.mean(read_case_file(dataset.case(name).image, np.float32)[1] < 0)) for name in train]
-    return {
-        "training_patients": len({dataset.case(name).group for name in train}),
-        "licence": licence,
-        "attribution": attribution,
+    negative = [float(np.mean(read_case_file(case.image, np.float32)[1] < 0)) for case in cases]
+    return dataset.modality, {
+        "training_patients": len({case.group for case in cases}), "licence": licence, "attribution": attribution,
         "negative": [min(negative), max(negative)],
-    }
+    }  # fmt: skip

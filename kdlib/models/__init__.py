@@ -1,11 +1,7 @@
 """The networks of the study: teachers T1 and T2, students S1 and S2, networks from elsewhere, and what each costs."""
 
+# ruff: noqa: F401
 from kdlib.models.cost import cost, cost_of, count_parameters, gflops, receptive_field
 from kdlib.models.external import ExternalModel
 from kdlib.models.registry import MODELS, build_model
 from kdlib.models.unet import CHANNELS_LAST, Output, UNet
-
-__all__ = [
-    "CHANNELS_LAST", "MODELS", "ExternalModel", "Output", "UNet", "build_model", "cost", "cost_of", "count_parameters",
-    "gflops", "receptive_field",
-]  # fmt: skip

@@ -47,19 +47,27 @@ def cost(
 
 def cost_of(name: str, width: float, size: int, classes: int, dims: int) -> dict[str, float]:
     """What one network costs: parameters, inference_parameters, gflops, latency_ms and threads, as `cost` has them."""
+    model, found = untimed(name, width, size, classes, dims)
+    model = model.to(memory_format=CHANNELS_LAST[dims])
+    shape = model.in_channels, *[size] * dims
+    return found | dict(latency_ms=milliseconds(lambda image: model(image, reconstruct=False), shape), threads=1)
+
+
+def untimed(name: str, width: float, size: int, classes: int, dims: int = 2) -> tuple[UNet, dict[str, float]]:
+    """A network with fresh weights, in eval mode, and what of `cost_of` needs no clock."""
     with torch.random.fork_rng(devices=[]):
         model = build_model(name, dims, 3 if dims == 2 else 1, classes, width).eval()
     whole = count_parameters(model)
     spared = count_parameters(model.reconstruction) if model.reconstructs else 0
     found = dict(parameters=whole, inference_parameters=whole - spared)
-    return found | dict(gflops=gflops(model, size, dims, reconstruct=False), latency_ms=latency(model, size), threads=1)
+    return model, found | dict(gflops=gflops(model, size, reconstruct=False))
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def gflops(model: UNet, size: int, spatial_dims: int = 2, reconstruct: bool = True) -> float:
+def gflops(model: UNet, size: int, reconstruct: bool = True) -> float:
     """10^9 floating-point operations (two per multiply-add) of the forward of one image; nothing is computed.
 
     Args:
@@ -67,7 +75,7 @@ def gflops(model: UNet, size: int, spatial_dims: int = 2, reconstruct: bool = Tr
         reconstruct: whether the reconstruction decoder, if there is one, counts.
     """
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    image = torch.empty(1, model.in_channels, *[size] * spatial_dims, device="meta")
+    image = torch.empty(1, model.in_channels, *[size] * model.spatial_dims, device="meta")
     with FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, state, (image, reconstruct))
     return counter.get_total_flops() / 1e9
@@ -93,13 +101,6 @@ def receptive_field(model: UNet, size: int = 512) -> int:
     model(image, reconstruct=False).segmentation[0, :, size // 2, size // 2].sum().backward()
     reached = image.grad.abs().sum((0, 1)).nonzero()
     return int((reached.max(0).values - reached.min(0).values + 1).max())
-
-
-def latency(model: UNet, size: int) -> float:
-    """Median milliseconds of one thread of the CPU for one image, all sides `size`, without the reconstruction."""
-    model = model.to("cpu", memory_format=CHANNELS_LAST[model.spatial_dims])
-    shape = model.in_channels, *[size] * model.spatial_dims
-    return milliseconds(lambda image: model(image, reconstruct=False), shape)
 
 
 def milliseconds(forward: Callable[[torch.Tensor], object], shape: Sequence[int]) -> float:

@@ -7,51 +7,41 @@ left is that smaller network, with the weights of the larger one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
-from torch import nn
 from torch.nn.utils import prune
 
 from kdlib.config import InputError
 from kdlib.models.unet import UNet
 
 
-def layers(network: UNet) -> Iterator[tuple[str, str | None, list[str]]]:
+def layers(network: UNet) -> list[tuple[str, str | None, list[str]]]:
     """The convolutions of the segmentation path in the order in which they run.
 
-    Yields: path of a convolution, path of its batch norm (None without one), and the paths of the convolutions whose
+    Returns: path of a convolution, path of its batch norm (None without one), and the paths of the convolutions whose
         outputs, joined, are its input (none for the image).
     """
-    below: list[str] = []
-    skips = {}
+    found, below, skips = [], [], {}
 
-    def stage(path: str, sources: list[str]) -> Iterator[tuple[str, str, list[str]]]:
-        nonlocal below
-        names = [name for name, _ in network.get_submodule(path).named_children() if name.startswith("conv")]
-        for name in names:
-            below = [f"{path}.{name}"]
-            yield below[0], f"{path}.{name.replace('conv', 'norm')}", sources
-            sources = below
+    def stage(path: str, sources: list[str]) -> list[str]:
+        for name, _ in network.get_submodule(path).named_children():
+            if name.startswith("conv"):
+                found.append((f"{path}.{name}", f"{path}.{name.replace('conv', 'norm')}", sources))
+                sources = [f"{path}.{name}"]
+        return sources
 
     for level in network.encoder:
-        yield from stage(f"encoder.{level}", below)
-        skips[level] = below
-    yield from stage("bottleneck", below)
+        below = skips[level] = stage(f"encoder.{level}", below)
+    below = stage("bottleneck", below)
     for level in network.segmentation.decoder:
         up = f"segmentation.up.{level}"
-        yield up, None, below
-        yield from stage(f"segmentation.decoder.{level}", [*skips[level], up])
-    yield "segmentation.head", None, below
+        found.append((up, None, below))
+        below = stage(f"segmentation.decoder.{level}", [*skips[level], up])
+    return [*found, ("segmentation.head", None, below)]
 
 
 def _channels(network: UNet, path: str) -> int:
     return network.get_submodule(path).out_channels
-
-
-def _output_axis(layer: nn.Module) -> int:
-    """Dimension of the output channels in a convolution's weight."""
-    return int(isinstance(layer, nn.ConvTranspose2d | nn.ConvTranspose3d))
 
 
 def check_smaller(network: UNet, smaller: UNet, what: str) -> None:
@@ -70,7 +60,7 @@ def mask_channels(network: UNet, smaller: UNet) -> None:
     convolution as many stay as `smaller` has. The masks remain (`torch.nn.utils.prune`)."""
     for path, norm, _ in layers(network):
         layer, drop = network.get_submodule(path), _channels(network, path) - _channels(smaller, path)
-        axis = _output_axis(layer)
+        axis = int(layer.transposed)  # of the output channels in the weight
         prune.ln_structured(layer, "weight", drop, n=1, dim=axis)
         kept = layer.weight_mask.movedim(axis, 0).flatten(1).amax(1)
         prune.custom_from_mask(layer, "bias", kept)
@@ -90,17 +80,14 @@ def prune_into(network: UNet, smaller: UNet) -> UNet:
     """
     masked = copy.deepcopy(network).to(next(smaller.parameters()).device)
     mask_channels(masked, smaller)
-    kept: dict[str, torch.Tensor] = {}  # path of a convolution -> which of its output channels stay
+    kept: dict[str, torch.Tensor] = {}  # path of a convolution -> whether each of its output channels stays
     for path, norm, sources in layers(masked):
         source, target = masked.get_submodule(path), smaller.get_submodule(path)
-        kept[path] = source.bias_mask.nonzero().flatten()
-        weight = source.weight.index_select(_output_axis(source), kept[path])
-        inputs, offset = [], 0
-        for name in sources:
-            inputs.append(kept[name] + offset)
-            offset += _channels(masked, name)
-        if inputs:
-            weight = weight.index_select(1 - _output_axis(source), torch.cat(inputs))
+        kept[path], axis = source.bias_mask.bool(), int(source.transposed)
+        weight = source.weight.index_select(axis, kept[path].nonzero().flatten())
+        if sources:
+            inputs = torch.cat([kept[name] for name in sources]).nonzero().flatten()
+            weight = weight.index_select(1 - axis, inputs)
         target.weight.copy_(weight)
         target.bias.copy_(source.bias[kept[path]])
         for name in ("weight", "bias", "running_mean", "running_var") if norm else ():

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdlib.config import TEACHERS, InputError, lookup
 from kdlib.models.efficient import EfficientUNet
-from kdlib.models.transunet import HEAD_DIM, transunet
+from kdlib.models.transunet import HEAD_DIM, TransformerBottleneck
 from kdlib.models.unet import UNet
 
 TEACHER_WIDTHS = (64, 128, 256, 512, 1024)
@@ -27,10 +27,16 @@ def t1(spatial_dims: int, in_channels: int, out_channels: int, width: float) -> 
 
 
 def t2(spatial_dims: int, in_channels: int, out_channels: int, width: float) -> UNet:
-    """The multi-task TransUNet."""
+    """The multi-task TransUNet (Chen 2021, arXiv 2102.04306): T1 with a vision transformer at the bottleneck.
+
+    Its tokens are the positions of the map at 1/16, 256 of them at 256 x 256. A 3 x 3 convolution maps them back to the
+    bottleneck's width, as in the paper.
+    """
     widths = [scale_channels(channels, width, 8) for channels in TEACHER_WIDTHS]
     hidden = scale_channels(768, width, HEAD_DIM)
-    return transunet(spatial_dims, in_channels, out_channels, widths, convs=2, reconstruct=True, hidden=hidden)
+    grid = {2: 16, 3: 8}[spatial_dims]  # the 1/16 map of 256 x 256 slices or of 128 x 128 x 128 volumes
+    bottleneck = TransformerBottleneck(spatial_dims, *widths[-2:], hidden, layers=12, grid=grid)
+    return UNet(spatial_dims, in_channels, out_channels, widths, convs=2, reconstruct=True, bottleneck=bottleneck)
 
 
 # name -> builder(spatial_dims, in_channels, out_channels), for teachers also with width

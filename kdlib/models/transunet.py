@@ -1,14 +1,12 @@
-"""The multi-task TransUNet: T1's U-Net with a vision transformer at the bottleneck."""
+"""The bottleneck of the TransUNet: a vision transformer."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdlib.models.unet import CONV, UNet, conv_stage
+from kdlib.models.unet import CONV, conv_stage
 
 HEAD_DIM = 64  # of ViT-B: 768 channels in 12 heads
 
@@ -21,7 +19,7 @@ class TransformerBottleneck(nn.Module):
 
     Args:
         in_channels, out_channels: channels of the map before and after.
-        hidden: channels of a token, a multiple of 64 (the head size).
+        hidden: channels of a token, a multiple of 64 (the head size); the feed-forward layers are four times as wide.
         layers: transformer blocks.
         grid: side of the position embedding's own grid.
     """
@@ -47,23 +45,3 @@ class TransformerBottleneck(nn.Module):
         x = self.embed(x) + F.interpolate(self.position, size=grid, mode=mode, align_corners=False)
         tokens = self.norm(self.blocks(x.flatten(2).transpose(1, 2)))  # [B, positions, hidden]
         return self.project(tokens.transpose(1, 2).unflatten(2, grid))
-
-
-def transunet(
-    spatial_dims: int, in_channels: int, out_channels: int, widths: Sequence[int], convs: int, reconstruct: bool,
-    hidden: int = 768, layers: int = 12,
-) -> UNet:  # fmt: skip
-    """TransUNet (Chen 2021, arXiv 2102.04306) on the stages and decoders of a U-Net.
-
-    The tokens are the positions of the map at 1/16: 256 of them at 256 x 256. A 3 x 3 convolution maps them back to the
-    bottleneck's width, as in the paper. T2 (2D, 3 channels, 1 class) has 121,801,668 parameters, 85 M of them in the
-    blocks, and 109,609,153 without the reconstruction decoder.
-
-    Args:
-        widths: channels of the encoder stages from full resolution down, the bottleneck last.
-        hidden: channels of a token, a multiple of 64; the feed-forward layers are four times as wide.
-        layers: transformer blocks.
-    """
-    grid = {2: 16, 3: 8}[spatial_dims]  # the 1/16 map of 256 x 256 slices or of 128 x 128 x 128 volumes
-    bottleneck = TransformerBottleneck(spatial_dims, widths[-2], widths[-1], hidden, layers, grid)
-    return UNet(spatial_dims, in_channels, out_channels, widths, convs, reconstruct, bottleneck)

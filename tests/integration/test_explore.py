@@ -319,10 +319,10 @@ def test_panels_follow_the_choice(small_study, table):
     pick = panels.Picker(small_study, device="cpu")
     assert pick.run.run.recipe.name == FULL and pick.case == pick.run.fold.test[0]
     viewer = panels.Viewer(pick)
-    assert viewer.mode.value == "slices" and is_picture(viewer.slices)
-    first = bytes(viewer.slices.value)
+    assert viewer.mode.value == "slices" and is_picture(viewer.image)
+    first = bytes(viewer.image.value)
     pick.case_list.value = pick.run.fold.val[0]
-    assert viewer.seen.case == pick.run.fold.val[0] and bytes(viewer.slices.value) != first
+    assert viewer.seen.case == pick.run.fold.val[0] and bytes(viewer.image.value) != first
     comparison = panels.ComparisonPanel(pick)
     assert table.set_index("run").loc[comparison.other.value, "method"] == "S1@50"
     pick.run_list.value = table["run"][0]

@@ -225,7 +225,7 @@ def data_copy(tmp_path, phantom_of) -> Path:
 
 def named(*words: str) -> dict[str, object]:
     """The parameters of a study with these words on its command line."""
-    return study_parameters(parser().parse_args(["study", *words]))
+    return study_parameters(parser().parse_args(["study", *words]))[0]
 
 
 def files_of(folder: Path) -> list[str]:

@@ -121,8 +121,8 @@ def test_a_runs_folder_is_a_student(a_run, small_study, tmp_path):
     assert (student.model, student.classes, student.modality, student.format) == ("S1", ("spleen",), "CT", "torch")
     assert student.preprocessing == PROFILES["quick"].preprocessing
     assert student.facts["run"] == a_run.name and student.facts["dice"].keys() == set(record["data"]["test"])
-    full = student_of_run(a_run, "mine", small_study / "data" / "phantom")
-    assert full.name == "mine" and full.facts.items() > student.facts.items()
+    full = student_of_run(a_run, small_study / "data" / "phantom")
+    assert full.name == student.name and full.facts.items() > student.facts.items()
     assert 1 <= full.facts["training_patients"] <= full.facts["training_cases"] == len(record["data"]["train"])
     assert 0 < full.facts["negative"][0] <= full.facts["negative"][1] <= 1  # HU of air
     write_student(

@@ -69,7 +69,7 @@ def test_gflops_by_hand_in_3d():
             return Output(self.segmentation.head(x), None)
 
     model = Point(3, 5, 2, widths=(5, 8), convs=1, reconstruct=False)
-    assert gflops(model, 8, spatial_dims=3) == pytest.approx(2 * 5 * 2 * 8**3 / 1e9)
+    assert gflops(model, 8) == pytest.approx(2 * 5 * 2 * 8**3 / 1e9)
 
 
 def test_gflops_leaves_the_model_as_it_was():
