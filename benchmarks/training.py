@@ -43,7 +43,6 @@ from kdlib.training import loop
 from kdlib.training.batch import Batch
 from kdlib.training.device import precision
 from kdlib.training.frozen import FrozenTeachers, folded
-from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.state import RunState, new_model, new_state
 
 MOST = 2e-3  # of losses and gradients in float32, between two orders of the same sums in networks of 30 layers
@@ -102,8 +101,7 @@ def thesis_infonce(student: str, only: tuple[str, ...] = (*READ, "PMD")) -> Reci
 
 
 def teaching(teacher: nn.Module, states: list[RunState], replay: int | None = None) -> Callable:
-    layers = scales_of((state.run.recipe for state in states), "teacher")
-    return FrozenTeachers({"T1": FeatureHooks(teacher, teacher.scales, layers)}, replay)
+    return FrozenTeachers({"T1": teacher}, [state.run.recipe for state in states], replay)
 
 
 def steps(states: list[RunState], batch: Batch, taught: Callable | None = None, name: str = "auto") -> Callable:

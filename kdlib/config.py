@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Literal, get_args
 
@@ -207,10 +207,9 @@ class Run:
         _ = self.preprocessing  # whatever it refuses
 
     @property
-    def name(self) -> str:
-        """The run in a line of a log or an error, e.g. `KD(T1, S1)` or `S1 (50 %)`; tables identify it by `method`."""
-        share = "" if self.fraction == 1 else f" ({self.fraction:.0%})".replace("%", " %")
-        return f"KD({self.teacher}, {self.model})" if self.teacher else f"{self.model}{share}"
+    def label(self) -> str:
+        """The run in a line of a log or an error."""
+        return f"{self.method}, fold {self.fold}, seed {self.seed}"
 
     @property
     def method(self) -> str:
@@ -238,10 +237,9 @@ class Run:
     def effective_recipe(self) -> Recipe:
         """The recipe with the faults that the protocol keeps, and without terms of weight 0, which change nothing."""
         protocol, recipe = self.protocol, self.recipe
-        if protocol.own_optimisers and self.teacher:
-            recipe = dataclasses.replace(recipe, segmentation="dice")
-        elif protocol.own_optimisers:
-            recipe = dataclasses.replace(recipe, segmentation_weight=1.0)
+        if protocol.own_optimisers:
+            change = {"segmentation": "dice"} if self.teacher else {"segmentation_weight": 1.0}
+            recipe = dataclasses.replace(recipe, **change)
         published = {"kl": "softmax_kl"} if protocol.one_channel_softmax else {}
         published |= {"supcon": "infonce"} if protocol.unlabelled_contrast else {}
         terms = []
@@ -332,8 +330,6 @@ def structure(record: object, kind: type):
     Raises:
         InputError: a field that does not exist, is missing, or has a value of another type or out of range.
     """
-    if not isinstance(record, Mapping):
-        raise InputError(f"{record!r:.50} is no {kind.__name__.lower()}: give its fields")
     try:
         return _CONVERTER.structure(record, kind)
     except cattrs.BaseValidationError as group:
@@ -360,20 +356,20 @@ def _converter() -> cattrs.Converter:
     for plain in (int, float, str, bool):  # of `Annotated` ones, too
         converter.register_structure_hook(plain, lambda value, _: value)
     named = {Profile: PROFILES, Protocol: PROTOCOLS}
-    for kind in (Profile, Protocol, Run, Recipe, Term, Preprocessing, Optimisation):
-        known = named.get(kind)
-        read = cattrs.gen.make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
 
-        def structure(value: object, kind: type, read=read, known=known) -> object:
-            if isinstance(value, kind):
-                return value
-            if known and isinstance(value, str):
-                return lookup(kind.__name__.lower(), value, known)
+    def reader(kind: type) -> Callable[[object, type], object]:
+        read = cattrs.gen.make_dict_structure_fn(kind, converter)
+
+        def structure(value: object, kind: type) -> object:
+            if kind in named and isinstance(value, str):
+                return lookup(kind.__name__.lower(), value, named[kind])
             if not isinstance(value, Mapping):
-                raise InputError(f"{value!r} is no {kind.__name__.lower()}: give its fields")
+                raise InputError(f"{value!r:.50} is no {kind.__name__.lower()}: give its fields")
             return read(value, kind)
 
-        converter.register_structure_hook(kind, structure)
+        return structure
+
+    converter.register_structure_hook_factory(is_dataclass, reader)
     return converter
 
 
@@ -388,10 +384,9 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     profile = lookup("profile", name, PROFILES)
     if not isinstance(changes or {}, Mapping):
         raise InputError(f"changes {changes!r} of profile {name!r}: give fields and values, e.g. {{'folds': 3}}")
+    own, view = ([field.name for field in dataclasses.fields(kind)] for kind in (Profile, Preprocessing))
+    known = dict.fromkeys(name for name in own + view if name not in ("name", "preprocessing", "published"))
     changes = dict(changes or {})
-    own, fields = ({field.name: field for field in dataclasses.fields(kind)} for kind in (Profile, Preprocessing))
-    known = {name: own[name] for name in own if name not in ("name", "preprocessing")} | dict(sorted(fields.items()))
-    del known["published"]  # which the protocol says
     for field in changes:
         lookup("field of a profile", field, known)
     # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key
@@ -399,9 +394,8 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     if changes:
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
         changes = {"reduced_from_thesis": f"{profile.reduced_from_thesis}; here {said}"} | changes
-    of_view = {field: changes.pop(field) for field in fields.keys() & changes.keys()}
-    view = dataclasses.replace(profile.preprocessing, **of_view)
-    return dataclasses.replace(profile, preprocessing=view, **changes)
+    of_view = {field: changes.pop(field) for field in view if field in changes}
+    return dataclasses.replace(profile, preprocessing=dataclasses.replace(profile.preprocessing, **of_view), **changes)
 
 
 def derive_seed(*parts: object) -> int:

@@ -106,13 +106,8 @@ def packed_or_not(path: Path) -> Path | None:
 
 
 def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes compressed arrays; see `write`."""
-
-    def save(partial: Path) -> None:
-        with partial.open("wb") as file:  # an open file keeps numpy from adding a suffix to the partial name
-            np.savez_compressed(file, **columns)
-
-    write(path, save)
+    """Writes compressed arrays, to a name that ends in .npz; see `write`."""
+    write(path, lambda partial: np.savez_compressed(partial, **columns))
 
 
 def read_arrays(path: Path) -> pd.DataFrame:

@@ -60,23 +60,8 @@ PUBLISHED_OPTIMISATION = {
 }
 
 
-def cumulative_correction() -> list[Protocol]:
-    """From `thesis` to `corrected`, one fault at a time; each protocol is named after its last correction."""
-    steps = [PROTOCOLS["thesis"]]
-    for switch, name in SWITCHES.items():
-        steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
-    return steps
-
-
-def single_faults() -> list[Protocol]:
-    """`corrected`, and then each fault alone put back into it; each protocol is named after its fault."""
-    corrected = PROTOCOLS["corrected"]
-    faults = [dataclasses.replace(corrected, name=switch.replace("_", " "), **{switch: True}) for switch in SWITCHES]
-    return [corrected, *faults]
-
-
 def correction_stages(way: str) -> list[Protocol]:
-    """The protocols that chapter 5 compares.
+    """The protocols that chapter 5 compares, each named after its last correction, or after its fault.
 
     Args:
         way: "cumulative", one fault after another corrected; "ends", the published and the corrected protocol; or
@@ -84,8 +69,12 @@ def correction_stages(way: str) -> list[Protocol]:
 
     Raises: InputError: another way.
     """
-    steps = cumulative_correction()
-    ways = {"cumulative": steps, "ends": [steps[0], PROTOCOLS["corrected"]], "single": single_faults()}
+    published, corrected = PROTOCOLS["thesis"], PROTOCOLS["corrected"]
+    steps = [published]
+    for switch, name in SWITCHES.items():
+        steps.append(dataclasses.replace(steps[-1], name=name, **{switch: False}))
+    faults = [dataclasses.replace(corrected, name=switch.replace("_", " "), **{switch: True}) for switch in SWITCHES]
+    ways = {"cumulative": steps, "ends": [published, corrected], "single": [corrected, *faults]}
     return lookup("way of correction", way, ways)
 
 

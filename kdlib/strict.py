@@ -23,8 +23,7 @@ class InputError(ValueError):
 class TrainingError(RuntimeError):
     """A training that failed (NaN, an inactive distillation term): the message names method, epoch and cause."""
 
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
+    _render_traceback_ = InputError._render_traceback_
 
 
 def lookup(kind: str, name: str, options: Mapping):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,7 @@ from kdlib.data.sampling import batch_indices
 from kdlib.record import verified
 from kdlib.training.checkpoint import load_weights
 from kdlib.training.device import autocast
-from kdlib.training.frozen import teacher_forward
-from kdlib.training.hooks import FeatureHooks, scales_of
+from kdlib.training.frozen import FrozenTeachers
 from kdlib.training.state import RunState, new_state
 
 OTHERS = 4  # training cases that accompany a slice where terms compare images with each other
@@ -50,7 +48,7 @@ class Gradients:
 
 
 @functools.lru_cache(maxsize=4)
-def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState, SliceBank, dict[str, FeatureHooks]]:
+def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState, SliceBank, FrozenTeachers]:
     """The frozen student with the projectors of its run, some of its training slices, and its teachers."""
     run, device = distillation_run(student, teachers, only=("PMD",)), student.device
     bank = case_slices(student, student.fold.subset(run.fraction)[:OTHERS])
@@ -64,17 +62,16 @@ def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunSta
         state.distiller.load_state_dict(safetensors.torch.load_file(verified(kept)))
     state.model.eval().requires_grad_(False)
     state.distiller.eval()  # memories take nothing in
-    scales = scales_of([run.effective_recipe], "teacher")
-    return state, bank, {name: FeatureHooks(model, model.scales, scales) for name, model in networks.items()}
+    return state, bank, FrozenTeachers(networks, [run.effective_recipe])
 
 
 def _terms(
-    state: RunState, hooks: Mapping[str, FeatureHooks], images: Tensor, labels: Tensor, patients: Tensor
+    state: RunState, taught: FrozenTeachers, images: Tensor, labels: Tensor, patients: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Unweighted losses by name, as in training but for the frozen network, and the features they rest on; terms are
     averaged over the random draws (the pixels of a contrast) of the first steps."""
     images = images.contiguous(memory_format=torch.channels_last)
-    seen = {name: teacher_forward(tap, images) for name, tap in hooks.items()}
+    seen = taught(images, 0)
     with autocast(images.device, images.dim() - 2):
         output, features = state.hooks(images.requires_grad_(), reconstruct=False)  # gradients reach frozen features
         features |= {"logits": output.segmentation}
@@ -120,7 +117,7 @@ def term_gradients(
 
     Raises: InputError: a run without a teacher, or a slice or region that is not there.
     """
-    state, bank, hooks = _prepared(student, teachers)
+    state, bank, taught = _prepared(student, teachers)
     run, size = state.run, student.run.preprocessing.size
     lookup("case", case, dict.fromkeys(student.fold.groups))
     own = case_slices(student, (case,))
@@ -135,7 +132,7 @@ def term_gradients(
     parts = zip(own.batch(here), bank.batch(others), strict=True)
     images, labels = (torch.cat(part) for part in parts)
     patients = torch.cat([torch.full_like(here, patient), bank.patient_of(others)])
-    losses, features = _terms(state, hooks, images, labels, patients)
+    losses, features = _terms(state, taught, images, labels, patients)
 
     weights, maps, rows = _weights(student, state), {}, []
     for name, module in state.distiller.terms.items():

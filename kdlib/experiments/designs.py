@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
-from types import MappingProxyType
 
 from kdlib.config import (
     BASELINE,
@@ -37,9 +36,6 @@ from kdlib.experiments.recipes import (
 from kdlib.experiments.setting import Setting
 from kdlib.models import MODELS, ExternalModel
 
-LABEL_FRACTIONS = (0.1, 0.25, 0.5, 1.0)
-LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
-NONE: Mapping[str, object] = MappingProxyType({})
 IN_3D = {"dimensions": 3, "size": 32, "channels": "repeat"}  # makes a profile of slices one of volumes
 
 
@@ -63,13 +59,12 @@ def baseline(setting: Setting, networks: Sequence[str] = (), fractions: Sequence
     return runs + [run for f in fractions for model in students for run in setting.everywhere(model, fraction=f)]
 
 
-def pairs(setting: Setting, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> list[Run]:
-    """The thesis's recipe for every teacher and student (none named: the profile's), on half of the labels."""
+def pairs(setting: Setting, teachers: Sequence[str]) -> list[Run]:
+    """The thesis's recipe for each of these teachers and every student of the profile, on half of the labels."""
     return [
         run
-        for teacher in teachers or setting.teachers
-        for model in students or setting.students
-        for run in setting.everywhere(model, fraction=0.5, teacher=teacher, recipe=thesis_recipe(model))
+        for teacher, model in product(teachers, setting.students)
+        for run in setting.everywhere(model, thesis_recipe(model), fraction=0.5, teacher=teacher)
     ]
 
 
@@ -81,39 +76,35 @@ def distillation(setting: Setting, teachers: Sequence[str] = (), fractions: Sequ
     teachers = teachers or setting.teachers
     for name in teachers:
         lookup("teacher", name, dict.fromkeys(TEACHERS))
-    return baseline(setting, (*teachers, *setting.students), fractions) + pairs(setting, teachers=teachers)
+    return baseline(setting, (*teachers, *setting.students), fractions) + pairs(setting, teachers)
 
 
-def agreement_runs(setting: Setting, teacher: str = "T1") -> list[Run]:
-    """Students on half of the labels, alone and distilled from one teacher, to compare with that teacher."""
+def agreement_runs(setting: Setting) -> list[Run]:
+    """Students on half of the labels, alone and distilled from T1, to compare with it."""
     alone = [run for model in setting.students for run in setting.everywhere(model, fraction=0.5)]
-    return alone + pairs(setting, teachers=[teacher])
+    return alone + pairs(setting, ["T1"])
 
 
 def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
     """Baseline, the thesis's recipe and its negative controls, on half of the labels."""
-    half = dict(fraction=0.5)
-    runs = setting.everywhere(student, **half)
-    for recipe in (thesis_recipe(student), prediction_recipe()):
-        runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+    runs = setting.everywhere(student, fraction=0.5)
+    runs += setting.everywhere(student, thesis_recipe(student), prediction_recipe(), fraction=0.5, teacher=teacher)
     for fold, seed in setting.places:
-        runs += controls(student, teacher, fold=fold, seed=seed, **half, **setting.fields)
+        runs += controls(student, teacher, fold=fold, seed=seed, fraction=0.5, **setting.fields)
     return runs
 
 
-def controls_and_agreement(setting: Setting, teacher: str = "T1") -> list[Run]:
-    """The negative controls of S1, and all students on half of the labels beside their teacher."""
-    runs = teachers(setting, [teacher]) + negative_controls(setting, teacher=teacher)
-    return list(dict.fromkeys(runs + agreement_runs(setting, teacher)))
+def controls_and_agreement(setting: Setting) -> list[Run]:
+    """The negative controls of S1, and all students on half of the labels beside their teacher T1."""
+    runs = teachers(setting, ["T1"]) + negative_controls(setting)
+    return list(dict.fromkeys(runs + agreement_runs(setting)))
 
 
 def ablation(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
     """Every subset of the thesis's terms, on half of the labels, beside the baseline."""
-    subsets = [only for size in range(1, 5) for only in combinations(WEIGHTS, size)]
-    recipes = [thesis_recipe(student, only=only) for only in subsets]
-    return setting.everywhere(student, fraction=0.5) + [
-        run for recipe in recipes for run in setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
-    ]
+    recipes = [thesis_recipe(student, only=only) for size in range(1, 5) for only in combinations(WEIGHTS, size)]
+    alone = setting.everywhere(student, fraction=0.5)
+    return alone + setting.everywhere(student, *recipes, fraction=0.5, teacher=teacher)
 
 
 def loss_comparison(
@@ -139,8 +130,7 @@ def loss_comparison(
         shuffled = dict(teacher="shuffled", control="shuffled_teacher")
         recipes += [dataclasses.replace(r, name=f"{r.name} shuffled", **shuffled) for r in recipes[3:]]
     runs = negative_controls(setting, student, teacher)
-    for recipe in recipes:
-        runs += setting.everywhere(student, fraction=0.5, teacher=teacher, recipe=recipe)
+    runs += setting.everywhere(student, *recipes, fraction=0.5, teacher=teacher)
     return list(dict.fromkeys(runs))
 
 
@@ -161,8 +151,7 @@ def correction(setting: Setting, student: str = "S1", teacher: str = "T1", way: 
     for protocol in correction_stages(way):
         shared = dict(fraction=0.5, protocol=protocol)
         runs += setting.everywhere(student, **shared)
-        for recipe in (thesis_recipe(student), zero_weights(student)):
-            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **shared)
+        runs += setting.everywhere(student, thesis_recipe(student), zero_weights(student), teacher=teacher, **shared)
     return runs
 
 
@@ -170,24 +159,23 @@ def label_fractions(
     setting: Setting,
     students: Sequence[str] = ("S1",),
     teacher: str = "T1",
-    fractions: Sequence[float] = LABEL_FRACTIONS,
+    fractions: Sequence[float] = (0.1, 0.25, 0.5, 1.0),
 ) -> list[Run]:
     """With how few labels does distillation help? Of each student: baseline, distilled, distilled with unlabelled
     images and its three controls at every label fraction; and the teacher, which has all labels."""
     runs = teachers(setting, [teacher])
     for fraction, student in product(fractions, students):
-        runs += setting.everywhere(student, fraction=fraction)
-        taught: list[tuple[str | None, Recipe]] = [(teacher, prediction_recipe())]
+        ways: list[tuple[str | None, Recipe | None]] = [(None, None), (teacher, prediction_recipe())]
         if fraction < 1:
-            taught += [(teacher, unlabelled()), ("self", consistency()), (teacher, pseudo_labels())]
-            taught += [(None, unused_images())]
-        for name, recipe in taught:
-            runs += setting.everywhere(student, fraction=fraction, teacher=name, recipe=recipe)
+            ways += [(teacher, unlabelled()), ("self", consistency()), (teacher, pseudo_labels())]
+            ways += [(None, unused_images())]
+        for name, recipe in ways:
+            runs += setting.everywhere(student, recipe, fraction=fraction, teacher=name)
     return runs
 
 
 def training_length(
-    setting: Setting, student: str = "S1", teacher: str = "T1", lengths: Sequence[float] = LENGTHS
+    setting: Setting, student: str = "S1", teacher: str = "T1", lengths: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)
 ) -> list[Run]:
     """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own; the teacher
     has its usual one."""
@@ -195,8 +183,7 @@ def training_length(
     for length in lengths:
         half = dict(fraction=0.5, length=length)
         runs += setting.everywhere(student, **half)
-        for recipe in (prediction_recipe(), unlabelled()):
-            runs += setting.everywhere(student, teacher=teacher, recipe=recipe, **half)
+        runs += setting.everywhere(student, prediction_recipe(), unlabelled(), teacher=teacher, **half)
     return runs
 
 
@@ -227,11 +214,11 @@ def capacity(
     runs = teachers(setting, [teacher])
     for model, fraction in product(students, fractions):
         runs += setting.everywhere(model, fraction=fraction)
-        runs += setting.everywhere(model, fraction=fraction, teacher=teacher, recipe=prediction_recipe())
+        runs += setting.everywhere(model, prediction_recipe(), fraction=fraction, teacher=teacher)
     return runs
 
 
-def of_volumes(setting: Setting, volumes: str = "", volume_changes: Mapping[str, object] = NONE) -> Setting:
+def of_volumes(setting: Setting, volumes: str = "", volume_changes: Mapping[str, object] = {}) -> Setting:
     """The same study on volumes.
 
     Args:
@@ -252,7 +239,7 @@ def of_volumes(setting: Setting, volumes: str = "", volume_changes: Mapping[str,
 
 
 def dimensions(
-    setting: Setting, teacher: str = "T1", volumes: str = "", volume_changes: Mapping[str, object] = NONE
+    setting: Setting, teacher: str = "T1", volumes: str = "", volume_changes: Mapping[str, object] = {}
 ) -> list[Run]:
     """Slices or volumes? The thesis's main table with one teacher, in two dimensions and in three; see `of_volumes`."""
     deep = of_volumes(setting, volumes, volume_changes)
@@ -268,8 +255,8 @@ def sweep(
     student: str = "S1",
     teacher: str = "T1",
     fraction: float = 0.5,
-    alone: Mapping[str, Sequence[float]] = MappingProxyType(BASELINE_TRIALS),
-    taught: Mapping[str, Sequence[float]] = MappingProxyType(DISTILLED_TRIALS),
+    alone: Mapping[str, Sequence[float]] = BASELINE_TRIALS,
+    taught: Mapping[str, Sequence[float]] = DISTILLED_TRIALS,
 ) -> list[Run]:
     """As many trials for the student alone as for the distilled one, to choose a recipe on validation patients.
 
@@ -302,17 +289,17 @@ def sweep(
         how = dataclasses.replace(setting.sized.student, **chosen)
         profile = dataclasses.replace(setting.sized, student=how)
         recipe = dataclasses.replace(BASELINE, name=", ".join(f"{name} {value}" for name, value in chosen.items()))
-        runs += setting.everywhere(student, fraction=fraction, recipe=recipe, profile=profile)
+        runs += setting.everywhere(student, recipe, fraction=fraction, profile=profile)
     for (rule, value), temperature, warmup in trials:
         term = Term("PMD", "kl", value if rule == "weight" else 1.0, temperature)
         name = f"{rule} {value:g}, temperature {temperature:g}, warm-up {warmup:g}"
         recipe = Recipe(name, terms=(term,), balance=value if rule == "balance" else None, warmup=warmup)
-        runs += setting.everywhere(student, fraction=fraction, teacher=teacher, recipe=recipe)
+        runs += setting.everywhere(student, recipe, fraction=fraction, teacher=teacher)
     return runs
 
 
-def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
-    """A network from elsewhere, alone and distilled: MONAI's SegResNet, which joins by naming its layers."""
+def external_network(setting: Setting) -> list[Run]:
+    """A network from elsewhere, alone and distilled from T1: MONAI's SegResNet, which joins by naming its layers."""
     layers = {"encoder2": "down_layers.1", "bottleneck": "down_layers.3", "decoder1": "up_layers.2"}
 
     def build(dims: int, channels: int, classes: int) -> ExternalModel:
@@ -321,9 +308,8 @@ def external_network(setting: Setting, teacher: str = "T1") -> list[Run]:
         return ExternalModel(SegResNet(dims, 8, channels, classes), layers)
 
     MODELS.setdefault("SegResNet", build)
-    half = dict(fraction=0.5)
-    taught = dict(teacher=teacher, recipe=thesis_recipe("SegResNet"))
-    return setting.everywhere("SegResNet", **half) + setting.everywhere("SegResNet", **half, **taught)
+    alone = setting.everywhere("SegResNet", fraction=0.5)
+    return alone + setting.everywhere("SegResNet", thesis_recipe("SegResNet"), fraction=0.5, teacher="T1")
 
 
 def requested_runs(name: str, parameters: Mapping[str, object]) -> list[Run]:

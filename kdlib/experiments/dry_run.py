@@ -40,6 +40,13 @@ def slices_of(run: Run, results: Path) -> int:
     return sum(case.shape[2] for case in found.dataset.cases if case.name in train)
 
 
+def _kind(run: Run, device: str) -> dict[str, object]:
+    """What the time of a step depends on."""
+    view, distilled = run.preprocessing, run.teacher is not None
+    return {"model": run.model, "distilled": distilled, "width": run.profile.width, "size": view.size,
+            "dims": view.dimensions, "device": device}  # fmt: skip
+
+
 def past_runs(results: Path) -> pd.DataFrame:
     """Seconds per step and of evaluation, on a CPU of one core, of every finished run in `results`, and what they
     depend on."""
@@ -48,16 +55,11 @@ def past_runs(results: Path) -> pd.DataFrame:
         record = read_manifest(folder)
         if record.get("status") != "done":
             continue
-        run, steps = from_json(record["run"]), record["steps"]
+        run, seconds = from_json(record["run"]), record["seconds"]
         cores = record["threads"] if record["device"] == "cpu" else 1  # times of one core
-        rows.append(
-            dict(
-                model=run.model, distilled=run.teacher is not None, method=run.method, device=record["device"],
-                size=run.preprocessing.size, dims=run.preprocessing.dimensions, width=run.profile.width,
-                pace=cores * record["seconds"]["training"] / steps,
-                evaluation=record["seconds"]["evaluation"],
-            )
-        )  # fmt: skip
+        pace = cores * seconds["training"] / record["steps"]
+        times = {"method": run.method, "pace": pace, "evaluation": seconds["evaluation"]}
+        rows.append(_kind(run, record["device"]) | times)
     return pd.DataFrame(rows)
 
 
@@ -68,13 +70,10 @@ def seconds_of(run: Run, past: pd.DataFrame, steps: int, device: str) -> float |
     """
     if past.empty:
         return None
-    like = past[
-        (past["model"] == run.model) & (past["size"] == run.profile.preprocessing.size) & (past["device"] == device)
-    ]
-    like = like[like["dims"] == run.profile.preprocessing.dimensions]
-    like = like[(like["width"] == run.profile.width) & (like["distilled"] == (run.teacher is not None))]
-    same = like[like["method"] == run.method]
-    like = same if len(same) else like
+    for name, value in _kind(run, device).items():
+        past = past[past[name] == value]
+    same = past[past["method"] == run.method]
+    like = same if len(same) else past
     return None if like.empty else float(like["pace"].median() * steps + like["evaluation"].median())
 
 
@@ -137,16 +136,13 @@ def describe(plan: Mapping[str, object]) -> str:
     missing = {key: run for runs in asked.values() for key, run in runs.items() if not is_done(run, results)}
     past = past_runs(results)
     seconds = foretell(list(missing.values()), past, results, place)
-    lines, seen = [], set()
+    lines, left = [], dict(missing)
     for name, runs in asked.items():
         done = sum(key not in missing for key in runs)
         lines.append(f"{name}: {len(runs)} runs, {done} of them done" if runs else f"{name}: no runs")
         for key in runs:
-            if key in missing and key not in seen:
-                seen.add(key)
-                run = missing[key]
-                what = f"{run.method}, fold {run.fold}, seed {run.seed}"
-                lines.append(f"    {what}: {steps_of(run, results)} steps, {_time(seconds[run])}, runs/{key}")
+            if run := left.pop(key, None):
+                lines.append(f"    {run.label}: {steps_of(run, results)} steps, {_time(seconds[run])}, runs/{key}")
     end = f"to train: {len(missing)} runs"
     if missing:
         total, cores = sum(seconds.values()), len(os.sched_getaffinity(0))

@@ -64,8 +64,11 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     model = new_model(run, len(bank.classes))
     names = scales_of([run.effective_recipe])
     shapes = probe(model, model.scales, names, size=run.preprocessing.size)
-    grids = {term.name: _grid(shapes, term.student_layers[0]) for term in labelled}
-    term = max(labelled, key=lambda term: grids[term.name][0])
+    grids = {}
+    for term in labelled:
+        name, factor = split_scale(term.student_layers[0])
+        grids[term] = [side // factor for side in shapes[name][1:]]
+    term = max(grids, key=lambda term: grids[term][0])
     if not bank.labels.any():
         raise InputError(f"{run.method}, fold {run.fold}: no training slice shows {', '.join(bank.classes)}")
     how = run.optimisation
@@ -75,7 +78,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     patients = bank.patient_of(index)
     area = (labels > 0).flatten(1).sum(1)
     loss = LOSSES[term.loss](**term.arguments)
-    coarse = resize_labels(labels.long(), torch.empty(len(labels), 1, *grids[term.name]), "supervised contrastive loss")
+    coarse = resize_labels(labels.long(), torch.empty(len(labels), 1, *grids[term]), "supervised contrastive loss")
     seed = derive_seed(derive_seed(run.seed, "terms", step), term.name)  # as the step and the distiller derive it
     drawn = loss.draw(coarse, torch.Generator().manual_seed(seed))
     first = int(area.argmax())
@@ -98,11 +101,6 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
                 step=step, term=term.name,
             ))  # fmt: skip
     return {name: np.stack([panel[name] for panel in panels]) for name in panels[0]}
-
-
-def _grid(shapes: dict[str, torch.Size], place: str) -> list[int]:
-    name, factor = split_scale(place)
-    return [side // factor for side in shapes[name][1:]]
 
 
 def _slices(area: torch.Tensor, patients: torch.Tensor, first: int) -> dict[int, str]:

@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from kdlib.config import InputError, Run, TrainingError, from_json, to_json
 from kdlib.experiments.runner import check, study, train_group
 from kdlib.training.device import pick_device
-from kdlib.training.fabric import Processes, check_batch, launch
+from kdlib.training.fabric import Processes, launch
 from kdlib.training.interrupt import InterruptHandler
 
 
@@ -45,8 +45,11 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
         raise InputError(f"{processes} processes: give at least 1")
     if place.type == "cuda" and processes > (count := torch.cuda.device_count()):
         raise InputError(f"{processes} processes need a GPU each, and this machine has {count}: take {count}")
-    for run in everything:
-        check_batch(run.optimisation.batch, processes)
+    for batch in (run.optimisation.batch for run in everything):
+        if batch % processes:
+            fitting = ", ".join(str(n) for n in range(2, batch + 1) if batch % n == 0)
+            asked = f"a batch of {batch} images cannot be divided by {processes} processes"
+            raise InputError(f"{asked}: take {fitting} processes")
     if processes == 1:
         study(runs, results, device)
         return
@@ -84,7 +87,7 @@ def _work(processes: Processes, runs: list[dict], results: str) -> None:
     try:
         while (job := processes.broadcast(None)) is not None:
             group, results, parts = job
-            train_group(group, results, device, parts, processes, read_only=True)
+            train_group(group, results, device, parts, processes)
     except RuntimeError:
         time.sleep(5)  # of a lost connection, the process that ended first tells the cause
         raise

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from kdlib.config import SCALES, InputError, Recipe, Run, Term, lookup
+from kdlib.config import SCALES, Recipe, Run, Term, lookup
 from kdlib.losses import LOSSES
 
 WEIGHTS = {"E-E": 0.1, "B-B": 0.2, "D-D": 0.1, "PMD": 0.2}  # of the thesis
-PREDICTION_WEIGHT, PREDICTION_TEMPERATURE = 0.4, 1.0  # of `prediction_recipe`, beside 0.4 for the segmentation loss
 BALANCE = 0.5  # gradient of a distiller that is compared with others, as a multiple of the segmentation loss's
 QUICK = ("kl", "dkd", "fitnet", "at", "sp", "ifvd", "infonce", "supcon")  # two of each family, for a small comparison
 
@@ -22,7 +21,7 @@ def comparison_losses(quick: bool = False) -> tuple[str, ...]:
     return QUICK if quick else tuple(name for name in LOSSES if name != "softmax_kl")
 
 
-def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("E-E", "B-B", "D-D", "PMD")) -> Recipe:
+def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = tuple(WEIGHTS)) -> Recipe:
     """The thesis's four terms, with its weights and temperatures, for a chosen feature loss.
 
     Args:
@@ -31,9 +30,8 @@ def thesis_recipe(student: str, loss: str = "supcon", only: tuple[str, ...] = ("
             other feature loss of `kdlib.losses.LOSSES`, which then keeps its own temperature.
         only: the terms to keep, for an ablation.
     """
-    unknown = [name for name in only if name not in WEIGHTS]
-    if unknown:
-        raise InputError(f"distillation terms {unknown}: choose from {', '.join(WEIGHTS)}")
+    for name in only:
+        lookup("distillation term", name, WEIGHTS)
     temperature = _temperature(student, loss)
     terms = tuple(
         Term(name, "kl", weight, 4.0) if name == "PMD" else Term(name, loss, weight, temperature)
@@ -50,7 +48,7 @@ def _temperature(student: str, loss: str) -> float | None:
 
 def prediction_recipe() -> Recipe:
     """KL on predictions alone (Hinton 2015), with the weight and temperature of docs/recipe.md."""
-    return Recipe("predictions", terms=(Term("PMD", "kl", PREDICTION_WEIGHT, PREDICTION_TEMPERATURE),))
+    return Recipe("predictions", terms=(Term("PMD", "kl", 0.4, temperature=1.0),))
 
 
 def unlabelled() -> Recipe:

@@ -22,7 +22,6 @@ from kdlib.experiments.store import (
     checkpoint_of,
     fail,
     is_done,
-    is_marked_done,
     locked,
     manifest,
     manifest_header,
@@ -101,19 +100,18 @@ def check(runs: Iterable[Run]) -> None:
     """Raises InputError where a run names a model, a distiller or a scale that does not exist, or cannot be pruned."""
     scales = {}
     for run in runs:
-        for model in (run.model, *run.teacher_runs()):
-            lookup("model", model, MODELS)
-            if model not in scales:
-                with torch.device("meta"):
-                    scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
         check_recipe(run.effective_recipe)
+        for models, side in (([run.model], "student"), (run.teacher_runs(), "teacher")):
+            for model in models:
+                lookup("model", model, MODELS)
+                if model not in scales:
+                    with torch.device("meta"):
+                        scales[model] = new_model(dataclasses.replace(run, model=model), 1).scales
+                for scale in scales_of([run.effective_recipe], side):
+                    lookup(f"scale of {model}", scale, scales[model])
         if run.origin:
             with torch.device("meta"):
                 check_smaller(new_model(run.origin, 1), new_model(run, 1), f"{run.model}, profile {run.profile.name}")
-        for models, side in (([run.model], "student"), (run.teacher_runs(), "teacher")):
-            for model in models:
-                for scale in scales_of([run.effective_recipe], side):
-                    lookup(f"scale of {model}", scale, scales[model])
 
 
 def check_names(runs: Iterable[Run]) -> None:
@@ -122,10 +120,7 @@ def check_names(runs: Iterable[Run]) -> None:
     for run in runs:
         name = (run.method, run.data, run.target, run.protocol, run.fold, run.seed, run.length, run.profile)
         if named.setdefault(name, run) != run:
-            raise InputError(
-                f"two runs of this study are called {run.method} (fold {run.fold}, seed {run.seed}) and differ: "
-                "give their recipes different names"
-            )
+            raise InputError(f"two runs of this study are called {run.label}: give their recipes different names")
 
 
 def cohorts(runs: Iterable[Run]) -> list[list[Run]]:
@@ -154,11 +149,10 @@ def _train_stage(groups: Sequence[list[Run]], results: Path, place: torch.device
             print(f"{busy[0].method}: another process is training it, waiting", flush=True)
             with locked(busy[0], results, wait=True):
                 pass
-            records = [read_manifest(run_folder(run, results)) for run in busy]
-            failures += [record["error"] for record in records if record.get("status") == "failed"]
-            left = [run for run, record in zip(busy, records, strict=True) if record.get("status") != "failed"]
-            found, busy = _train_free(left, results, place, processes)
-            failures += found
+            records = {run: read_manifest(run_folder(run, results)) for run in busy}
+            failed = {run: record["error"] for run, record in records.items() if record.get("status") == "failed"}
+            found, busy = _train_free([run for run in busy if run not in failed], results, place, processes)
+            failures += [*failed.values(), *found]
     return failures
 
 
@@ -220,23 +214,19 @@ def train_missing(
 
 
 def train_group(
-    group: list[Run], results: Path, device: torch.device, parts: int, processes: Processes, read_only: bool
+    group: list[Run], results: Path, device: torch.device, parts: int, processes: Processes
 ) -> list[RunState]:
     """Trains one cohort, from its checkpoints where there are some.
 
     Args:
-        parts: micro-batches of a step; processes: that train it together.
-        read_only: leave it to another process to write.
+        parts: micro-batches of a step; processes: that train it together, of which the first one writes.
     """
     run = group[0]
     fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
-    labelled = fold.subset(run.fraction)
-    train, val = bank.select(labelled), bank.select(fold.val)
-    if run.recipe.unlabelled:
-        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
-    if run.protocol.test_selection:
-        val = bank.select(fold.test)
-    slices = len(bank.select(fold.train))
+    labelled, whole = fold.subset(run.fraction), bank.select(fold.train)
+    hidden = set(fold.train) - set(labelled)
+    train = whole.hide_labels(hidden) if run.recipe.unlabelled else bank.select(labelled)
+    val = bank.select(fold.test if run.protocol.test_selection else fold.val)
     teachers = {
         name: untrained(teacher, len(bank.classes), device) if run.recipe.teacher == "random"
         else trained(teacher, len(bank.classes), results, device)
@@ -245,19 +235,17 @@ def train_group(
     initial = {}
     if run.origin:
         larger = trained(run.origin, len(bank.classes), results, device)
-        smaller = {each.model: new_model(each, len(bank.classes)) for each in group}
-        pruned = {model: prune_into(larger, network).state_dict() for model, network in smaller.items()}
-        initial = {each: pruned[each.model] for each in group}
+        initial = {each: prune_into(larger, new_model(each, len(bank.classes))).state_dict() for each in group}
     with precision(run.optimisation.precision):
         return train_cohort(
             group,
             train.to(device),
             val.to(device),
-            steps_per_epoch(run, slices),
+            steps_per_epoch(run, len(whole)),
             device,
             teachers,
-            epochs_of(run, slices),
-            [dataclasses.replace(checkpoint_of(run, results), read_only=read_only) for run in group],
+            epochs_of(run, len(whole)),
+            [dataclasses.replace(checkpoint_of(run, results), read_only=processes.rank > 0) for run in group],
             parts,
             processes=processes,
             initial=initial,
@@ -277,17 +265,15 @@ def _train(
         checkpoint.log(f"training on {record['device']}, code {CODE_HASH}")
     try:
         processes.broadcast((group, results, parts))  # the others train with this one: see `kdlib.experiments.parallel`
-        states = train_group(group, results, device, parts, processes, read_only=False)
+        states = train_group(group, results, device, parts, processes)
         parts_of = zip(states, checkpoints, records, strict=True)
         with precision(group[0].optimisation.precision):
             return [error for each in parts_of if (error := _finish(*each, bank, found))]
-    except torch.OutOfMemoryError:
-        raise
-    except InputError:  # nothing can be written
+    except (torch.OutOfMemoryError, InputError):  # the caller tries again, or nothing can be written
         raise
     except Exception as error:
         for run, checkpoint, record in zip(group, checkpoints, records, strict=True):
-            if not is_marked_done(checkpoint.folder):
+            if not is_done(run, results):
                 fail(run, checkpoint.folder, record, error)
         raise
 
@@ -297,22 +283,17 @@ def _finish(
 ) -> TrainingError | None:
     """Saves a trained run, or its failure."""
     folder = checkpoint.folder
+    if state.failure is not None:
+        if isinstance(state.failure, TrainingError):  # from a state that has failed, it would fail again
+            checkpoint.delete()
+        return fail(state.run, folder, record, state.failure)
     try:
-        if state.failure is not None:
-            raise state.failure
         save_run(state, bank, found, record, folder)
     except TrainingError as error:
-        if state.failure is not None:  # from a state that has failed, it would fail again
-            checkpoint.delete()
-        return fail(state.run, folder, record, error)
-    except InputError as error:
-        if error is not state.failure:
-            raise
         return fail(state.run, folder, record, error)
     checkpoint.delete()
     checkpoint.log("done")
-    listing = os.environ.get("KDLIB_TRAINED")
-    if listing:  # whoever runs the notebook puts its executed copy there
+    if listing := os.environ.get("KDLIB_TRAINED"):  # whoever runs the notebook puts its executed copy there
         with open(listing, "a", encoding="utf-8") as file:
             file.write(f"{folder}\n")
     return None
@@ -344,7 +325,7 @@ def save_run(state: RunState, bank: Bank, found: TrainingData, record: dict, fol
             cause = error
     if faults:
         text = "; ".join(faults)
-        raise TrainingError(f"{state.label}: {text}; fix it and run again, the training is kept") from cause
+        raise TrainingError(f"{run.label}: {text}; fix it and run again, the training is kept") from cause
     metrics = pd.concat(tables, ignore_index=True)
     metrics["patient"] = metrics["case"].map(fold.groups)
     parts = {
@@ -359,9 +340,8 @@ def save_run(state: RunState, bank: Bank, found: TrainingData, record: dict, fol
         "best": {"epoch": state.best_epoch, "val_dice": state.best_dice},
         "steps": state.step,
         "sessions": state.sessions,
-        "micro_batches": max(session.get("micro_batches", 1) for session in state.sessions),
+        "micro_batches": max(session["micro_batches"] for session in state.sessions),
         "seconds": {"training": round(state.seconds, 1), "evaluation": round(time.perf_counter() - begin, 1)},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "status": "done",
     }
     write_manifest(folder, record)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Run, lookup, override_profile
+from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Recipe, Run, lookup, override_profile
 from kdlib.experiments.source import run_source
 from kdlib.files import check_study
-from kdlib.strict import Range, check_fields
+from kdlib.strict import Seed, check_fields
 from kdlib.training.device import pick_device
-
-Number = Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Setting:
     profile: str = "quick"
     changes: dict = field(default_factory=dict)
     protocol: str = "corrected"
-    folds: tuple[Number, ...] = (0,)
-    seeds: tuple[Number, ...] = (0,)
+    folds: tuple[Seed, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     on_defect: Literal["raise", "drop"] = "raise"
     group: str = "auto"
     device: str = "auto"
@@ -60,9 +59,7 @@ class Setting:
         for name in (self.study.split("/")[0], *self.reuse):
             check_study(name)
         pick_device(self.device)
-        self.run("S1")  # whatever a run refuses
-        for fold, seed in self.places:
-            self.run("S1", fold=fold, seed=seed)
+        self.everywhere("S1")  # whatever a run refuses
 
     @property
     def sized(self) -> Profile:
@@ -97,7 +94,7 @@ class Setting:
     @property
     def places(self) -> list[tuple[int, int]]:
         """Every fold with every seed."""
-        return [(fold, seed) for fold in self.folds for seed in self.seeds]
+        return list(product(self.folds, self.seeds))
 
     @property
     def fields(self) -> dict[str, object]:
@@ -109,6 +106,7 @@ class Setting:
         """A run of this setting, of its first fold unless `fields`, further fields of `kdlib.Run`, say otherwise."""
         return Run(model=model, **(self.fields | dict(fold=self.folds[0]) | fields))
 
-    def everywhere(self, model: str, **fields: object) -> list[Run]:
-        """The same run in every fold and seed."""
-        return [self.run(model, fold=fold, seed=seed, **fields) for fold, seed in self.places]
+    def everywhere(self, model: str, *recipes: Recipe | None, **fields: object) -> list[Run]:
+        """The run of each of these recipes (none given: the model's own) in every fold and seed."""
+        each = product(recipes or [None], self.places)
+        return [self.run(model, recipe=recipe, fold=fold, seed=seed, **fields) for recipe, (fold, seed) in each]

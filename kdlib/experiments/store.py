@@ -104,11 +104,7 @@ def run_folder(run: Run, results: Path) -> Path:
 
 
 def is_done(run: Run, results: Path) -> bool:
-    return is_marked_done(run_folder(run, results))
-
-
-def is_marked_done(folder: Path) -> bool:
-    return read_manifest(folder).get("status") == "done"
+    return read_manifest(run_folder(run, results)).get("status") == "done"
 
 
 def manifest(run: Run, results: Path | str = "results") -> dict:
@@ -178,7 +174,7 @@ def write_manifest(folder: Path, record: dict) -> None:
     """Writes a run's manifest; of a finished run with the hash of each file that it names as its result."""
     if record.get("status") == "done":
         made = [name for name in OUTPUTS if (folder / name).is_file()]
-        record = record | {"files": {name: sha256(folder / name) for name in made}}
+        record = record | {"finished": _now(), "files": {name: sha256(folder / name) for name in made}}
     write_json(folder / "manifest.json", record)
 
 
@@ -253,16 +249,13 @@ def locked(run: Run, results: Path, wait: bool = False) -> Iterator[bool]:
     The operating system keeps it, and frees it when its holder dies.
     """
     folder = run_folder(run, results)
-    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=wait)
+        held = FileLock(folder / ".lock").acquire(blocking=wait)
     except Timeout:
         yield False
         return
     except OSError as error:
         raise write_error(folder, error) from None
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()

@@ -159,20 +159,17 @@ def teacher_agreement(
             for name, rows in saved.items():
                 tables[name].append(rows[key].assign(**_columns(run, results)))
             continue
-        folder, missing = run_folder(run, results), dict.fromkeys(tables)
         master = dataclasses.replace(teacher, fold=run.fold)
-        files = {name: folder / f"{name}-{run_key(master, results)}.csv" for name in tables}
+        files = {name: run_folder(run, results) / f"{name}-{run_key(master, results)}.csv" for name in tables}
         if not all(path.is_file() for path in files.values()):
             found = run_source(run, results)
-            test = found.folds[run.fold].test
-            bank = run_bank(run, results).select(test).to(place)
+            fold = found.folds[run.fold]
+            bank = run_bank(run, results).select(fold.test).to(place)
             models = [trained(who, len(bank.classes), results, place) for who in (run, master)]
-            missing["agreement"] = agreement(*models, bank, found.dataset, test, run.threshold)
-            missing["agreement"]["patient"] = missing["agreement"]["case"].map(found.folds[run.fold].groups)
-            missing["similarity"] = scale_similarity(*models, bank)
-            missing["calibration"] = calibration(models[0], bank)
-            for name, path in files.items():
-                write_csv(path, missing[name])
+            agreed = agreement(*models, bank, found.dataset, fold.test, run.threshold)
+            write_csv(files["agreement"], agreed.assign(patient=agreed["case"].map(fold.groups)))
+            write_csv(files["similarity"], scale_similarity(*models, bank))
+            write_csv(files["calibration"], calibration(models[0], bank))
         for name, path in files.items():
             tables[name].append(read_csv(path).assign(**_columns(run, results)))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())
@@ -186,9 +183,7 @@ def _rows_by_run(folders: Sequence[Path], name: str) -> dict[str, pd.DataFrame]:
 
 def _read(path: Path) -> pd.DataFrame:
     table = read_csv(packed_or_not(path))
-    texts = [
-        name for name in ("teacher", "terms", "loss", "loss_label", "family", "control", "credit") if name in table
-    ]
+    texts = table.columns.intersection(["teacher", "terms", "loss", "loss_label", "family", "control", "credit"])
     return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
 
 

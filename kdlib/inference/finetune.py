@@ -23,7 +23,6 @@ from kdlib.data.sampling import batch_indices
 from kdlib.training.batch import load_batch
 from kdlib.training.device import seeded_rng
 from kdlib.training.frozen import FrozenTeachers
-from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.loop import training_step
 from kdlib.training.state import new_state
 
@@ -90,16 +89,13 @@ def finetune(
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, student=slow))
     state = new_state(run, len(train.classes), steps, device, teachers, train.patients)
     state.model.load_state_dict(network.state_dict())
-    layers = scales_of([run.effective_recipe], "teacher")
-    hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
-    taught, how = FrozenTeachers(hooks), run.optimisation
+    taught, how = FrozenTeachers(teachers, [run.effective_recipe]), run.optimisation
     batches = batch_indices(train.holds_target.cpu(), how.batch, derive_seed(run.seed, "int8"), how.target_share)
     with rounded(state.model):
         for step in range(steps):
-            batch = load_batch(train, next(batches).to(device), run.seed, step)
-            batch = dataclasses.replace(batch, teachers=taught(batch.images, step))
+            batch = load_batch(train, next(batches).to(device), run.seed, step, taught)
             with seeded_rng(derive_seed(run.seed, "layers", step), device):
                 training_step(state, batch)
-    for each in [*hooks.values(), state.hooks]:
+    for each in [*taught.hooks.values(), state.hooks]:
         each.close()
     return state.model.eval()

@@ -83,14 +83,12 @@ class Adapter(nn.Module):
         return student, teacher if finer else resize(teacher, grid)
 
     def _describe(self, student: torch.Size, teacher: torch.Size, scales: tuple[str, str], kind: str) -> str:
-        shapes, projectors, texts = (student, teacher), (self.student, self.teacher), []
-        grids = [[side // factor for side in shape[1:]] for shape, factor in zip(shapes, self.factors, strict=True)]
-        both = zip(("student", "teacher"), scales, shapes, grids, projectors, strict=True)
-        for role, scale, shape, grid, projector in both:
-            text = f"{role} {scale} {shape[0]} channels on {' x '.join(map(str, grid))}"
-            if projector is not None:
-                text += f", to {projector.conv.out_channels} by a {kind} 1x1 projection"
-            texts.append(text)
+        shapes, projectors, grids, texts = (student, teacher), (self.student, self.teacher), [], []
+        sides = zip(("student", "teacher"), scales, shapes, self.factors, projectors, strict=True)
+        for role, scale, shape, factor, projector in sides:
+            grids.append([side // factor for side in shape[1:]])
+            made = "" if projector is None else f", to {projector.conv.out_channels} by a {kind} 1x1 projection"
+            texts.append(f"{role} {scale} {shape[0]} channels on {' x '.join(map(str, grids[-1]))}{made}")
         if grids[0] != grids[1]:
             finer = grids[1][0] > grids[0][0]
             texts[1] += f", {'averaged' if finer else 'interpolated'} to the student's grid"

@@ -12,6 +12,7 @@ from kdlib.config import UNLABELLED, derive_seed
 from kdlib.data import Bank, VolumeBank, augment
 from kdlib.data.augment import per_image
 from kdlib.models import CHANNELS_LAST
+from kdlib.training.frozen import FrozenTeachers
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,20 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """The batch in parts of about equal size, each with its share of the labelled images, which come first."""
-
-        def part(i: int, tensor: Tensor) -> Tensor:
-            return tensor[i::parts]
-
         return [
             replace(
                 self,
-                **{name: part(i, getattr(self, name)) for name in ("images", "labels", "labelled", "patients")},
-                teachers={who: {name: part(i, m) for name, m in maps.items()} for who, maps in self.teachers.items()},
+                **{name: getattr(self, name)[i::parts] for name in ("images", "labels", "labelled", "patients")},
+                teachers={who: {name: m[i::parts] for name, m in maps.items()} for who, maps in self.teachers.items()},
             )
             for i in range(parts)
         ]
 
 
-def load_batch(bank: Bank, index: Tensor, seed: int, step: int, replay: int | None = None) -> Batch:
-    """Slices or patches `index` [B] of the bank, augmented by the step's own draws; without what the teachers give.
-
-    Args:
-        replay: batches after which the same draws come again; None draws anew at every step.
-    """
-    drawn = step % replay if replay else step
+def load_batch(bank: Bank, index: Tensor, seed: int, step: int, taught: FrozenTeachers) -> Batch:
+    """Slices or patches `index` [B] of the bank, augmented by the step's own draws, and what the teachers give for
+    them; where the teachers' batches come again, so do the draws."""
+    drawn = step % taught.replay if taught.replay else step
     moves, changes = (torch.Generator().manual_seed(derive_seed(seed, what, drawn)) for what in ("patches", "augment"))
     images, labels = bank.batch(index, moves) if isinstance(bank, VolumeBank) else bank.batch(index)
     images, labels = augment(images, labels, changes)
@@ -62,4 +56,4 @@ def load_batch(bank: Bank, index: Tensor, seed: int, step: int, replay: int | No
     labelled = bank.labelled[index]
     # also where the augmentation moved a border in
     labels = labels.masked_fill(~per_image(labelled, labels), UNLABELLED)
-    return Batch(images, labels, labelled, bank.patient_of(index), step, {})
+    return Batch(images, labels, labelled, bank.patient_of(index), step, taught(images, step))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.files import write, write_error
+from kdlib.files import sha256, write, write_error
 from kdlib.record import verified
 
 FORMAT = 2  # of checkpoints
@@ -79,16 +79,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
-def _hash_sources() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[1]
-    files = sorted(path for pattern in SOURCES for path in root.glob(pattern))
-    return {
-        f"kdlib/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in files
-    }
-
-
-CODE = _hash_sources()  # at import: a file that is edited later is not what this process runs
+ROOT = Path(__file__).resolve().parents[2]
+CODE = {  # file -> hash, at import: a file that is edited later is not what this process runs
+    path.relative_to(ROOT).as_posix(): sha256(path)[:12]
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(f"kdlib/{pattern}"))
+}
 CODE_HASH = hashlib.sha256(json.dumps(CODE).encode()).hexdigest()[:16]
 
 
@@ -190,15 +185,12 @@ class Checkpoint:
             raise InputError(f"{self.path} was made by another version of {', '.join(found)}: {remedy}{commit}")
 
     def delete(self) -> None:
-        if not self.read_only:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def _take_tensors(value: object, name: str, found: dict[str, Tensor]) -> object:
     """The value with the name of each tensor in its place, e.g. "model/conv.weight"; the tensors go into `found`."""
     if isinstance(value, Tensor):
-        while name in found:  # keys may hold a slash
-            name += "'"
         found[name] = value.detach().cpu().contiguous()
         return {TENSOR: name}
     if isinstance(value, Mapping):

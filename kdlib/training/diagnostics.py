@@ -19,11 +19,10 @@ INACTIVE = ("softmax_kl",)  # published losses that are exactly zero, and that a
 
 def gradient_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Gradient of `loss` on all `parameters` as one vector, 0 where it does not reach; the graph is kept."""
-    gradients = [None] * len(parameters)
-    if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().flatten() for g, p in pairs])
+    if not loss.requires_grad:
+        return torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 class EpochDiagnostics:
@@ -32,16 +31,15 @@ class EpochDiagnostics:
     Gradients on the student are taken in the first two steps of an epoch, and in later ones while they are zero.
 
     Args:
-        run: whose epoch it is; `label`: its name in messages.
+        run: whose epoch it is.
         distiller: its terms; None for a run without distillation.
         micro_batches: parts that every batch is split into.
     """
 
-    def __init__(self, run: Run, label: str, distiller: Distiller | None, micro_batches: int = 1):
-        self.run, self.label, self.distiller, self.micro_batches = run, label, distiller, micro_batches
+    def __init__(self, run: Run, distiller: Distiller | None, micro_batches: int = 1):
+        self.run, self.distiller, self.micro_batches = run, distiller, micro_batches
         self.terms = {name: module.term for name, module in distiller.terms.items()} if distiller is not None else {}
         self.losses: dict[str, Tensor] = defaultdict(float)
-        self.magnitude: dict[str, Tensor] = defaultdict(float)
         self.gradients: dict[str, list[Tensor]] = defaultdict(list)
         self.steps = 0
         self.balanced = False  # whether the weights of this epoch are set, where the recipe balances them
@@ -62,7 +60,6 @@ class EpochDiagnostics:
         self.decay -= math.log1p(-decay)
         for name, value in losses.items():
             self.losses[name] += value.detach()
-            self.magnitude[name] += value.detach().abs()
         for name, gradient in gradients.items():
             self.gradients[name] = [*self.gradients[name][-1:], gradient]
             if gradient.any():
@@ -85,7 +82,7 @@ class EpochDiagnostics:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"{self.label}: {name} became {value} in epoch {epoch}; lower the learning rate "
+                    f"{self.run.label}: {name} became {value} in epoch {epoch}; lower the learning rate "
                     f"({self.run.optimisation.lr:g}) or look at the data; other runs are kept"
                 )
         norms = {name: float(seen[0].norm() or seen[-1].norm()) for name, seen in self.gradients.items()}
@@ -104,7 +101,7 @@ class EpochDiagnostics:
     def _check_term(self, name: str, value: float, norm: float, weight: float, epoch: int) -> dict[str, float]:
         """`infonce_over_chance/` and `projector_change/` of an active term; see `rows`."""
         term, found, fault = self.terms[name], {}, ""
-        if float(self.magnitude[name]) == 0:
+        if value == 0:
             fault = "was exactly zero"
         elif norm == 0:
             fault = "passed no gradient to the student"
@@ -117,7 +114,7 @@ class EpochDiagnostics:
             if weight and min(float((now - kept * then).norm() / then.norm()) for now, then in moves) < UNMOVED:
                 fault = fault or "did not change one of its learned projectors"
         if fault and term.loss not in INACTIVE:
-            raise TrainingError(f"{self.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
+            raise TrainingError(f"{self.run.label}: distillation term {name} ({term.loss}) {fault} in epoch {epoch}")
         if term.loss == "infonce" and not term.arguments.get("same_patient"):
             chance = math.log(self.run.optimisation.batch / self.micro_batches)
             found[f"infonce_over_chance/{name}"] = value / chance
@@ -126,15 +123,14 @@ class EpochDiagnostics:
     def state_dict(self) -> dict:
         """What a checkpoint within the epoch keeps: tensors and JSON values."""
         return {
-            "losses": dict(self.losses), "magnitude": dict(self.magnitude), "gradients": dict(self.gradients),
-            "projectors": self.projectors, "gradient_seen": sorted(self.gradient_seen), "steps": self.steps,
-            "decay": self.decay, "balanced": self.balanced,
+            "losses": dict(self.losses), "gradients": dict(self.gradients), "projectors": self.projectors,
+            "gradient_seen": sorted(self.gradient_seen), "steps": self.steps, "decay": self.decay,
+            "balanced": self.balanced,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping, device: torch.device) -> None:
         """Takes in what `state_dict` gave."""
-        for name in ("losses", "magnitude"):
-            getattr(self, name).update((key, value.to(device)) for key, value in state[name].items())
+        self.losses.update((name, value.to(device)) for name, value in state["losses"].items())
         for name in ("gradients", "projectors"):
             getattr(self, name).update((key, [v.to(device) for v in seen]) for key, seen in state[name].items())
         self.gradient_seen = set(state["gradient_seen"])

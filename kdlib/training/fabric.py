@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kdlib.config import InputError
-
 if TYPE_CHECKING:  # a training on one device does not wait for its import
     from lightning_fabric import Fabric
 
@@ -46,7 +44,6 @@ class Processes:
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's part of the whole batch [B, ...]: runs of B / size images, in the order of the processes."""
-        check_batch(len(batch), self.size)
         part = len(batch) // self.size
         return batch[part * self.rank :][:part]
 
@@ -80,22 +77,8 @@ class Processes:
         """Process 0's value of plain data, in every process; the others wait for it."""
         return value if self.size == 1 else self.fabric.broadcast(value)
 
-    def whole_batch_norm(self, model: nn.Module) -> nn.Module:
-        """The model with batch norms over the images of all processes; on CUDA devices, which alone can."""
-        if self.size == 1 or self.fabric.device.type != "cuda":
-            return model
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
 
 ALONE = Processes()
-
-
-def check_batch(batch: int, processes: int) -> None:
-    """Raises InputError where a batch cannot be divided among the processes in equal parts."""
-    if batch % processes:
-        fitting = ", ".join(str(n) for n in range(2, batch + 1) if batch % n == 0)
-        asked = f"a batch of {batch} images cannot be divided by {processes} processes"
-        raise InputError(f"{asked}: take {fitting} processes")
 
 
 def launch(function: Callable, processes: int, device: torch.device, *args: object) -> object:

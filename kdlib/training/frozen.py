@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdlib.config import Recipe
 from kdlib.training.device import autocast
 from kdlib.training.fabric import ALONE, Processes
-from kdlib.training.hooks import FeatureHooks
-
-CONVOLUTIONS, NORMS = (nn.Conv2d, nn.Conv3d), (nn.BatchNorm2d, nn.BatchNorm3d)
+from kdlib.training.hooks import FeatureHooks, scales_of
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def folded(model: nn.Module) -> nn.Module:
     for stage in model.modules():
         if isinstance(stage, nn.Sequential):
             for (first, conv), (second, norm) in pairwise(list(stage.named_children())):
-                if isinstance(conv, CONVOLUTIONS) and isinstance(norm, NORMS):
+                if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d):
                     setattr(stage, first, fuse_conv_bn_eval(conv, norm))
                     setattr(stage, second, nn.Identity())
     return model.requires_grad_(False)
@@ -42,29 +41,27 @@ class FrozenTeachers:
     """What teachers give for the batch of a step; with `replay`, kept in half precision for each of so many batches.
 
     Args:
-        hooks: by teacher, on the layers that are read.
+        teachers: by name, frozen, in eval mode.
+        recipes: that say which of their layers are read.
         replay: batches after which the same ones come again; None keeps nothing.
         processes: that share the pass.
     """
 
-    def __init__(self, hooks: Mapping[str, FeatureHooks], replay: int | None = None, processes: Processes = ALONE):
-        self.hooks, self.replay, self.processes = hooks, replay, processes
+    def __init__(
+        self, teachers: Mapping[str, nn.Module], recipes: Iterable[Recipe], replay: int | None = None,
+        processes: Processes = ALONE,
+    ):  # fmt: skip
+        layers = scales_of(recipes, "teacher")
+        self.hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
+        self.replay, self.processes = replay, processes
         self.kept: dict[int, dict[str, dict[str, Tensor]]] = {}
 
-    def size(self, batch: int, shape: Sequence[int]) -> int:
-        """Bytes of all that will be kept, for batches of so many images of this shape, C and HW or DHW."""
-        one = 0
-        for each in self.hooks.values():
-            image = torch.zeros(1, *shape, device=next(each.model.parameters()).device)
-            one += sum(maps.numel() for maps in teacher_forward(each, image).values())
-        return 2 * (self.replay or 0) * batch * one  # two bytes each
-
     def __call__(self, images: Tensor, step: int) -> dict[str, dict[str, Tensor]]:
-        if self.replay is None:
-            return {name: teacher_forward(each, images, self.processes) for name, each in self.hooks.items()}
-        place = step % self.replay
+        place = step % self.replay if self.replay else None
         if place not in self.kept:
             seen = {name: teacher_forward(each, images, self.processes) for name, each in self.hooks.items()}
+            if place is None:
+                return seen
             self.kept[place] = {who: {name: maps.half() for name, maps in found.items()} for who, found in seen.items()}
         # rounded at the first time, too: a training that resumes sees the same
         return {who: {name: maps.float() for name, maps in found.items()} for who, found in self.kept[place].items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from kdlib.config import InputError, Recipe
+from kdlib.config import InputError, Recipe, lookup
 
 
 class FeatureHooks:
@@ -29,22 +30,17 @@ class FeatureHooks:
         modules = dict(model.named_modules())
         self._handles = []
         for name in self.names:
-            if name not in layers:
-                raise InputError(f"scale {name!r} does not exist in {type(model).__name__}: it has {', '.join(layers)}")
-            if layers[name] not in modules:
-                known = ", ".join(filter(None, modules))
-                layer = f"{type(model).__name__} has no layer {layers[name]!r} (scale {name!r})"
-                raise InputError(f"{layer}; layers: {known}")
-            self._handles.append(modules[layers[name]].register_forward_hook(self._reader(name, layers[name])))
+            path = lookup(f"scale of {type(model).__name__}", name, layers)
+            if path not in modules:
+                layer = f"{type(model).__name__} has no layer {path!r} (scale {name!r})"
+                raise InputError(f"{layer}; layers: {', '.join(filter(None, modules))}")
+            self._handles.append(modules[path].register_forward_hook(partial(self._read, name, path)))
 
-    def _reader(self, name: str, path: str):
-        def read(module, inputs, output):
-            if not isinstance(output, Tensor):
-                given = f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}"
-                raise InputError(f"{given}: name a layer that gives a tensor")
-            self.features[name] = output
-
-        return read
+    def _read(self, name: str, path: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if not isinstance(output, Tensor):
+            given = f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}"
+            raise InputError(f"{given}: name a layer that gives a tensor")
+        self.features[name] = output
 
     def __call__(self, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
         """The model's output, and the features of this pass."""

@@ -21,14 +21,12 @@ class InterruptHandler:
     Raises: KeyboardInterrupt: in the main thread after SIGINT. SystemExit: of status 143 after SIGTERM.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self, highest: Callable[[int], int] | None = None):
         self.waits, self.number, self.before, self.highest = False, None, {}, highest
 
     def __enter__(self) -> InterruptHandler:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error) -> None:
@@ -53,10 +51,6 @@ class InterruptHandler:
             self.waits = False
         if self.number is not None and self.highest is None:
             self._end()
-
-    def ignore(self) -> None:
-        """From here on a further signal changes nothing: the training is ending."""
-        self.waits = True
 
     def check(self) -> None:
         """Ends several processes together if one of them was told to end; each must come by."""

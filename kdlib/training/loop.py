@@ -7,12 +7,12 @@ on who else is in the cohort.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from kdlib.training.batch import Batch, load_batch
 from kdlib.training.checkpoint import Checkpoint
 from kdlib.training.device import autocast, keep_freed_memory, seeded_rng
 from kdlib.training.diagnostics import gradient_of
-from kdlib.training.fabric import ALONE, Processes, check_batch
+from kdlib.training.fabric import ALONE, Processes
 from kdlib.training.frozen import FrozenTeachers, folded, teacher_forward
-from kdlib.training.hooks import FeatureHooks, scales_of
 from kdlib.training.interrupt import InterruptHandler
 from kdlib.training.progress import Clock, Progress, summary
 from kdlib.training.state import RunState, new_state
@@ -121,7 +120,7 @@ def training_step(state: RunState, batch: Batch, processes: Processes = ALONE) -
 
 
 def end_epoch(state: RunState, val: Bank, epoch: int, interrupts: InterruptHandler) -> None:
-    """Diagnostics, validation, and the weights of the best epoch."""
+    """Diagnostics, validation, and the weights of the best epoch (the first of equals)."""
     run = state.run
     try:
         rows = state.diagnostics.rows(epoch, state.weights_at(state.step - 1))
@@ -132,7 +131,13 @@ def end_epoch(state: RunState, val: Bank, epoch: int, interrupts: InterruptHandl
     rows.append(dict(epoch=epoch, name="val_dice", value=dice))
     rows.append(dict(epoch=epoch, name="lr", value=state.schedule.get_last_lr()[0]))
     with interrupts.deferred():
-        state.end_epoch(epoch, rows, dice)
+        state.history += rows
+        if dice > state.best_dice:
+            state.best_dice, state.best_epoch = dice, epoch
+            state.best = copy.deepcopy(state.model.state_dict())
+            if state.distiller is not None:
+                state.best_distiller = copy.deepcopy(state.distiller.state_dict())
+        state.diagnostics = None
 
 
 # ------------------------------------------------------------------------------------------------------ one training
@@ -169,17 +174,16 @@ def train_cohort(
             every `CHECKPOINT_SECONDS`, and when SIGTERM or SIGINT ends the training.
         micro_batches: parts that every batch is split into, where memory does not hold it (see `training_step`).
         on_epoch: is called after each epoch with the runs that continue.
-        processes: that train these runs together.
+        processes: that train these runs together; their number divides the batch.
         initial: of runs that do not start with weights of their seed, those that they start with.
 
     Raises:
-        InputError: a checkpoint cannot be saved, or a batch cannot be divided among the processes.
+        InputError: a checkpoint cannot be saved.
         KeyboardInterrupt, SystemExit: see `kdlib.training.interrupt.InterruptHandler`.
     """
     keep_freed_memory()
     first_run, teachers = runs[0], teachers or {}
     seed, how, profile = first_run.seed, first_run.optimisation, first_run.profile
-    check_batch(how.batch, processes.size)
     epochs = epochs or (profile.teacher_epochs if first_run.is_teacher else profile.student_epochs)
     parts = len(train.classes), epochs * steps, device, teachers, train.patients, micro_batches, processes
     states = [new_state(run, *parts) for run in runs]
@@ -188,31 +192,22 @@ def train_cohort(
             state.model.load_state_dict(initial[state.run])
     for state, checkpoint in zip(states, checkpoints, strict=bool(checkpoints)):
         state.resume(checkpoint, epochs * steps, processes.size)
-    layers = scales_of((run.effective_recipe for run in runs), "teacher")
     if how.kernels == "fused":
         teachers = {name: folded(teacher) for name, teacher in teachers.items()}
-    teacher_hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
-    taught = FrozenTeachers(teacher_hooks, how.replay, processes)
-    labelled = train.labelled.cpu() if first_run.effective_recipe.unlabelled else None
-    batches = batch_indices(train.holds_target.cpu(), how.batch, seed, how.target_share, labelled)
+    taught = FrozenTeachers(teachers, [run.effective_recipe for run in runs], how.replay, processes)
+    batches = batch_indices(train.holds_target.cpu(), how.batch, seed, how.target_share, train.labelled.cpu())
     if how.replay:
         batches = itertools.cycle(itertools.islice(batches, how.replay))
-        if teachers and processes.rank == 0:
-            size = taught.size(how.batch, first_run.preprocessing.input_shape)
-            print(f"{first_run.teacher}: its pass over {how.replay} batches takes {size / 1e9:.2f} GB", flush=True)
     first = min((state.step for state in states if state.failure is None), default=0)
     for _ in range(first):
         next(batches)
     teacher = f"of {first_run.teacher}" if first_run.teacher else "without a teacher"
     what = f"{len(states)} students {teacher}, fold {first_run.fold}, seed {seed}"
-    what, silent = states[0].label if len(states) == 1 else what, processes.rank > 0
+    what, silent = first_run.label if len(states) == 1 else what, processes.rank > 0
     together = processes.highest if processes.size > 1 else None
-    with (
-        ExitStack() as hooks,
-        Progress(what, epochs, steps, first, silent) as progress,
-        InterruptHandler(together) as interrupts,
-    ):
-        for each in [*teacher_hooks.values(), *(state.hooks for state in states)]:
+    progress = Progress(what, epochs, steps, first, silent)
+    with ExitStack() as hooks, progress.bar, InterruptHandler(together) as interrupts:
+        for each in [*taught.hooks.values(), *(state.hooks for state in states)]:
             hooks.callback(each.close)
         clock = Clock()
         try:
@@ -223,12 +218,11 @@ def train_cohort(
                     due = [state for state in states if state.failure is None and state.step == step]
                     if not due:
                         continue
-                    batch = load_batch(train, index, seed, step, how.replay)
-                    batch = replace(batch, teachers=taught(batch.images, step))
+                    batch = load_batch(train, index, seed, step, taught)
                     for state in due:
                         with interrupts.deferred(), seeded_rng(derive_seed(seed, "layers", step), device):
                             training_step(state, batch, processes)
-                    progress.step()
+                    progress.bar.update()
                     clock.share(due)
                     clock.save(due, every=CHECKPOINT_SECONDS)
                 due = [s for s in states if s.failure is None and s.diagnostics and s.step == epoch * steps]
@@ -246,7 +240,7 @@ def train_cohort(
                 if all(state.failure for state in states):
                     break
         except (KeyboardInterrupt, SystemExit):
-            interrupts.ignore()  # a second signal must not cut the checkpoints short
+            interrupts.waits = True  # a second signal must not cut the checkpoints short
             for state in states:
                 state.save()
                 state.log(f"stopped at step {state.step} of {epochs * steps}")

@@ -29,15 +29,6 @@ class Progress:
         hidden = self.plain or silent
         self.bar = tqdm(total=epochs * steps, initial=done, desc=what, unit="step", disable=hidden, leave=False)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
-
-    def step(self) -> None:
-        self.bar.update()
-
     def epoch(self, epoch: int, states: Sequence[RunState]) -> None:
         text = summary(states)
         self.bar.set_postfix_str(text)

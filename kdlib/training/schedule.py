@@ -39,8 +39,7 @@ def epochs_of(run: Run, slices: int) -> int:
         return profile.student_epochs
     if budget == "wall_clock":
         return round(profile.student_epochs * profile.step_cost)
-    batch = dataclasses.replace(run, recipe=TEACHER_RECIPE, teacher=None).optimisation.batch
-    teaching = profile.teacher_steps or math.ceil(slices / batch)
+    teaching = steps_per_epoch(dataclasses.replace(run, recipe=TEACHER_RECIPE, teacher=None, length=1.0), slices)
     return profile.student_epochs + round(profile.teacher_epochs * teaching / steps_per_epoch(run, slices))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,11 +72,6 @@ class RunState:
         self.weights = {"segmentation": recipe.segmentation_weight, "reconstruction": recipe.reconstruction_weight}
         self.weights |= self.distiller.weights if self.distiller is not None else {}
 
-    @property
-    def label(self) -> str:
-        recipe = f" {self.run.recipe.name}" if self.run.recipe.terms else ""
-        return f"{self.run.name}{recipe}, fold {self.run.fold}, seed {self.run.seed}"
-
     def weights_at(self, step: int) -> dict[str, float]:
         """Of each loss in the total of a step: those of the terms are 0 during the student's warm-up."""
         silent = self.distiller.weights if step < self.terms_from else ()
@@ -86,25 +80,13 @@ class RunState:
     def begin_epoch(self) -> EpochDiagnostics:
         """Training mode, and fresh diagnostics."""
         self.model.train()
-        self.diagnostics = EpochDiagnostics(self.run, self.label, self.distiller, self.micro_batches)
+        self.diagnostics = EpochDiagnostics(self.run, self.distiller, self.micro_batches)
         return self.diagnostics
 
-    def end_epoch(self, epoch: int, rows: Sequence[dict], dice: float) -> None:
-        """Takes in an epoch's rows, and keeps the weights of the best one (the first of equals)."""
-        self.history += rows
-        if dice > self.best_dice:
-            self.best_dice, self.best_epoch = dice, epoch
-            self.best = copy.deepcopy(self.model.state_dict())
-            if self.distiller is not None:
-                self.best_distiller = copy.deepcopy(self.distiller.state_dict())
-        self.diagnostics = None
-
-    def log(self, text: str, echo: bool = False) -> None:
-        """A line of the run's log, where it has one; `echo` prints it too."""
+    def log(self, text: str) -> None:
+        """A line of the run's log, where it has one."""
         if self.checkpoint is not None:
             self.checkpoint.log(text)
-        if echo:
-            print(f"{self.label}: {text}", flush=True)
 
     def save(self) -> None:
         """Saves a checkpoint, where the run has one and has done a step."""
@@ -125,11 +107,11 @@ class RunState:
             return
         if saved is not None:
             self.load_state_dict(saved)
-            self.log(f"resumes from step {self.step} of {steps}", echo=True)
+            checkpoint.log(text := f"resumes from step {self.step} of {steps}")
+            print(f"{self.run.label}: {text}", flush=True)
         device = str(next(self.model.parameters()).device)
         session = {"from_step": self.step, "device": device, "torch": torch.__version__}
-        session |= {"micro_batches": self.micro_batches} if self.micro_batches > 1 else {}
-        self.sessions.append(session | ({"processes": processes} if processes > 1 else {}))
+        self.sessions.append(session | {"micro_batches": self.micro_batches, "processes": processes})
 
     def state_dict(self) -> dict:
         """The whole state: nested dicts of tensors and JSON values."""
@@ -192,7 +174,8 @@ def new_state(
     """
     model, recipe, view = new_model(run, classes), run.effective_recipe, run.preprocessing
     dims, shape = view.dimensions, dict(channels=view.input_shape[0], dims=view.dimensions, size=view.size)
-    model = processes.whole_batch_norm(model)
+    if processes.size > 1 and device.type == "cuda":  # batch norms over the images of all processes; CUDA alone can
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     layers, distiller = scales_of([recipe]), None
     if recipe.terms:
         shapes = probe(model, model.scales, layers, **shape)

@@ -50,11 +50,11 @@ def kill_after(monkeypatch, steps: int, error: BaseException | None = None) -> N
 
 def alike(arms, others) -> None:
     for arm, other in zip(arms, others, strict=True):
-        assert same(arm.model.state_dict(), other.model.state_dict()), arm.label
+        assert same(arm.model.state_dict(), other.model.state_dict()), arm.run.label
         assert same(arm.best, other.best) and same(arm.best_distiller, other.best_distiller)
         assert arm.best_epoch == other.best_epoch and arm.history == other.history
         if arm.distiller is not None:
-            assert same(arm.distiller.state_dict(), other.distiller.state_dict()), arm.label
+            assert same(arm.distiller.state_dict(), other.distiller.state_dict()), arm.run.label
         states = [x.optimiser.state_dict()["state"] for x in (arm, other)]
         assert all(same(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
 

@@ -520,7 +520,7 @@ def test_the_manifest_names_code_machine_seeds_and_hashes(finished, phantom):
     stored = next((results / "splits").glob("*.json"))
     assert record["data"]["digest"] == sha256(stored) and len(record["data"]["fold_digest"]) == 64
     assert record["steps"] == 2 and record["sessions"] == [
-        {"from_step": 0, "device": "cpu", "torch": torch.__version__}
+        {"from_step": 0, "device": "cpu", "torch": torch.__version__, "micro_batches": 1, "processes": 1}
     ]
     assert record["seconds"]["training"] > 0 and record["started"] <= record["finished"]
     log = (run_folder(runs[1], results) / "log.txt").read_text().splitlines()

@@ -28,7 +28,7 @@ def write_down(trace: Path) -> None:
     file = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def line(what: str, state: RunState) -> None:
-        os.write(file, f"{os.getpid()}\t{what}\t{state.run.model} {state.label}\t{state.step}\n".encode())
+        os.write(file, f"{os.getpid()}\t{what}\t{state.run.model} {state.run.label}\t{state.step}\n".encode())
 
     step, save = loop.training_step, RunState.save
 
