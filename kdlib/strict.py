@@ -73,16 +73,19 @@ def check_fields(made: object) -> None:
 
     Raises: InputError: names the field, its value and what is allowed.
     """
-    kinds = _kinds(type(made))
+    kinds, name = _kinds(type(made)), vars(made).get("name")
     for field in dataclasses.fields(made):
-        value = getattr(made, field.name)
-        try:
-            object.__setattr__(made, field.name, _read(value, kinds[field.name]))
-        except (TypeError, ValueError):
-            name = vars(made).get("name")
-            called = f" {name!r}" if isinstance(name, str) and field.name != "name" else ""
-            owner = f"{type(made).__name__.lower()}{called}"
-            raise InputError(f"{owner}, {field.name} {value!r}: give {_words(kinds[field.name])}") from None
+        called = f" {name!r}" if isinstance(name, str) and field.name != "name" else ""
+        what = f"{type(made).__name__.lower()}{called}, {field.name}"
+        object.__setattr__(made, field.name, checked(what, getattr(made, field.name), kinds[field.name]))
+
+
+def checked(what: str, value: Any, kind: Any) -> Any:
+    """The value as an annotation wants it, see `check_fields`. Raises: InputError: what, its value, what is allowed."""
+    try:
+        return _read(value, kind)
+    except (TypeError, ValueError):
+        raise InputError(f"{what} {value!r}: give {_words(kind)}") from None
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def blobs(cases: int = 2, slices: int = 6, seed: int = 0, classes: int = 1) -> S
     images[labels > 0] += 120
     index = torch.arange(n)
     return SliceBank(
-        images, labels, index // slices, torch.stack([index, index], 1), tuple(f"c{i}" for i in range(cases)),
+        images, labels, index // slices, tuple(f"c{i}" for i in range(cases)),
         tuple(f"class{i}" for i in range(classes)), "repeat", {}, tuple(range(cases)),
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ def _terms(
         totals = dict.fromkeys(state.distiller.terms, 0.0)
         for step in range(DRAWS):
             seed = derive_seed(state.run.seed, "terms", step)
-            found = state.distiller(features, seen, labels, seed, patients, step)
+            found = state.distiller(features, seen, labels, seed, patients)
             totals = {name: totals[name] + value / DRAWS for name, value in found.items()}
         return {"segmentation": state.segmentation(output.segmentation, labels)} | totals, features
 

@@ -11,8 +11,8 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import pandas as pd
 
 from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
-from kdlib.data.grouping import EACH_CASE, Group, group_cases, suggest_pairs
+from kdlib.data.grouping import EACH_CASE, Group, group_cases, shorten, suggest_pairs
 from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 
 DEFECT_COLUMNS = ["case", "file", "defect", "remedy"]
@@ -177,12 +177,12 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
     if defects and (on_defect == "raise" or not scans):
         raise_defects(root, table, len(names), len(scans))
     patients, grouping = group_cases(list(scans), group, root, about.name)
-    cases = tuple(scan.case(name, patients[name]) for name, scan in scans.items())
+    cases = tuple(replace(scan.case, group=patients[name]) for name, scan in scans.items())
     odd = _warnings(scans, about, {*files["imagesTr"]}, grouping if group == "auto" else "")
     for _, rows in odd.groupby(["warning", "remedy"], sort=False):
         first = rows.iloc[0]
         affected = [name for name in rows["case"] if name]
-        where = f" [{_shorten(affected)}]" if affected else ""
+        where = f" [{shorten(affected)}]" if affected else ""
         warnings.warn(f"{root}: {first['warning']}{where}; {first['remedy']}", DataWarning, stacklevel=2)
     return Dataset(about.name, root, about.modality, about.labels, cases, table, odd, grouping, on_defect)
 
@@ -192,10 +192,6 @@ def raise_defects(root: Path, table: pd.DataFrame, total: int, left: int) -> Non
     found = f"{root}: {len(table)} defects in {table['case'].nunique()} of {total} cases"
     advice = "fix them, or leave these cases out: make study ON_DEFECT=drop (in Python: on_defect='drop')"
     raise DefectError(f"{found}; {advice if left else 'no case is left'}", table)
-
-
-def _shorten(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _find_files(root: Path) -> dict[str, dict[str, list[Path]]]:
@@ -231,8 +227,8 @@ class _Volume(NamedTuple):
 
     def counts(self) -> dict[float, int]:
         """Scaled value -> number of voxels."""
-        found = pd.Series(self.raw.ravel(order="K")).value_counts(sort=False, dropna=False)
-        return dict(zip(self.scaled(found.index.to_numpy()).tolist(), found.tolist(), strict=True))
+        values, numbers = np.unique(self.raw, return_counts=True)
+        return dict(zip(self.scaled(values).tolist(), numbers.tolist(), strict=True))
 
     def pixel_hash(self) -> str:
         """The same for the same intensities, however they are stored."""
@@ -243,29 +239,19 @@ class _Volume(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """What one case holds."""
+    """A case whose patient is not known yet, and what its intensities tell."""
 
-    image: Path
-    label: Path
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    voxels: dict[int, int]
+    case: Case
     extremes: tuple[float, float]
     inter: float
     pixels: str  # hash of the scaled intensities
-
-    def case(self, name: str, group: str) -> Case:
-        return Case(name, self.image, self.label, group, self.shape, self.spacing, self.voxels)
 
 
 def _read(path: Path) -> _Volume:
     """Voxels as stored, since scaled ones take eight times more."""
     image = read(path)
     check_grid(image)
-    raw = image.dataobj.get_unscaled()
-    # pandas counts values in the machine's own byte order only
-    raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-    return _Volume(raw, image.dataobj.slope, image.dataobj.inter, image.affine)
+    return _Volume(image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter, image.affine)
 
 
 def _label_defects(voxels: dict[float, int], values: set[int]) -> Iterator[tuple[str, str]]:
@@ -276,9 +262,8 @@ def _label_defects(voxels: dict[float, int], values: set[int]) -> Iterator[tuple
     if not found.any():
         yield "empty label", "annotate it, or remove the case"
     if unknown := sorted(set(found[whole].tolist()) - values):
-        shown = ", ".join(f"{value:.15g}" for value in unknown[:10])
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        yield f"values [{shown}]{more} are not in dataset.json", "name them there, or clear them"
+        shown = shorten([f"{value:.15g}" for value in unknown], 10)
+        yield f"values [{shown}] are not in dataset.json", "name them there, or clear them"
 
 
 def _inspect(
@@ -321,8 +306,8 @@ def _inspect(
     if rows:
         return rows, None
     counts = {int(value): number for value, number in voxels.items()}
-    geometry = images[0], labels[0], shape, tuple(spacing.tolist())
-    return rows, _Scan(*geometry, counts, tuple(image.extremes().tolist()), image.inter, image.pixel_hash())
+    case = Case(name, images[0], labels[0], "", shape, tuple(spacing.tolist()), counts)
+    return rows, _Scan(case, tuple(image.extremes().tolist()), image.inter, image.pixel_hash())
 
 
 def _warnings(scans: dict[str, _Scan], about: Description, on_disk: set[str], grouping: str) -> pd.DataFrame:
@@ -330,17 +315,17 @@ def _warnings(scans: dict[str, _Scan], about: Description, on_disk: set[str], gr
     rows, same = [], defaultdict(list)
     for name, scan in scans.items():
         if oddity := _odd_values(about.modality, scan):
-            rows.append((name, f"imagesTr/{scan.image.name}", *oddity))
+            rows.append((name, f"imagesTr/{scan.case.image.name}", *oddity))
         if about.training and name not in about.training and name in on_disk:
             unlisted = "on disk, but not in the list of dataset.json; it is used", "list it, or remove the files"
-            rows.append((name, f"imagesTr/{scan.image.name}", *unlisted))
+            rows.append((name, f"imagesTr/{scan.case.image.name}", *unlisted))
         same[scan.pixels].append(name)
     for names in same.values():
         if len(names) > 1:
             remedy = "remove all but one: in two parts of a split they would leak"
-            rows.append(("", "", f"cases {_shorten(names)} have the same pixels", remedy))
+            rows.append(("", "", f"cases {shorten(names)} have the same pixels", remedy))
     for label, value in about.labels.items():
-        if not any(scan.voxels.get(value) for scan in scans.values()):
+        if not any(scan.case.voxels.get(value) for scan in scans.values()):
             rows.append(("", "dataset.json", f"label {label!r} ({value}) occurs in no case", "check the label values"))
     if grouping == EACH_CASE and (pairs := suggest_pairs(list(scans), list(about.labels))):
         rows.append(("", "", *pairs))

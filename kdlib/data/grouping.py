@@ -38,8 +38,17 @@ def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) ->
             return {case: _hippocampus_pair(case) for case in cases}, "Hippocampus: volumes 2k - 1 and 2k"
         return {case: case for case in cases}, EACH_CASE
     if group.lower().endswith(".csv"):
-        return _from_table(cases, group, root), f"table {Path(group).name}"
-    return _from_expression(cases, group), f"regular expression {group}"
+        patients, source = _from_table(group, root), f"table {Path(group).name}"
+    else:
+        patients, source = _from_expression(cases, group), f"regular expression {group}"
+    if missing := [case for case in cases if not patients.get(case)]:
+        raise InputError(f"group, {source}: no patient for {shorten(missing)}")
+    return {case: patients[case] for case in cases}, source
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str] | None:
@@ -81,11 +90,10 @@ def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:
     for case in cases:
         if match := pattern.search(case):  # its groups, or the whole match where it has none
             patients[case] = "_".join(filter(None, match.groups() or (match.group(),)))
-    _check_complete(cases, patients, f"regular expression {expression!r}")
     return patients
 
 
-def _from_table(cases: Sequence[str], group: str, root: Path) -> dict[str, str]:
+def _from_table(group: str, root: Path) -> dict[str, str]:
     path = next((path for path in (Path(group), root / group) if path.is_file()), None)
     if path is None:
         raise InputError(f"group {group}: no such file, also not in {root}; give a CSV file of case and patient")
@@ -99,12 +107,4 @@ def _from_table(cases: Sequence[str], group: str, root: Path) -> dict[str, str]:
     twice = table["case"][table["case"].duplicated()]
     if len(twice):
         raise InputError(f"{path}: case {twice.iloc[0]!r} has two patients; give each case one")
-    patients = dict(zip(table["case"], table["patient"], strict=True))
-    _check_complete(cases, patients, str(path))
-    return {case: patients[case] for case in cases}
-
-
-def _check_complete(cases: Sequence[str], patients: dict[str, str], source: str) -> None:
-    if missing := [case for case in cases if not patients.get(case)]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise InputError(f"group, {source}: no patient for {', '.join(missing[:5])}{more}")
+    return dict(zip(table["case"], table["patient"], strict=True))

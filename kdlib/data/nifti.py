@@ -39,24 +39,18 @@ def stem(name: str) -> str:
 
 
 def read(path: Path) -> nib.Nifti1Image:
-    """The image in a `.nii.gz` or `.nii` file, whole, so that a truncated one is found.
-
-    Raises: Defect, see `decode`.
-    """
-    try:
-        if path.stat().st_size > LARGEST:
-            raise Defect(f"larger than {LARGEST:,} bytes", "remove the case")
-        return decode(path, path.read_bytes())
-    except OSError as error:
-        raise Defect(f"unreadable ({error.strerror})", "make it readable, or remove the case") from None
-
-
-def decode(path: Path, blob: bytes) -> nib.Nifti1Image:
-    """The image in the bytes of the file at `path`; never more memory is set aside than the file can hold.
+    """The image in a `.nii.gz` or `.nii` file, whole, so that a truncated one is found; never more memory is set aside
+    than the file can hold.
 
     Raises: Defect for anything but one whole three-dimensional NIfTI-1 or NIfTI-2 image of numbers without faults in
         its header.
     """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise Defect(f"larger than {LARGEST:,} bytes", "remove the case")
+        blob = path.read_bytes()
+    except OSError as error:
+        raise Defect(f"unreadable ({error.strerror})", "make it readable, or remove the case") from None
     suffix = path.name[len(stem(path.name)) :]
     if suffix not in (suffix.lower(), suffix.upper()):  # nibabel does not open it
         raise Defect(f"its suffix {suffix} mixes small and capital letters", f"rename it to {suffix.lower()}")
@@ -74,6 +68,14 @@ def decode(path: Path, blob: bytes) -> nib.Nifti1Image:
         raise Defect("truncated, damaged or unreadable", AGAIN) from None
     except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OverflowError):
         raise Defect("not a NIfTI image", AGAIN) from None
+
+
+def read_again(path: Path) -> nib.Nifti1Image:
+    """The image in a file that was sound when it was indexed. Raises: InputError where it no longer is."""
+    try:
+        return read(path)
+    except Defect as defect:
+        raise InputError(f"{path}: cannot be read any more: {defect}") from None
 
 
 def _decode(stream: BinaryIO, packed: int, ratio: int) -> nib.Nifti1Image:

@@ -24,7 +24,7 @@ def target_in_view(case: Case, classes: dict[str, int], preprocessing: Preproces
     affine, label = read_case_file(case.label, np.int64)
     geometry = place_slices(case.shape, affine, preprocessing)
     label = geometry.orient(label)
-    seen = geometry.show(label)
+    seen = label[(..., *np.ix_(*geometry.in_view()))]
     counts = {name: (np.count_nonzero(label == value), value) for name, value in classes.items()}
     return {name: np.count_nonzero(seen == value) / count for name, (count, value) in counts.items() if count}
 

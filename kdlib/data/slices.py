@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlib.config import UNLABELLED, InputError, Preprocessing
-from kdlib.data.decathlon import Case, Dataset
-from kdlib.data.nifti import Defect, read
+from kdlib.data.decathlon import Dataset
+from kdlib.data.nifti import read_again
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
 
@@ -93,11 +93,6 @@ class Geometry:
         pairs = zip(self.positions(), sides, strict=True)
         return tuple((position >= -0.5) & (position < side - 0.5) for position, side in pairs)
 
-    def show(self, volume: np.ndarray) -> np.ndarray:
-        """The part of [D,H,W], oriented as `orient` does, that is in `grid`."""
-        inside = self.in_view()
-        return volume[np.ix_(*map(np.arange, volume.shape[: 3 - len(inside)]), *inside)]
-
     def orient(self, volume: np.ndarray) -> np.ndarray:
         """The file's array [X,Y,Z] as slices [D,H,W], in its own spacing."""
         return orientations.apply_orientation(volume, self._to_slices())
@@ -110,11 +105,10 @@ class SliceBank:
     Args:
         images: [N,H,W] uint8, the window or percentile range as 0..255.
         labels: [N,H,W] uint8, 0 background, k the k-th of `classes` (from 1).
-        case_index: [N] int64, the slice's position in `cases`.
-        neighbours: [N,2] int64, the slice below (inferior) and above in the same case; itself at the ends.
+        case_index: [N] int64, the slice's position in `cases`; slices of a case follow on each other, inferior first.
         cases: names of the cases, in the order of their slices.
         classes: names of the foreground classes.
-        channels: "repeat" or "neighbours", see `batch`.
+        channels: "repeat" or "neighbours", see `stack_channels`.
         geometry: case name -> how its volume became slices.
         patients: of each of `cases`, the number of its patient in the data set.
     """
@@ -122,7 +116,6 @@ class SliceBank:
     images: Tensor
     labels: Tensor
     case_index: Tensor
-    neighbours: Tensor
     cases: tuple[str, ...]
     classes: tuple[str, ...]
     channels: str
@@ -134,7 +127,7 @@ class SliceBank:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> SliceBank:
-        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "case_index", "neighbours")}
+        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "case_index")}
         return dataclasses.replace(self, **tensors)
 
     def select(self, cases: Sequence[str]) -> SliceBank:
@@ -145,11 +138,9 @@ class SliceBank:
         check_selection(self.cases, cases)
         parts = [torch.nonzero(self.case_index == self.cases.index(name)).flatten() for name in cases]
         index = torch.cat(parts)
-        moved = torch.full_like(self.case_index, -1)  # old slice number -> new slice number
-        moved[index] = torch.arange(len(index), device=index.device)
         return dataclasses.replace(
-            self, images=self.images[index], labels=self.labels[index], neighbours=moved[self.neighbours[index]],
-            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]), cases=tuple(cases),
+            self, images=self.images[index], labels=self.labels[index], cases=tuple(cases),
+            case_index=torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)]),
             geometry={name: self.geometry[name] for name in cases},
             patients=tuple(self.patients[self.cases.index(name)] for name in cases),
         )  # fmt: skip
@@ -181,13 +172,10 @@ class SliceBank:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """What a network takes: images [B,3,H,W] float32 in 0..1 and labels [B,H,W] int64.
 
-        The three channels are the slice itself ("repeat") or the slice below, itself and above ("neighbours").
-
         Args:
             index: [B] int64 slice numbers, on the bank's device.
         """
-        images = stack_channels(self.images, index, self.neighbours, self.channels)
-        return images, self.labels[index].long()
+        return stack_channels(self.images, index, self.case_index, self.channels), self.labels[index].long()
 
 
 def check_selection(known: Sequence[str], cases: Sequence[str]) -> None:
@@ -199,17 +187,19 @@ def check_selection(known: Sequence[str], cases: Sequence[str]) -> None:
         raise InputError(f"cases {list(cases)}: select at least one case of the bank, and each only once")
 
 
-def stack_channels(images: Tensor, index: Tensor, neighbours: Tensor, channels: str) -> Tensor:
+def stack_channels(images: Tensor, index: Tensor, case_index: Tensor, channels: str) -> Tensor:
     """What a network takes of slices [N,H,W] uint8: those of `index` as [B,3,H,W] float32 in 0..1.
 
     Args:
-        neighbours: [N,2] int64, the slice below and above each; itself at the ends.
-        channels: "repeat" (the slice three times) or "neighbours" (the slice below, itself and above).
+        case_index: [N] int64, the case of each slice.
+        channels: "repeat" (the slice three times) or "neighbours" (the slice below, itself and above; at the ends of a
+            case itself again).
     """
-    if channels == "neighbours":
-        below, above = neighbours[index].unbind(1)
-        return images[torch.stack([below, index, above], 1)].float() / 255
-    return images[index][:, None].expand(-1, 3, -1, -1).float() / 255
+    if channels == "repeat":
+        return images[index][:, None].expand(-1, 3, -1, -1).float() / 255
+    index = index[:, None]
+    near = (index + torch.arange(-1, 2, device=index.device)).clamp(0, len(images) - 1)
+    return images[torch.where(case_index[near] == case_index[index], near, index)].float() / 255
 
 
 def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessing) -> SliceBank:
@@ -229,12 +219,8 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
     Raises: InputError: the data set has no case; a file cannot be read any more; an MR volume is constant.
     """
     geometry, images, labels = read_cases(dataset, classes, preprocessing)
-    depths = [len(image) for image in images]
-    ends = np.cumsum(depths)
-    number = np.arange(ends[-1])
-    first, last = np.repeat(ends - depths, depths), np.repeat(ends - 1, depths)
-    neighbours = np.stack([np.maximum(number - 1, first), np.minimum(number + 1, last)], 1)
-    arrays = np.concatenate(images), np.concatenate(labels), np.repeat(np.arange(len(depths)), depths), neighbours
+    case_index = np.repeat(np.arange(len(images)), [len(image) for image in images])
+    arrays = np.concatenate(images), np.concatenate(labels), case_index
     return SliceBank(
         *map(torch.from_numpy, arrays), cases=tuple(geometry), classes=tuple(classes), channels=preprocessing.channels,
         geometry=geometry, patients=patient_numbers(dataset),
@@ -243,8 +229,7 @@ def build(dataset: Dataset, classes: dict[str, int], preprocessing: Preprocessin
 
 def patient_numbers(dataset: Dataset) -> tuple[int, ...]:
     """Of each case the number of its patient."""
-    people = sorted({case.group for case in dataset.cases})
-    return tuple(people.index(case.group) for case in dataset.cases)
+    return tuple(np.unique([case.group for case in dataset.cases], return_inverse=True)[1].tolist())
 
 
 def read_cases(
@@ -253,9 +238,18 @@ def read_cases(
     """How each case's volume became slices, its images and its labels, [D,H,W] uint8 each; see `build`."""
     if not dataset.cases:
         raise InputError(f"{dataset.root}: no case, so there is nothing to make slices of; check imagesTr and labelsTr")
-    found = {case.name: _case_slices(case, dataset.modality, classes, preprocessing) for case in dataset.cases}
-    geometry = {name: placed for name, (placed, _, _) in found.items()}
-    return geometry, [image for _, image, _ in found.values()], [label for _, _, label in found.values()]
+    geometry, images, labels = {}, [], []
+    for case in dataset.cases:
+        affine, image = read_case_file(case.image, np.float32)
+        placed, image = image_slices(image, affine, dataset.modality, preprocessing, case.image)
+        _, label = read_case_file(case.label, np.int64)
+        values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
+        values[list(classes.values())] = np.arange(1, len(classes) + 1)
+        label = _resample_labels(placed.orient(values[label]), placed.factor)
+        geometry[case.name] = placed
+        images.append(image)
+        labels.append(_pad_or_crop(label, placed))
+    return geometry, images, labels
 
 
 def restore(scores: Tensor, geometry: Geometry) -> Tensor:
@@ -319,23 +313,9 @@ def image_slices(
     return placed, _pad_or_crop(image, placed)
 
 
-def _case_slices(case: Case, modality: str, classes: dict[str, int], preprocessing: Preprocessing):
-    """(geometry, images, labels) of one case; images and labels [D,H,W] uint8."""
-    affine, image = read_case_file(case.image, np.float32)
-    placed, image = image_slices(image, affine, modality, preprocessing, case.image)
-    _, label = read_case_file(case.label, np.int64)
-    values = np.zeros(max(label.max(), *classes.values()) + 1, np.uint8)
-    values[list(classes.values())] = np.arange(1, len(classes) + 1)
-    label = _resample_labels(placed.orient(values[label]), placed.factor)
-    return placed, image, _pad_or_crop(label, placed)
-
-
 def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """(affine, voxels) of a NIfTI file, voxels scaled as the header says."""
-    try:
-        file = read(path)
-    except Defect as defect:
-        raise InputError(f"{path}: cannot be read any more: {defect}") from None
+    file = read_again(path)
     voxels = np.asanyarray(file.dataobj)
     return file.affine, np.rint(voxels).astype(dtype) if dtype is np.int64 else voxels.astype(dtype)
 

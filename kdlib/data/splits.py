@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from nibabel.arrayproxy import ArrayProxy
 
 from kdlib.config import InputError
 from kdlib.data.decathlon import WARNING_COLUMNS, Case, Dataset, DataWarning
-from kdlib.data.nifti import Defect, decode
-from kdlib.files import write_text
+from kdlib.data.nifti import read_again
+from kdlib.files import sha256, write_text
 
 FORMAT = 1
 PARTS = ("train", "val", "test")
@@ -56,7 +55,7 @@ def split_file(folder: Path, dataset: Dataset, classes: dict[str, int], folds: i
     """Where the split of these classes lies: in `folder`, whatever the data set and its labels are called."""
     name = re.sub(r'[\\/:*?"<>| ]', "_", "-".join([dataset.name, *classes, str(folds)]).lower())
     if len(name.encode()) > 200:
-        name = f"{name[:40]}-{_sha256(name.encode())[:16]}"
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return folder / f"{name}.json"
 
 
@@ -122,24 +121,16 @@ def _make(dataset: Dataset, asked: dict) -> dict:
 
 
 def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
-    """Patient, hashes and covariate of a case, from one read of each of its files."""
-    image, label = case.image.read_bytes(), case.label.read_bytes()
-    target = np.isin(np.asanyarray(_stored(case.label, label)), list(classes.values()))
+    """Patient, hashes and covariate of a case."""
+    target = np.isin(np.asanyarray(read_again(case.label).dataobj), list(classes.values()))
     if modality == "MR":
         covariate = np.count_nonzero(target) * float(np.prod(case.spacing)) / 1000
     elif target.any():
-        stored = _stored(case.image, image)
+        stored = read_again(case.image).dataobj
         covariate = float(stored.get_unscaled()[target].mean(dtype=np.float64) * stored.slope + stored.inter)
     else:
         covariate = None
-    return {"patient": case.group, "covariate": covariate, "image": _sha256(image), "label": _sha256(label)}
-
-
-def _stored(path: Path, blob: bytes) -> ArrayProxy:
-    try:
-        return decode(path, blob).dataobj
-    except Defect as defect:
-        raise InputError(f"{path}: changed since it was indexed: {defect}") from None
+    return {"patient": case.group, "covariate": covariate, "image": sha256(case.image), "label": sha256(case.label)}
 
 
 def _stratify(cases: dict[str, dict], folds: int, seed: int) -> list[dict[str, list[str]]]:
@@ -221,10 +212,6 @@ def _changes(record: dict, asked: dict, dataset: Dataset) -> list[str]:
     different["of another patient"] = {case.name for old, case in shared if old["patient"] != case.group}
     for part in ("image", "label"):
         different[f"with another {part}"] = {
-            case.name for old, case in shared if old.get(part) != _sha256(getattr(case, part).read_bytes())
+            case.name for old, case in shared if old.get(part) != sha256(getattr(case, part))
         }
     return changes + [f"cases {how}: {', '.join(sorted(names))}" for how, names in different.items() if names]
-
-
-def _sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()

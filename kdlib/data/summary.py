@@ -11,7 +11,7 @@ import torch
 from nibabel.orientations import io_orientation
 
 from kdlib.config import Preprocessing
-from kdlib.data.decathlon import Case, Dataset
+from kdlib.data.decathlon import Dataset
 from kdlib.data.roundtrip import best_dice, target_in_view
 from kdlib.data.slices import read_case_file
 from kdlib.data.splits import Fold, split_warnings
@@ -39,18 +39,13 @@ def case_table(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
             kept = target_in_view(case, classes, preprocessing)
             dice = best_dice(dataset, case, classes, preprocessing)
             if dataset.modality == "CT":
-                found = mean_intensity(case, classes)
-                row |= {f"{name} mean intensity": found.get(name, np.nan) for name in classes}
+                (_, image), (_, label) = read_case_file(case.image, np.float32), read_case_file(case.label, np.int64)
+                means = pd.Series(image.ravel()).groupby(label.ravel()).mean()
+                row |= {f"{name} mean intensity": means.get(value, np.nan) for name, value in classes.items()}
             row |= {f"{name} in slices (%)": 100 * kept.get(name, np.nan) for name in classes}
             row |= {f"{name} best Dice": dice.get(name, np.nan) for name in classes}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def mean_intensity(case: Case, classes: dict[str, int]) -> dict[str, float]:
-    """Class name -> mean intensity of its voxels in the file's unit, of the classes that the case has."""
-    (_, image), (_, label) = read_case_file(case.image, np.float32), read_case_file(case.label, np.int64)
-    return {name: float(image[label == value].mean()) for name, value in classes.items() if (label == value).any()}
 
 
 def warning_table(dataset: Dataset, folds: Sequence[Fold] = (), classes: dict[str, int] | None = None) -> pd.DataFrame:

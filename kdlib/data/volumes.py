@@ -32,8 +32,6 @@ class VolumeBank:
         images, labels: of each case [D,H,W] uint8, as of `SliceBank`; of no axis shorter than a patch.
         cases, classes, geometry, patients: as of `SliceBank`.
         size: side of a patch in voxels.
-        places: [P,4] int64, on the CPU: of each patch the position of its case in `cases`, and its first slice, row and
-            column.
     """
 
     images: tuple[Tensor, ...]
@@ -43,7 +41,6 @@ class VolumeBank:
     size: int
     geometry: dict[str, Geometry]
     patients: tuple[int, ...]
-    places: Tensor
     dims: ClassVar[int] = 3
 
     def __len__(self) -> int:
@@ -57,11 +54,9 @@ class VolumeBank:
         """The bank of these cases alone, in this order. Raises: InputError as `SliceBank.select`."""
         slices.check_selection(self.cases, cases)
         numbers = [self.cases.index(name) for name in cases]
-        own = [self.places[self.places[:, 0] == number] for number in numbers]
-        places = [torch.cat([torch.full_like(part[:, :1], i), part[:, 1:]], 1) for i, part in enumerate(own)]
         chosen = {name: tuple(getattr(self, name)[n] for n in numbers) for name in ("images", "labels", "patients")}
         geometry = {name: self.geometry[name] for name in cases}
-        return dataclasses.replace(self, cases=tuple(cases), geometry=geometry, places=torch.cat(places), **chosen)
+        return dataclasses.replace(self, cases=tuple(cases), geometry=geometry, **chosen)
 
     def volume(self, case: str) -> tuple[Tensor, Tensor]:
         """Image and label of one case, [D,H,W] uint8 each."""
@@ -88,6 +83,15 @@ class VolumeBank:
             ends = [(min(f + reach, r), max(f - reach, 0) + self.size) for f, r in zip(first, room, strict=True)]
             found.append((self.labels[number][tuple(slice(*end) for end in ends)] > 0).any())
         return torch.stack(found) & self.labelled
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[P,4] int64, on the CPU: the position of each patch's case in `cases`, its first slice, row and column."""
+        size, places = self.size, []
+        for number, image in enumerate(self.images):
+            starts = ([*range(0, side - size, size // 2), side - size] for side in image.shape)
+            places += [(number, *place) for place in product(*starts)]
+        return torch.tensor(places)
 
     @property
     def case_index(self) -> Tensor:
@@ -131,13 +135,6 @@ def build_bank(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
     if preprocessing.dimensions == 2:
         return slices.build(dataset, classes, preprocessing)
     geometry, images, labels = slices.read_cases(dataset, classes, preprocessing)
-    size, numbered = preprocessing.size, enumerate(images)
-    places = [(number, *place) for number, image in numbered for place in patch_places(image.shape, size)]
     volumes = (tuple(map(torch.from_numpy, arrays)) for arrays in (images, labels))
     patients = slices.patient_numbers(dataset)
-    return VolumeBank(*volumes, tuple(geometry), tuple(classes), size, geometry, patients, torch.tensor(places))
-
-
-def patch_places(shape: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """First slice, row and column of each patch of a volume [D,H,W]."""
-    return list(product(*([*range(0, side - size, size // 2), side - size] for side in shape)))
+    return VolumeBank(*volumes, tuple(geometry), tuple(classes), preprocessing.size, geometry, patients)

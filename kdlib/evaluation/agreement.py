@@ -47,21 +47,15 @@ def agreement(
         own, theirs = (on_file_grid(score, part, name, threshold) for score in scores)
         truth = true_mask(dataset, name, bank.classes)
         for value, label in enumerate(bank.classes, start=1):
-            found = mask_agreement(own == value, theirs == value, truth == value, spacing)
+            ours, other, true = (mask == value for mask in (own, theirs, truth))
+            band, box = surface_band(true, spacing, TOLERANCE)
+            found = {
+                "agreement": _dice(ours, other, empty=1.0),
+                "band_agreement": float((ours == other)[box][band].mean()) if band.any() else np.nan,
+                "error_overlap": _dice(ours != true, other != true, empty=np.nan),
+            }
             rows += [{"case": name, "class": label, "metric": key, "value": number} for key, number in found.items()]
     return pd.DataFrame(rows)
-
-
-def mask_agreement(
-    student: np.ndarray, teacher: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
-) -> dict[str, float]:
-    """The metrics of three boolean XYZ masks; see `agreement`."""
-    band, box = surface_band(truth, spacing, TOLERANCE)
-    return {
-        "agreement": _dice(student, teacher, empty=1.0),
-        "band_agreement": float((student == teacher)[box][band].mean()) if band.any() else np.nan,
-        "error_overlap": _dice(student != truth, teacher != truth, empty=np.nan),
-    }
 
 
 def _dice(a: np.ndarray, b: np.ndarray, empty: float) -> float:

@@ -14,7 +14,8 @@ from kdlib.config import InputError
 from kdlib.data.decathlon import Dataset
 from kdlib.data.summary import largest_slice
 from kdlib.data.volumes import Bank
-from kdlib.evaluation.masks import bounding_box, class_indices, on_file_grid, predict_cases, true_mask
+from kdlib.evaluation.masks import bounding_box, on_file_grid, predict_cases, true_mask
+from kdlib.losses import most_probable
 
 METRICS = ("dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error", "truth_volume")  # in this order
 TOLERANCE = 2.0  # mm that a surface may be off and still count as right (NSD)
@@ -119,7 +120,7 @@ def evaluate(
         table = case_metrics(prediction, truth, bank.classes, dataset.case(name).spacing)
         tables.append(table.assign(case=name))
         shown = dict(zip(("image", "truth"), part.volume(name), strict=True))
-        shown |= {"prediction": class_indices(scores, threshold)}
+        shown |= {"prediction": most_probable(scores[None], threshold)[0]}
         place = largest_slice(shown["truth"], part.geometry[name].size)
         shown = {key: value[place] for key, value in shown.items()}
         examples.append({"name": name} | {key: value.cpu().numpy().astype(np.uint8) for key, value in shown.items()})

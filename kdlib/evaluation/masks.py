@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 from torch import Tensor, nn
 
 from kdlib.data.decathlon import Dataset
 from kdlib.data.slices import read_case_file, restore
 from kdlib.data.volumes import Bank
-from kdlib.losses import probabilities
-from kdlib.losses.segmentation import most_probable
+from kdlib.losses import most_probable, probabilities
 from kdlib.training.validation import inference, slice_logits
 
 
@@ -27,11 +26,6 @@ def true_mask(dataset: Dataset, name: str, classes: Sequence[str]) -> np.ndarray
     for value, label in enumerate(classes, start=1):
         truth[file == dataset.labels[label]] = value
     return truth
-
-
-def class_indices(scores: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class indices of probabilities with the channel as first axis, see `kdlib.losses.segmentation.predict`."""
-    return most_probable(scores[None], threshold)[0]
 
 
 def predict_cases(model: nn.Module, bank: Bank, batch: int = 32) -> dict[str, Tensor]:
@@ -52,20 +46,19 @@ def on_file_grid(scores: Tensor, bank: Bank, name: str, threshold: float = 0.5) 
 
     Probabilities, not labels, go back to the file's grid, and are cut there.
     """
-    return class_indices(restore(scores, bank.geometry[name]), threshold).cpu().numpy()
+    return most_probable(restore(scores, bank.geometry[name])[None], threshold)[0].cpu().numpy()
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Bounding box of an XYZ mask that is not empty."""
-    sides = [np.flatnonzero(mask.any(axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(side[0], side[-1] + 1) for side in sides)
+    """Bounding box of a boolean XYZ mask that is not empty."""
+    return find_objects(mask.view(np.uint8))[0]
 
 
-def grown_box(mask: np.ndarray, fraction: float = 0.25) -> tuple[slice, ...]:
-    """The bounding box grown on every side by a fraction of its length, at least a voxel; an empty mask's is empty."""
+def grown_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The bounding box grown on every side by a quarter of its length, at least a voxel; an empty mask's is empty."""
     if not mask.any():
         return (slice(0, 0),) * 3
-    grown = [(side, max(1, int((side.stop - side.start) * fraction))) for side in bounding_box(mask)]
+    grown = [(side, max(1, (side.stop - side.start) // 4)) for side in bounding_box(mask)]
     return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side, margin in grown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -78,20 +79,16 @@ def features_at(
     scales: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Scale -> [points, channels] on the CPU, at `points` ([N,K,2 or 3], x, y (, z) in -1..1) of the slices."""
-    taps = FeatureHooks(model, model.scales, scales or model.scales)
-    parts: dict[str, list[Tensor]] = {name: [] for name in taps.names}
-    try:
-        with inference(model, bank.dims) as device:
-            for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
-                images, _ = bank.batch(chosen.to(bank.images[0].device))
-                images = images.to(device, memory_format=CHANNELS_LAST[bank.dims])
-                _, features = taps(images, reconstruct=False)
-                grid = places.view(len(places), *[1] * (bank.dims - 1), *places.shape[1:]).to(device)
-                for name, maps in features.items():
-                    read = F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
-                    parts[name].append(read.flatten(2).transpose(1, 2).flatten(0, 1).cpu())
-    finally:
-        taps.close()
+    parts: dict[str, list[Tensor]] = {name: [] for name in scales or model.scales}
+    with closing(FeatureHooks(model, model.scales, parts)) as taps, inference(model, bank.dims) as device:
+        for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
+            images, _ = bank.batch(chosen.to(bank.images[0].device))
+            images = images.to(device, memory_format=CHANNELS_LAST[bank.dims])
+            _, features = taps(images, reconstruct=False)
+            grid = places.view(len(places), *[1] * (bank.dims - 1), *places.shape[1:]).to(device)
+            for name, maps in features.items():
+                read = F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
+                parts[name].append(read.flatten(2).transpose(1, 2).flatten(0, 1).cpu())
     return {name: torch.cat(part) for name, part in parts.items()}
 
 

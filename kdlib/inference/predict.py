@@ -14,11 +14,10 @@ from torch import Tensor
 from kdlib.data import DataWarning
 from kdlib.data.roundtrip import too_small
 from kdlib.data.slices import Geometry, image_slices, restore, stack_channels
-from kdlib.evaluation.masks import class_indices
 from kdlib.inference.backends import Backend, load_backend
 from kdlib.inference.scans import Scan, on_grid, read_scan
 from kdlib.inference.student import Student, find_student, load_student
-from kdlib.losses import probabilities
+from kdlib.losses import most_probable, probabilities
 from kdlib.training.validation import volume_logits
 
 NEGATIVE = {"CT": (0.1, 1.0), "MR": (0.0, 0.0)}  # share of negative voxels where training scans are not known
@@ -60,21 +59,19 @@ def segment(student: Student, backend: Backend, scan: Scan, batch: int = 32) -> 
     geometry, slices = image_slices(scan.voxels, scan.affine, student.modality, student.preprocessing, scan.path)
     for text in oddities(student, scan, geometry):
         warnings.warn(f"{scan.path}: {text}", DataWarning, stacklevel=2)
-    images, number = torch.from_numpy(slices), torch.arange(len(slices))
+    images = torch.from_numpy(slices)
     if student.preprocessing.dimensions == 3:
         logits = volume_logits(backend, images, student.preprocessing.size, batch)
         return restore(probabilities(logits).transpose(0, 1), geometry)
-    neighbours = torch.stack([number - 1, number + 1], 1).clamp(0, len(slices) - 1)
-    channels = student.preprocessing.channels
-    scores = [
-        probabilities(backend(stack_channels(images, index, neighbours, channels))) for index in number.split(batch)
-    ]
+    channels, one_case = student.preprocessing.channels, torch.zeros(len(slices), dtype=torch.int64)
+    parts = torch.arange(len(slices)).split(batch)
+    scores = [probabilities(backend(stack_channels(images, index, one_case, channels))) for index in parts]
     return restore(torch.cat(scores).transpose(0, 1), geometry)
 
 
 def mask_of(scores: Tensor, student: Student, scan: Scan, postprocess: bool = False) -> nib.Nifti1Image:
     """The mask of `segment`'s probabilities; see `predict`."""
-    mask = class_indices(scores, student.threshold).numpy().astype(np.uint8)
+    mask = most_probable(scores[None], student.threshold)[0].numpy().astype(np.uint8)
     return on_grid(scan, largest_components(mask) if postprocess else mask, f"kdlib {student.name}")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from kdlib.config import InputError, Preprocessing, Run, from_json, lookup, structure
 from kdlib.data import index
+from kdlib.data.grouping import shorten
 from kdlib.data.slices import read_case_file
 from kdlib.files import read_csv, sha256, write_folder, write_json
 from kdlib.models import MODELS
@@ -99,7 +100,7 @@ def find_student(reference: str | Path, results: str | Path = "results") -> Path
         {file.parent.name for at in (results / "students", RELEASED) for file in at.glob("*/student.json")}
     )
     runs = sorted(file.parent.name for file in (results / "runs").glob("*/best.safetensors"))
-    shown = ", ".join(runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+    shown = shorten(runs, 8)
     raise InputError(
         f"student {str(reference)!r} does not exist: give the folder of a student, a released one "
         f"({', '.join(released) or 'none'}), or the key of a run in {results / 'runs'} ({shown or 'none'})"

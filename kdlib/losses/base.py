@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.config import InputError
+from kdlib.strict import checked
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,11 @@ class Context:
     Args:
         generator: on the CPU, for whatever the term draws; None takes torch's own.
         patients: [B] int64, the patient of each image of the batch; None where a term cannot need it.
-        step: number of the training step.
         ignore_index: label of positions that take no part in any loss, e.g. 255 or -1; None where there is none.
     """
 
     generator: torch.Generator | None = None
     patients: Tensor | None = None
-    step: int = 0
     ignore_index: int | None = None
 
 
@@ -87,17 +84,22 @@ class DistillationLoss(nn.Module):
             raise InputError(f"loss {cls.__name__}: the name {cls.name!r} is that of {other.__name__}; choose another")
         LOSSES[cls.name] = cls
 
+    def keep(self, kind: object, **options: object) -> None:
+        """Sets options as attributes. Raises: InputError where one is not of the kind, e.g. `kdlib.strict.Positive`."""
+        for name, value in options.items():
+            setattr(self, name, checked(f"{name} is", value, kind))
+
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, context: Context = EMPTY_CONTEXT
     ) -> Tensor:
         check_pair(student, teacher, channels=self.reads == "logits" or self.adapt != "none")
         kept = None
         if self.needs_labels or context.ignore_index is not None:
-            labels, kept = usable_labels(labels, context.ignore_index, self.label)
+            labels = usable_labels(labels, context.ignore_index, self.label)
             if self.reads == "logits" and student.shape[1] > 1:
                 check_classes(labels, student.shape[1])
-            labels = resize_labels(labels, student, self.label)
-        if kept is not None:
+            labels = resize_labels(labels, student)
+        if context.ignore_index is not None:
             kept = labels >= 0
             images = kept.flatten(1).any(1)
             if not images.any():
@@ -191,33 +193,8 @@ def check_pair(student: Tensor, teacher: Tensor, channels: bool = True) -> None:
         raise InputError(f"student maps are {kinds[0]} and teacher maps {kinds[1]}: give both in one floating type")
 
 
-def check_positive(**values: float) -> None:
-    """Raises InputError where a named value is no finite number above 0; a temperature below teaches the opposite."""
-    for name, value in values.items():
-        if not _is_number(value) or not value > 0:
-            raise InputError(f"{name} is {value!r}: give a number above 0")
-
-
-def check_weight(**values: float) -> None:
-    """Raises InputError where a named value is no finite number of at least 0."""
-    for name, value in values.items():
-        if not _is_number(value) or not value >= 0:
-            raise InputError(f"{name} is {value!r}: give a number of at least 0")
-
-
-def check_whole(least: int = 1, **values: int) -> None:
-    """Raises InputError where a named value is no whole number of at least `least`."""
-    for name, value in values.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} is {value!r}: give a whole number of at least {least}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def usable_labels(labels: Tensor | None, ignore_index: int | None, term: str) -> tuple[Tensor, Tensor | None]:
-    """Checked labels with -1 for `ignore_index`, and where they are not ignored (None without an `ignore_index`).
+def usable_labels(labels: Tensor | None, ignore_index: int | None, term: str) -> Tensor:
+    """Checked labels, with -1 for `ignore_index`.
 
     Raises: InputError: labels are missing, not int64, or below 0 without being ignored.
     """
@@ -226,16 +203,11 @@ def usable_labels(labels: Tensor | None, ignore_index: int | None, term: str) ->
         raise InputError(f"{term} {why}: choose a loss without labels where there are none")
     if labels.dtype != torch.int64:
         raise InputError(f"labels are {labels.dtype}: give int64, labels.long()")
-    kept = None if ignore_index is None else labels != ignore_index
-    if kept is not None:
-        labels = labels.masked_fill(~kept, -1)
-    # on the CPU alone: on a GPU the check would wait for the device at every step
-    if labels.device.type == "cpu" and labels.numel():
-        below = labels if kept is None else labels[kept]
-        if below.numel() and below.min() < 0:
-            least = int(below.min())
-            raise InputError(f"labels reach down to {least}: give classes from 0, or say it with ignore_index")
-    return labels, kept
+    if labels.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+        kept = labels if ignore_index is None else labels[labels != ignore_index]
+        if kept.numel() and kept.min() < 0:
+            raise InputError(f"labels reach down to {kept.min()}: give classes from 0, or say it with ignore_index")
+    return labels if ignore_index is None else labels.masked_fill(labels == ignore_index, -1)
 
 
 def check_classes(labels: Tensor, channels: int) -> None:
@@ -245,13 +217,11 @@ def check_classes(labels: Tensor, channels: int) -> None:
         raise InputError(f"{found}: logits with {channels} channels take 0 to {channels - 1}")
 
 
-def resize_labels(labels: Tensor | None, maps: Tensor, term: str) -> Tensor:
+def resize_labels(labels: Tensor, maps: Tensor) -> Tensor:
     """Labels BH[WD] (int64) on the grid of `maps` (BNH[WD]): the label nearest to each position's centre.
 
-    Raises: InputError: labels are missing, or not of the maps' batch and dimensions.
+    Raises: InputError: labels are not of the maps' batch and dimensions.
     """
-    if labels is None:
-        raise InputError(f"{term} needs labels: choose a loss without labels where there are none")
     if labels.dim() != maps.dim() - 1 or len(labels) != len(maps):
         shapes = f"labels {list(labels.shape)} do not fit maps {list(maps.shape)}"
         raise InputError(f"{shapes}: give one label map per image, of as many dimensions")

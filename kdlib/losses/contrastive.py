@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from kdlib.losses import base
 from kdlib.losses.base import Context, DistillationLoss, as_float, l2_normalize
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
+from kdlib.strict import AtLeastOne, Positive, Range, Seed, checked
 
 
 class InfoNCE(DistillationLoss):
@@ -32,22 +34,18 @@ class InfoNCE(DistillationLoss):
 
     def __init__(self, temperature: float = 0.1, same_patient: bool = False):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        self.temperature, self.same_patient = temperature, same_patient
+        self.keep(Positive, temperature=temperature)
+        self.keep(bool, same_patient=same_patient)
 
     def compare(self, student, teacher, labels, kept, context):
         if len(student) < 2 and kept is None:  # an image may be alone for the others being ignored, and counts 0
             raise InputError("InfoNCE between images needs at least two images in a batch: use a larger batch")
         similarity = l2_normalize(student.flatten(1)) @ l2_normalize(teacher.flatten(1)).T / self.temperature
-        similarity = similarity.masked_fill(~self._keys(student, context), -torch.inf)
+        if self.same_patient:
+            patients = base.patients_of(context, student, "InfoNCE without the same patient")
+            near = (patients[:, None] == patients).fill_diagonal_(False)
+            similarity = similarity.masked_fill(near, -torch.inf)
         return F.cross_entropy(similarity, torch.arange(len(student), device=student.device))
-
-    def _keys(self, student: Tensor, context: Context) -> Tensor:
-        """Which images are keys of which anchor, [B, B] bool."""
-        if not self.same_patient:
-            return torch.ones(len(student), len(student), dtype=torch.bool, device=student.device)
-        patients = base.patients_of(context, student, "InfoNCE without the same patient")
-        return (patients[:, None] != patients) | torch.eye(len(student), dtype=torch.bool, device=student.device)
 
 
 class SupervisedContrastiveLoss(DistillationLoss):
@@ -85,19 +83,14 @@ class SupervisedContrastiveLoss(DistillationLoss):
         same_patient: bool = False,
     ):  # fmt: skip
         super().__init__()
-        base.check_weight(hard=hard)
-        if samples is not None:
-            base.check_whole(samples=samples)
-        base.check_whole(radius=radius)
-        base.check_whole(0, memory=memory)
-        if hard > 1:
-            raise InputError(f"a share of {hard} of the positions near boundaries: give one between 0 and 1")
+        self.keep(Positive, temperature=temperature)
+        self.keep(AtLeastOne | None, samples=samples)
+        self.keep(Annotated[float, Range(0, 1)], hard=hard)
+        self.keep(AtLeastOne, radius=radius)
         if hard and samples is None:
             raise InputError("all positions are taken, so none can be drawn near boundaries: give samples, or hard=0")
-        base.check_positive(temperature=temperature)
-        self.temperature, self.samples = temperature, samples
-        self.hard, self.radius, self.same_patient = hard, radius, same_patient
-        self.bank = MemoryBank(memory) if memory else None
+        self.keep(bool, same_patient=same_patient)
+        self.bank = MemoryBank(memory) if checked("memory is", memory, Seed) else None
 
     def compare(self, student, teacher, labels, kept, context):
         positions = self.draw(labels, context.generator)
@@ -109,7 +102,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         anchors, keys = (l2_normalize(base.vectors_at(maps, positions)) for maps in (student, teacher))
         own_keys = keys
         if self.bank is not None and len(self.bank):
-            vectors, bank_labels, bank_patients, _ = self.bank.entries()
+            vectors, bank_labels, bank_patients = self.bank.entries()
             keys = torch.cat([keys, vectors.to(keys)])
             key_labels, key_patients = torch.cat([own_labels, bank_labels]), torch.cat([patients, bank_patients])
         classes = own_labels.unique()
@@ -126,7 +119,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
             # positions come class by class: even steps keep the classes balanced where not all keys fit
             count = min(len(positions), self.bank.size)
             kept = torch.arange(count, device=positions.device) * len(positions) // count
-            self.bank.push(own_keys[kept], own_labels[kept], patients[kept], context.step)
+            self.bank.push(own_keys[kept], own_labels[kept], patients[kept])
         return loss
 
     def draw(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -216,10 +209,9 @@ class PrototypeContrast(DistillationLoss):
 
     def __init__(self, temperature: float = 0.1, anchors: str = "regions", per_image: bool = False):
         super().__init__()
-        if anchors not in ("regions", "pixels"):
-            raise InputError(f"anchors {anchors!r} of the prototype contrast: choose from regions, pixels")
-        base.check_positive(temperature=temperature)
-        self.temperature, self.anchors, self.per_image = temperature, anchors, per_image
+        self.keep(Positive, temperature=temperature)
+        self.keep(Literal["regions", "pixels"], anchors=anchors)
+        self.keep(bool, per_image=per_image)
 
     def compare(self, student, teacher, labels, kept, context):
         classes = labels.unique()
@@ -274,10 +266,10 @@ class CRD(DistillationLoss):
 
     def __init__(self, temperature: float = 0.07, memory: int = 1024, same_patient: bool = False):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        base.check_whole(0, memory=memory)
-        self.temperature, self.same_patient = temperature, same_patient
-        self.student_bank, self.teacher_bank = (MemoryBank(memory) if memory else None for _ in range(2))
+        self.keep(Positive, temperature=temperature)
+        self.keep(bool, same_patient=same_patient)
+        size = checked("memory is", memory, Seed)
+        self.student_bank, self.teacher_bank = (MemoryBank(size) if size else None for _ in range(2))
         # log Z with students, and with teachers as anchors; -inf before the first training step with a negative
         self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))
 
@@ -291,7 +283,7 @@ class CRD(DistillationLoss):
         loss = loss + self._direction(1, k, z, self.student_bank, patients)
         if self.student_bank is not None and self.training:
             for bank, vectors in ((self.student_bank, z), (self.teacher_bank, k)):
-                bank.push(vectors, torch.zeros_like(patients), patients, context.step)
+                bank.push(vectors, torch.zeros_like(patients), patients)
         return loss
 
     def _direction(self, side: int, anchors: Tensor, keys: Tensor, bank: MemoryBank | None, patients: Tensor) -> Tensor:
@@ -299,7 +291,7 @@ class CRD(DistillationLoss):
         if self.same_patient:
             negative &= patients[:, None] != patients
         if bank is not None and len(bank):
-            vectors, _, others, _ = bank.entries()
+            vectors, _, others = bank.entries()
             keys = torch.cat([keys, vectors.to(keys)])
             negative = torch.cat([negative, patients[:, None] != others], dim=1)
         similarity = anchors @ keys.T / self.temperature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from kdlib.config import InputError
 from kdlib.losses import base
 from kdlib.losses.base import EMPTY_CONTEXT, Context, DistillationLoss, as_float, l2_normalize
 from kdlib.losses.prediction import ChannelWiseDistillation
+from kdlib.strict import AtLeastOne, Range
 
 
 class FeatureMSE(DistillationLoss):
@@ -51,10 +53,7 @@ class AttentionTransfer(DistillationLoss):
 
     def __init__(self, power: float = 2.0):
         super().__init__()
-        base.check_positive(power=power)
-        if power < 1:
-            raise InputError(f"power of an attention map is {power}: give 1 or more")
-        self.power = power
+        self.keep(Annotated[float, Range(1)], power=power)
 
     def compare(self, student, teacher, labels, kept, context):
         return (self.attention(student) - self.attention(teacher)).pow(2).sum(1).mean()
@@ -144,7 +143,7 @@ class ReviewKD(DistillationLoss):
             raise InputError(f"ReviewKD between {scales}: give channels of one or more pairs, from shallow to deep")
         if dims not in (2, 3):
             raise InputError(f"ReviewKD in {dims} dimensions: give 2 or 3")
-        base.check_whole(width=width)
+        self.keep(AtLeastOne, width=width)
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         self.dims = dims
         self.reduce = nn.ModuleList(conv(channels, width, 1) for channels in student_channels)
@@ -167,8 +166,8 @@ class ReviewKD(DistillationLoss):
         self._check(student, teacher)
         kept = [None] * len(student)
         if context.ignore_index is not None:
-            labels, _ = base.usable_labels(labels, context.ignore_index, self.label)
-            kept, of_teacher = ([base.resize_labels(labels, x, self.label) >= 0 for x in y] for y in (student, teacher))
+            labels = base.usable_labels(labels, context.ignore_index, self.label)
+            kept, of_teacher = ([base.resize_labels(labels, x) >= 0 for x in y] for y in (student, teacher))
             sides = (zip(student, kept, strict=True), zip(teacher, of_teacher, strict=True))
             student, teacher = ([x.masked_fill(~k[:, None], 0) for x, k in side] for side in sides)
         mode = {2: "bilinear", 3: "trilinear"}[self.dims]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.config import InputError
-from kdlib.losses.base import check_whole
+from kdlib.strict import AtLeastOne, checked
 
 
 class MemoryBank(nn.Module):
-    """A ring buffer of vectors, each with its label, patient and step (the queue of MoCo, He 2020, arXiv 1911.05722).
+    """A ring buffer of vectors, each with its label and patient (the queue of MoCo, He 2020, arXiv 1911.05722).
 
     Everything is held in buffers, so that a state_dict restores it, whatever the bank held before. The width of the
     vectors is that of the first push. The vectors are detached and kept in single precision.
@@ -24,10 +24,9 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        check_whole(**{"the size of a memory": size})
-        self.size = size
+        self.size = checked("the size of a memory is", size, AtLeastOne)
         self.register_buffer("vectors", torch.zeros(size, 0))
-        for name in ("labels", "patients", "steps"):
+        for name in ("labels", "patients"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
         # ever, so that its remainder is the next place
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
@@ -48,13 +47,12 @@ class MemoryBank(nn.Module):
         self.admitted = admitted
 
     @torch.no_grad()
-    def push(self, vectors: Tensor, labels: Tensor, patients: Tensor, step: int) -> None:
+    def push(self, vectors: Tensor, labels: Tensor, patients: Tensor) -> None:
         """Keeps the vectors, detached; of more than `size` the last. Vectors that are not finite are left out.
 
         Args:
             vectors: [n, d], of the width of the first push.
             labels, patients: [n] int64.
-            step: number of the training step.
 
         Raises:
             InputError: before `allow_patients`, for a patient that was not admitted, or where the shapes do not fit.
@@ -81,16 +79,15 @@ class MemoryBank(nn.Module):
         self.vectors[place] = vectors[last].to(self.vectors)
         self.labels[place] = labels[last]
         self.patients[place] = patients[last]
-        self.steps[place] = step
         self.pushed += n
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Vectors [m, d], labels [m], patients [m] and steps [m] of what is held, in no order; d is 0 before a push.
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [m, d], labels [m] and patients [m] of what is held, in no order; d is 0 before a push.
 
         They are copies: a loss computed from them can still go backward after the next push.
         """
         held = slice(0, len(self))
-        return tuple(x[held].clone() for x in (self.vectors, self.labels, self.patients, self.steps))
+        return tuple(x[held].clone() for x in (self.vectors, self.labels, self.patients))
 
     @staticmethod
     def _refuse_others(patients: Tensor, admitted: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdlib.losses import base
 from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
 from kdlib.losses.segmentation import probabilities
+from kdlib.strict import AtLeastOne, NotNegative, Positive
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -39,8 +40,7 @@ class PredictionKL(DistillationLoss):
 
     def __init__(self, temperature: float = 4.0):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        self.temperature = temperature
+        self.keep(Positive, temperature=temperature)
 
     def compare(self, student, teacher, labels, kept, context):
         return base.mean_over(self.of_pixels(student, teacher), kept) * self.temperature**2
@@ -88,9 +88,8 @@ class BoundaryKL(PredictionKL):
 
     def __init__(self, temperature: float = 4.0, boundary: float = 5.0, radius: int = 2):
         super().__init__(temperature)
-        base.check_positive(boundary=boundary)
-        base.check_whole(radius=radius)
-        self.boundary, self.radius = boundary, radius
+        self.keep(Positive, boundary=boundary)
+        self.keep(AtLeastOne, radius=radius)
 
     def compare(self, student, teacher, labels, kept, context):
         divergences = self.of_pixels(student, teacher)
@@ -121,9 +120,8 @@ class DKD(DistillationLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        base.check_weight(alpha=alpha, beta=beta)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.keep(Positive, temperature=temperature)
+        self.keep(NotNegative, alpha=alpha, beta=beta)
 
     def compare(self, student, teacher, labels, kept, context):
         labels = labels.clamp(0, 1 if student.shape[1] == 1 else None)
@@ -164,9 +162,8 @@ class DIST(DistillationLoss):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        base.check_weight(beta=beta, gamma=gamma)
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        self.keep(Positive, temperature=temperature)
+        self.keep(NotNegative, beta=beta, gamma=gamma)
 
     def compare(self, student, teacher, labels, kept, context):
         # [classes, pixels of the batch]
@@ -201,8 +198,7 @@ class ChannelWiseDistillation(DistillationLoss):
 
     def __init__(self, temperature: float = 4.0):
         super().__init__()
-        base.check_positive(temperature=temperature)
-        self.temperature = temperature
+        self.keep(Positive, temperature=temperature)
 
     def compare(self, student, teacher, labels, kept, context):
         scaled = [as_float(maps).flatten(2) / self.temperature for maps in (student, teacher)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config import InputError
 from kdlib.losses import base
 from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
 from kdlib.losses.memory import MemoryBank
 from kdlib.losses.prediction import divergence
+from kdlib.strict import AtLeastOne, NotNegative, Positive, Range
 
 
 class SimilarityPreserving(DistillationLoss):
@@ -40,32 +41,29 @@ class SimilarityPreserving(DistillationLoss):
 class PairwiseAffinity(DistillationLoss):
     """Squared difference of the affinities between positions: the pair-wise term of SKD (Liu 2019, arXiv 1903.04197).
 
-    Maps are pooled to a grid of N positions. The affinity of two positions of an image is the cosine of their vectors;
-    the loss is the mean of the squared difference over the N^2 pairs of every image. The authors' code detaches the
-    lengths of the vectors, here they are part of the gradient (which then differs by about half of its length).
+    Maps are averaged to a grid of N positions, in windows as even as the sizes allow (the authors' code takes their
+    maximum). The affinity of two positions of an image is the cosine of their vectors; the loss is the mean of the
+    squared difference over the N^2 pairs of every image. That code detaches the lengths of the vectors, here they are
+    part of the gradient (which then differs by about half of its length).
 
     Args:
         scale: size of the grid relative to the maps, a half for the paper's nodes of 2 x 2 pixels (in the published
             code the same 0.5 is the size of a window relative to the map, which leaves 2 x 2 nodes in all).
         nodes: most positions of the grid, because cost grows with their square: longer axes are cut to one length,
             16 x 16 or 6 x 6 x 6 for 256.
-        pool: "avg", as in the paper, or "max", as in its code; windows are as even as the sizes allow.
     """
 
     name, label, family = "skd", "SKD pair-wise", "relation"
     reads, adapt = "features", "none"
 
-    def __init__(self, scale: float = 0.5, nodes: int = 256, pool: str = "avg"):
+    def __init__(self, scale: float = 0.5, nodes: int = 256):
         super().__init__()
-        base.check_positive(scale=scale)
-        base.check_whole(2, nodes=nodes)
-        if scale > 1 or pool not in ("avg", "max"):
-            raise InputError(f"scale {scale}, pool {pool!r}: give a scale of at most 1 and the pool 'avg' or 'max'")
-        self.scale, self.nodes, self.pool = scale, nodes, pool
+        self.keep(Annotated[float, Range(above=0, high=1)], scale=scale)
+        self.keep(Annotated[int, Range(2)], nodes=nodes)
 
     def compare(self, student, teacher, labels, kept, context):
         grid = _cut([ceil(n * self.scale) for n in student.shape[2:]], self.nodes)
-        vectors = [l2_normalize(_pool(maps, grid, self.pool, kept)).flatten(2) for maps in (student, teacher)]
+        vectors = [l2_normalize(_pool(maps, grid, kept)).flatten(2) for maps in (student, teacher)]
         of_student, of_teacher = (z.transpose(1, 2) @ z for z in vectors)
         if kept is None:
             return F.mse_loss(of_student, of_teacher)
@@ -141,13 +139,9 @@ class CrossImageRelation(DistillationLoss):
         pixel_memory: int = 8192, region_memory: int = 2048, pixel_keys: int = 4096, region_keys: int = 1024,
     ):  # fmt: skip
         super().__init__()
-        base.check_positive(temperature=temperature)
-        if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != 3:
-            raise InputError(f"weights {weights}: give three, for mini-batch, pixel and region")
-        base.check_weight(**{f"number {i} of the weights": weight for i, weight in enumerate(weights)})
-        base.check_whole(nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)
-        self.temperature, self.weights, self.nodes, self.pixels = temperature, tuple(weights), nodes, pixels
-        self.pixel_keys, self.region_keys = pixel_keys, region_keys
+        self.keep(Positive, temperature=temperature)
+        self.keep(tuple[NotNegative, NotNegative, NotNegative], weights=weights)
+        self.keep(AtLeastOne, nodes=nodes, pixels=pixels, pixel_keys=pixel_keys, region_keys=region_keys)
         self.pixel_bank, self.region_bank = MemoryBank(pixel_memory), MemoryBank(region_memory)
 
     def compare(self, student, teacher, labels, kept, context):
@@ -172,8 +166,8 @@ class CrossImageRelation(DistillationLoss):
                 loss = loss + weight * _divergence(of_student @ vectors, of_teacher @ vectors)
 
         if patients is not None:
-            self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[drawn // flat.shape[1]], context.step)
-            self._push_regions(teacher, labels, classes, patients, context.step)
+            self.pixel_bank.push(of_teacher, labels.flatten()[drawn], patients[drawn // flat.shape[1]])
+            self._push_regions(teacher, labels, classes, patients)
         return loss
 
     @property
@@ -185,7 +179,7 @@ class CrossImageRelation(DistillationLoss):
         nodes = None if kept is None else _pooled(kept, grid)
         relations = []
         for maps in (student, teacher):
-            pooled = l2_normalize(_pool(maps, grid, "avg", kept))
+            pooled = l2_normalize(_pool(maps, grid, kept))
             z = pooled.flatten(2).transpose(1, 2).flatten(0, 1)  # [B * P, channels]
             relations.append((z @ z.T / self.temperature).unflatten(1, (len(maps), -1)))
         if nodes is None:
@@ -195,12 +189,12 @@ class CrossImageRelation(DistillationLoss):
         return _divergence(*relations)
 
     @torch.no_grad()
-    def _push_regions(self, teacher: Tensor, labels: Tensor, classes: Tensor, patients: Tensor, step: int) -> None:
+    def _push_regions(self, teacher: Tensor, labels: Tensor, classes: Tensor, patients: Tensor) -> None:
         members = _members(labels, classes)
         means = l2_normalize(_class_means(l2_normalize(teacher).flatten(2), members))
         means = means.transpose(1, 2)  # [B, classes, channels]
         image, label = members.any(1).nonzero(as_tuple=True)
-        self.region_bank.push(means[image, label], classes[label], patients[image], step)
+        self.region_bank.push(means[image, label], classes[label], patients[image])
 
 
 def _cut(size: Sequence[int], most: int) -> list[int]:
@@ -209,24 +203,17 @@ def _cut(size: Sequence[int], most: int) -> list[int]:
     return [min(n, length) for n in size]
 
 
-def _pool(maps: Tensor, grid: Sequence[int], pool: str, kept: Tensor | None = None) -> Tensor:
-    """Maps in single precision, pooled ("avg" or "max") to the grid; of kept positions alone, 0 where there is none.
-
-    An average is that up to a factor, which no direction depends on, where positions are 0 for being ignored.
-    """
-    maps = as_float(maps)
-    if kept is None or pool == "avg":
-        pooled = getattr(F, f"adaptive_{pool}_pool{len(grid)}d")(maps, grid)
-        if kept is not None:  # the mean of the kept, so that small shares are not shortened by `l2_normalize`
-            pooled = pooled / _pool(kept[:, None].to(maps.dtype), grid, "avg").clamp(min=1e-12)
-        return pooled
-    lowest = maps.masked_fill(~kept[:, None], torch.finfo(maps.dtype).min)
-    return _pool(lowest, grid, "max").masked_fill(~_pooled(kept, grid).unflatten(1, grid)[:, None], 0)
+def _pool(maps: Tensor, grid: Sequence[int], kept: Tensor | None = None) -> Tensor:
+    """Maps in single precision, averaged to the grid: over kept positions alone, 0 where there is none."""
+    pooled = getattr(F, f"adaptive_avg_pool{len(grid)}d")(as_float(maps), grid)
+    if kept is not None:  # at other positions the maps are 0
+        pooled = pooled / _pool(kept[:, None].to(pooled.dtype), grid).clamp(min=1e-12)
+    return pooled
 
 
 def _pooled(kept: Tensor, grid: Sequence[int]) -> Tensor:
     """Which positions of the grid hold a kept one, [B, P] bool."""
-    return _pool(kept[:, None].float(), grid, "max").flatten(1) > 0
+    return _pool(kept[:, None].float(), grid).flatten(1) > 0
 
 
 def _classes(labels: Tensor) -> Tensor:
@@ -265,6 +252,6 @@ def _draw(groups: Tensor, most: int, generator: torch.Generator | None) -> Tenso
 
 def _keys(bank: MemoryBank, most: int, generator: torch.Generator | None) -> Tensor:
     """At most `most` vectors of the bank, in equal number from each class in it, at least one a class."""
-    vectors, labels, _, _ = bank.entries()
+    vectors, labels, _ = bank.entries()
     classes, groups = labels.unique(return_inverse=True)
     return vectors[_draw(groups, max(1, most // len(classes)), generator)]

@@ -70,20 +70,20 @@ class SegmentationLoss(nn.Module):
         if labels.shape != logits.shape[:1] + logits.shape[2:]:
             found = f"labels {list(labels.shape)} do not fit logits {list(logits.shape)}"
             raise InputError(f"{found}: give labels of the logits' shape without its channels")
-        labels, kept = usable_labels(labels, self.ignore_index, "the segmentation loss")
+        labels = usable_labels(labels, self.ignore_index, "the segmentation loss")
         if channels > 1:
             check_classes(labels, channels)
         logits, share = as_float(logits), 1.0
         target = one_hot(labels.clamp(min=0), channels).to(logits.dtype)
         target = target * (1 - self.smoothing) + self.smoothing / max(channels, 2)
-        if kept is not None:
+        if self.ignore_index is not None:
             # certain and true background adds nothing to Dice or cross entropy, whose mean is then of the kept alone
             number = torch.arange(channels, device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
             background = number == (0 if channels > 1 else -1)
-            ignored = ~kept[:, None]
+            ignored = labels[:, None] < 0
             logits = torch.where(ignored, torch.where(background, 0.0, -1e4).to(logits), logits)
             target = torch.where(ignored, background.to(target), target)
-            share = kept.sum().clamp(min=1) / kept.numel()
+            share = (~ignored).sum().clamp(min=1) / ignored.numel()
         dice = (self.binary if channels == 1 else self.multiclass)(logits, target)
         entropy = F.binary_cross_entropy_with_logits if channels == 1 else F.cross_entropy
         return dice + entropy(logits, target) / share if self.cross_entropy else dice

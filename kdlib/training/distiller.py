@@ -25,9 +25,6 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     if unknown:
         asked = f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}"
         raise InputError(f"{asked}; it has {', '.join(options) or 'none'}")
-    for name, value in term.arguments.items():
-        if isinstance(parameters[name].default, bool) and not isinstance(value, bool):
-            raise InputError(f"term {term.name}: option {name} is {value!r}: give true or false")
     if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
@@ -152,7 +149,7 @@ class Distiller(nn.Module):
 
     def forward(
         self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int,
-        patients: Tensor | None = None, step: int = 0,
+        patients: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Unweighted terms by name.
 
@@ -162,7 +159,6 @@ class Distiller(nn.Module):
             labels: BH[WD] class indices of the student's input.
             seed: of whatever a term draws in this step (the pixels of a contrast); each term has its own stream.
             patients: [B], the patient of each image, for terms with a memory and a shuffled teacher.
-            step: number of the step, for terms with a memory.
         """
         if self.shuffled:
             mix = derive_seed(seed, "shuffle")
@@ -171,7 +167,7 @@ class Distiller(nn.Module):
         for name, module in self.terms.items():
             own = derive_seed(seed, name)
             ignored = self.ignored if module.loss.needs_labels else None
-            context = Context(torch.Generator().manual_seed(own), patients, step, ignored)
+            context = Context(torch.Generator().manual_seed(own), patients, ignored)
             losses[name] = module(student, teachers[self.teacher_of[name]], labels, context, own)
         return losses
 

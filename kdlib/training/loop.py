@@ -59,7 +59,7 @@ def student_losses(state: RunState, batch: Batch, processes: Processes = ALONE) 
             if run.teacher == "self":
                 teachers = {"self": noisy_forward(state, batch, processes)}
             seed = derive_seed(run.seed, "terms", batch.step)
-            losses |= state.distiller(features, teachers, labels, seed, batch.patients, batch.step)
+            losses |= state.distiller(features, teachers, labels, seed, batch.patients)
     return losses
 
 

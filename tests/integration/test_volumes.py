@@ -19,7 +19,6 @@ from kdlib.apps.cli import main
 from kdlib.apps.explore import load_run
 from kdlib.config import InputError, Optimisation, Preprocessing, Recipe, Term
 from kdlib.data import VolumeBank, best_dice, build_bank, index
-from kdlib.data.volumes import patch_places
 from kdlib.evaluation.cases import evaluate
 from kdlib.evaluation.masks import on_file_grid, predict_cases
 from kdlib.experiments import Setting, baseline, distillation
@@ -60,8 +59,7 @@ def blobs(cases=2, seed=0) -> VolumeBank:
         images.append(noise + 120 * label)
         labels.append(label)
     names = tuple(f"c{i}" for i in range(cases))
-    places = torch.tensor([(n, *p) for n in range(cases) for p in patch_places((16, 20, 16), 16)])
-    parts = tuple(images), tuple(labels), names, ("blob",), 16, dict.fromkeys(names), tuple(range(cases)), places
+    parts = tuple(images), tuple(labels), names, ("blob",), 16, dict.fromkeys(names), tuple(range(cases))
     return VolumeBank(*parts)
 
 

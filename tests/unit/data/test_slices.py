@@ -262,10 +262,15 @@ def bank(tmp_path) -> SliceBank:
 
 def test_case_index_and_neighbours(bank):
     assert bank.cases == ("a", "b", "c") and len(bank) == 8
-    assert bank.case_index.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert bank.case_index.tolist() == [0, 0, 0, 1, 2, 2, 2, 2] and bank.case_index.dtype == torch.int64
     below, above = [0, 0, 1, 3, 4, 4, 5, 6], [1, 2, 2, 3, 5, 6, 7, 7]
-    assert bank.neighbours.T.tolist() == [below, above]
-    assert bank.case_index.dtype == bank.neighbours.dtype == torch.int64
+    assert torch.equal(around(bank), bank.images[torch.tensor([below, above])])
+
+
+def around(bank) -> torch.Tensor:
+    """The slices below and above every slice of a bank, [2,N,H,W] uint8, as a network sees them."""
+    images, _ = dataclasses.replace(bank, channels="neighbours").batch(torch.arange(len(bank)))
+    return (255 * images[:, ::2]).round().to(torch.uint8).transpose(0, 1)
 
 
 def test_batch_repeats_the_slice_or_gives_below_itself_above(bank):
@@ -289,8 +294,8 @@ def test_select_keeps_nothing_of_the_other_cases(bank):
     assert torch.equal(part.images, bank.images[[4, 5, 6, 7, 0, 1, 2]])
     assert torch.equal(part.labels, bank.labels[[4, 5, 6, 7, 0, 1, 2]])
     assert part.case_index.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert part.neighbours.T.tolist() == [[0, 0, 1, 2, 4, 4, 5], [1, 2, 3, 3, 5, 6, 6]]
-    for name in ("images", "labels", "case_index", "neighbours"):
+    assert torch.equal(around(part), part.images[torch.tensor([[0, 0, 1, 2, 4, 4, 5], [1, 2, 3, 3, 5, 6, 6]])])
+    for name in ("images", "labels", "case_index"):
         tensor = getattr(part, name)
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         assert tensor.untyped_storage().data_ptr() != getattr(bank, name).untyped_storage().data_ptr()

@@ -12,12 +12,12 @@ from kdlib.losses.memory import MemoryBank
 
 
 def filled(size, counts, patients=(1, 2, 3), width=2):
-    """A bank after pushes of `counts` vectors; vector number i is [i, i, ...], of label i % 4 and its push's step."""
+    """A bank after pushes of `counts` vectors; vector number i is [i, i, ...], of label i % 4 and patient i % 3 + 1."""
     bank, number = MemoryBank(size), 0
     bank.allow_patients(patients)
-    for step, count in enumerate(counts):
+    for count in counts:
         numbers = torch.arange(number, number + count)
-        bank.push(numbers[:, None].expand(-1, width).float(), numbers % 4, numbers % 3 + 1, step)
+        bank.push(numbers[:, None].expand(-1, width).float(), numbers % 4, numbers % 3 + 1)
         number += count
     return bank
 
@@ -26,34 +26,31 @@ def filled(size, counts, patients=(1, 2, 3), width=2):
 def test_the_latest_are_kept_with_what_belongs_to_them(counts):
     size, total = 5, sum(counts)
     bank = filled(size, counts)
-    vectors, labels, patients, steps = bank.entries()
+    vectors, labels, patients = bank.entries()
     assert len(bank) == len(vectors) == min(size, total)
-    step_of = [step for step, count in enumerate(counts) for _ in range(count)]
-    found = sorted(
-        zip(vectors[:, :1].flatten().tolist(), labels.tolist(), patients.tolist(), steps.tolist(), strict=True)
-    )
-    assert found == [(i, i % 4, i % 3 + 1, step_of[i]) for i in range(max(0, total - size), total)]
+    found = sorted(zip(vectors[:, :1].flatten().tolist(), labels.tolist(), patients.tolist(), strict=True))
+    assert found == [(i, i % 4, i % 3 + 1) for i in range(max(0, total - size), total)]
 
 
 def test_an_empty_bank_has_no_entries():
-    assert [x.shape[0] for x in MemoryBank(4).entries()] == [0, 0, 0, 0] and len(MemoryBank(4)) == 0
+    assert [x.shape[0] for x in MemoryBank(4).entries()] == [0, 0, 0] and len(MemoryBank(4)) == 0
 
 
 def test_vectors_are_detached_single_and_copied():
     bank = MemoryBank(4)
     bank.allow_patients([0])
     vectors = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
-    bank.push(vectors, torch.zeros(2).long(), torch.zeros(2).long(), 0)
+    bank.push(vectors, torch.zeros(2).long(), torch.zeros(2).long())
     held = bank.entries()[0]
     assert held.dtype == torch.float32 and not held.requires_grad
     before = held.clone()
-    bank.push(torch.rand(4, 3), torch.zeros(4).long(), torch.zeros(4).long(), 1)
+    bank.push(torch.rand(4, 3), torch.zeros(4).long(), torch.zeros(4).long())
     assert torch.equal(held, before)
 
 
 def test_nothing_enters_before_admission():
     with pytest.raises(InputError, match="allow_patients"):
-        MemoryBank(4).push(torch.rand(1, 2), torch.zeros(1).long(), torch.zeros(1).long(), 0)
+        MemoryBank(4).push(torch.rand(1, 2), torch.zeros(1).long(), torch.zeros(1).long())
     with pytest.raises(InputError, match="no patient"):
         MemoryBank(4).allow_patients([])
 
@@ -62,7 +59,7 @@ def test_a_patient_that_is_not_admitted_is_named_and_leaves_the_bank_as_it_was()
     bank = filled(4, [3])
     before = copy.deepcopy(bank.state_dict())
     with pytest.raises(InputError, match=r"patients \[7, 9\]"):
-        bank.push(torch.rand(3, 2), torch.zeros(3).long(), torch.tensor([9, 1, 7]), 1)
+        bank.push(torch.rand(3, 2), torch.zeros(3).long(), torch.tensor([9, 1, 7]))
     for name, value in bank.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -80,11 +77,11 @@ def test_admitting_fewer_than_are_held_is_refused():
 )
 def test_shapes_that_do_not_fit(vectors, labels, patients, message):
     with pytest.raises(InputError, match=message):
-        filled(4, [2]).push(torch.rand(vectors), torch.ones(labels).long(), torch.ones(patients).long(), 1)
+        filled(4, [2]).push(torch.rand(vectors), torch.ones(labels).long(), torch.ones(patients).long())
 
 
 def test_a_bank_holds_something():
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="the size of a memory is 0: give a whole number of 1 or more"):
         MemoryBank(0)
 
 
@@ -97,11 +94,11 @@ def test_a_checkpoint_restores_the_bank(counts, used):
     for a, b in zip(bank.entries(), other.entries(), strict=True):
         assert torch.equal(a, b)
     for both in (bank, other):  # it resumes where it was
-        both.push(torch.ones(3, 2), torch.arange(3), torch.ones(3).long(), 9)
+        both.push(torch.ones(3, 2), torch.arange(3), torch.ones(3).long())
     for a, b in zip(bank.entries(), other.entries(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(InputError, match=r"\[8\]"):
-        other.push(torch.ones(1, 2), torch.zeros(1).long(), torch.tensor([8]), 9)
+        other.push(torch.ones(1, 2), torch.zeros(1).long(), torch.tensor([8]))
 
 
 def test_a_checkpoint_of_another_size_is_refused():

@@ -246,7 +246,7 @@ def test_redrawn_projectors_depend_on_the_seed_alone():
         (Term("B-B", "fitnet", 1.0, 0.1), "loss 'fitnet' has no option temperature; it has none"),
         (Term("PMD", "kl", 1.0, options={"tau": 3}), "no option tau; it has temperature"),
         (Term("B-B", "infonce", 1.0, options={"same_patient": "no"}), "same_patient is 'no': give true or false"),
-        (Term("B-B", "cirkd", 1.0, options={"weights": 5}), "weights 5: give three"),
+        (Term("B-B", "cirkd", 1.0, options={"weights": 5}), "weights is 5: give 3 values"),
         (Term("B-B", "kl", 1.0, 4.0), "loss 'kl' compares logits: let it read at 'logits'"),
         (Term("PMD", "infonce", 1.0, 0.1), "loss 'infonce' compares features"),
         (Term("x", "fitnet", 1.0, student_layers=("encoder1", "encoder2")), "takes one scale; write a term for each"),
@@ -303,10 +303,10 @@ def test_every_loss_teaches_through_the_harness(loss, dims, classes):
     values = []
     for _ in range(2):
         distiller = Distiller(recipe, *channels, seed=0, dims=dims, patients=[0, 1])
-        for step in range(2):  # terms with a memory have something in it at the second
+        for _ in range(2):  # terms with a memory have something in it at the second
             scales = scales_of([recipe])
             own, taught = (features_of(model, images, scales) for model in (student, teacher))
-            value = distiller(own, {"T1": taught}, labels, 5, torch.tensor([0, 0, 1]), step)[term.name]
+            value = distiller(own, {"T1": taught}, labels, 5, torch.tensor([0, 0, 1]))[term.name]
         values.append(value)
     assert values[0].shape == () and torch.isfinite(values[0]) and torch.equal(*values)
     gradients = torch.autograd.grad(value, [*student.parameters()], allow_unused=True)
