@@ -12,7 +12,7 @@ HOMES = {
         "TrainingError", "correction_stages", "lookup", "override_profile",
     ),
     "data": ("case_table", "download", "largest_slices", "split_table", "warning_table"),
-    "analysis.calibration": ("expected_calibration_error",),
+    "analysis.tables": ("expected_calibration_error",),
     "inference.predict": ("predict",),
     "experiments.recipes": ("QUICK", "comparison_losses", "controls", "distiller", "thesis_recipe"),
     "experiments.designs": ("EXPERIMENTS",),

@@ -61,16 +61,9 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
         seeds, difference, low, high, interval, p_holm and smallest_p of the comparison.
     """
     table = fractions(cases, verdicts).rename(columns={"dice": "dice_distilled"})
-    table = table.assign(
-        parameters=verdicts["a"].map(parameters).to_numpy(), smallest_p=verdicts["smallest_p"].to_numpy()
-    )
+    table = table.assign(parameters=table["a"].map(parameters), smallest_p=verdicts["smallest_p"].to_numpy())
     counted = ["n", "volumes", "seeds", "difference", "low", "high", "interval", "p_holm", "smallest_p"]
     return table[[*ANSWER_COLUMNS[:3], "labels", *ANSWER_COLUMNS[3:], "parameters", *counted]]
-
-
-def _gain(change: pd.Series) -> str:
-    """How many patients gain, of how many; what is equal but for rounding is no gain."""
-    return f"{(change.round(12) > 0).sum()} of {len(change)}"
 
 
 def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
@@ -83,27 +76,21 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     Returns: one row per class and comparison (`statistics.compare_classes`, one family of tests), the verdict first:
         class, volume (mean of the true ones, ml), student, teacher, dice_alone, dice_distilled, change
         (with interval, as text), gain (patients), dice_teacher, n, difference, low, high, interval, p_holm, and
-        never_alone and never (`_never_found`).
+        never_alone and never (trainings that find the class in no test case).
     """
     compared = withhold(compare_classes(cases, baseline_pairs(cases)), convergence(history))
     rows = []
     for name, verdicts in compared.groupby("class", sort=False):
         of = cases[cases["class"] == name]
         size = of.loc[of["metric"] == "truth_volume", "value"].mean()
-        found = answer(of, verdicts, {}).assign(
-            volume=size, never_alone=[_never_found(of, name) for name in verdicts["b"]],
-            never=[_never_found(of, name) for name in verdicts["a"]],
-        )  # fmt: skip
+        best = of[of["metric"] == "dice"].groupby(["method", "fold", "seed"])["value"].max()
+        lost = (best == 0).groupby("method").sum()  # trainings without a right voxel of the class in any test case
+        never_alone, never = (lost[verdicts[name]].to_numpy() for name in ("b", "a"))
+        found = answer(of, verdicts, {}).assign(volume=size, never_alone=never_alone, never=never)
         found.insert(1, "class", name)
         rows.append(found)
     table = pd.concat(rows).sort_values("volume", ascending=False, kind="stable", ignore_index=True)
     return table.drop(columns=["labels", "parameters", "volumes", "seeds"])
-
-
-def _never_found(cases: pd.DataFrame, method: str) -> int:
-    """In how many trainings of a method no voxel of the class is right in any test case: Dice 0 throughout."""
-    dice = cases[(cases["method"] == method) & (cases["metric"] == "dice")]
-    return int((dice.groupby(["fold", "seed"])["value"].max() == 0).sum())
 
 
 def class_sentence(table: pd.DataFrame) -> str:
@@ -229,7 +216,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
     for row in verdicts.itertuples():
         method = found.loc[row.a]
         values = by_patient(cases, [row.a, row.b])
-        means = values.mean()
+        means, change = values.mean(), (values[row.a] - values[row.b]).round(12)  # equal but for rounding is no gain
         name, reached = _teacher(method, values.index, teachers)
         gap = reached - means[row.b]
         seeds = cases.loc[cases["method"] == row.a, "seed"].nunique()  # its teacher may have others
@@ -238,7 +225,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         rows.append(dict(
             verdict=row.verdict, student=method["model"], labels=percent(method["fraction"]), length=length,
             times=f"{length:g} x", learns=knowledge(method)[1], dice_alone=means[row.b], dice=means[row.a],
-            change=interval_of(row.difference, row.low, row.high), gain=_gain(values[row.a] - values[row.b]),
+            change=interval_of(row.difference, row.low, row.high), gain=f"{(change > 0).sum()} of {len(change)}",
             gap=gap, gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
             n=row.n, volumes=row.volumes, seeds=seeds, difference=row.difference, low=row.low,
@@ -265,7 +252,7 @@ def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFra
         (name,) = models if len(models) == 1 else ("",)
     for table in teachers:
         own = table[table["model"] == name]
-        if set(patients) <= set(own.get("patient", own["case"])):
+        if set(patients) <= set(own["patient"]):
             (method,) = own["method"].unique()
             return name, by_patient(own, [method]).loc[patients, method].mean()
     return name, np.nan
@@ -340,25 +327,16 @@ def lengths_markdown(table: pd.DataFrame) -> str:
     return "\n\n".join([said, terms_sentence(table), verdicts_markdown(table, LENGTH_COLUMNS)])
 
 
-def images_markdown(compared: pd.DataFrame, seeds: int) -> str:
-    """Whether unlabelled images help by the teacher or by themselves, as Markdown.
-
-    Args:
-        compared: from `statistics.compare` of `statistics.image_pairs`.
-        seeds: trainings per method and fold.
-    """
-    said = comparison_sentences(compared, seeds)
-    return "\n".join(["Is it the teacher, or the unlabelled images?", "", *(f"- {sentence}" for sentence in said)])
-
-
 def fractions_markdown(table: pd.DataFrame, images: pd.DataFrame | None = None) -> str:
     """The sentences and the table of `fractions` as Markdown, for a page that shows no notebook.
 
     Args:
-        images: comparisons as for `images_markdown`, where images were unlabelled.
+        images: from `statistics.compare` of `statistics.image_pairs`, where images were unlabelled.
     """
     said = [f"**{' '.join(fraction_sentences(table))}**", terms_sentence(table)]
-    said += [] if images is None else [images_markdown(images, int(table["seeds"].max()))]
+    if images is not None:
+        compared = [f"- {sentence}" for sentence in comparison_sentences(images, int(table["seeds"].max()))]
+        said += ["Is it the teacher, or the unlabelled images?", "\n".join(compared)]
     return "\n\n".join([*said, verdicts_markdown(table, FRACTION_COLUMNS)])
 
 
@@ -370,27 +348,25 @@ def correction_markdown(changes: pd.DataFrame, gains: pd.DataFrame, by_volume: p
         gains: from `statistics.gains`, with the zero-weight control among its references.
         by_volume: the same, with the Dice of volumes at every stage.
     """
-    heading = "gain over the zero-weight control here"
-    controls = {
-        heading + where: of[of["label_b"] == CONTROLS["zero_weights"]].set_index("stage")
-        for where, of in {"": gains, ", by Dice of volumes": by_volume}.items()
-    }
-    single, rows = is_single(list(changes["step"])), []
-    for row in changes.itertuples():
-        rows.append({
-            "fault put back" if single else "step": row.step, "Dice of the distilled student": row.dice,
-            f"change by this {'fault' if single else 'step'} [95 % interval]": "" if pd.isna(row.difference) else
-            f"{interval_of(row.difference, row.low, row.high)}, {row.verdict}",
-        } | {
-            name: f"{interval_of(*of.loc[row.step, ['difference', 'low', 'high']])}, {of.loc[row.step, 'verdict']}"
-            if row.step in of.index else "" for name, of in controls.items()
-        })  # fmt: skip
+
+    def judged(row: tuple) -> str:
+        return f"{interval_of(row.difference, row.low, row.high)}, {row.verdict}"
+
+    single = is_single(list(changes["step"]))
+    table = pd.DataFrame({
+        "fault put back" if single else "step": changes["step"], "Dice of the distilled student": changes["dice"],
+        f"change by this {'fault' if single else 'step'} [95 % interval]":
+        ["", *map(judged, changes[1:].itertuples())],  # the first is no change
+    })  # fmt: skip
+    for where, of in {"": gains, ", by Dice of volumes": by_volume}.items():
+        worth = {row.stage: judged(row) for row in of.itertuples() if row.label_b == CONTROLS["zero_weights"]}
+        table[f"gain over the zero-weight control here{where}"] = [worth.get(step, "") for step in changes["step"]]
     note = (
         "A change counts as better or worse where its interval excludes 0 and a paired permutation test, adjusted over "
         "all comparisons, gives p below 0.05."
     )
     said = f"**{gains_sentence(gains)}**\n\n{correction_sentence(changes)} {note}"
-    return f"{said}\n\n{markdown(pd.DataFrame(rows))}"
+    return f"{said}\n\n{markdown(table)}"
 
 
 def markdown(table: pd.DataFrame) -> str:

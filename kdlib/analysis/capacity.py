@@ -17,8 +17,8 @@ RUNTIMES = {  # a library that runs a network -> how figures call it
     "eager": "PyTorch", "bf16": "PyTorch bf16", "onnx": "ONNX Runtime", "openvino-int8": "OpenVINO int8",
 }  # fmt: skip
 QUESTIONS = {  # -> how a sentence begins
-    "network": "The network, alone, instead of {reference}",
-    "equal cost": "Kernel, depth and receptive field at the arithmetic of {equal}, alone, instead of {equal}",
+    "network": "The network, alone, instead of S1",
+    "equal cost": "Kernel, depth and receptive field at the arithmetic of E1, alone, instead of E1",
     "labels": "The labels, student alone",
     "teacher": "The teacher, instead of the same student alone",
 }
@@ -31,11 +31,9 @@ SAME_COST = 0.05  # relative difference of GFLOP that counts as none
 SAME_LATENCY = 1.5  # factor between two latencies up to which they count as equal
 
 
-def worth(
-    cases: pd.DataFrame, history: pd.DataFrame, networks: pd.DataFrame, reference: str = "S1", equal: str = "E1"
-) -> pd.DataFrame:
-    """Every network against `reference`, those of `equal`'s cost against it, most labels against fewest, and every
-    distilled student against itself alone.
+def worth(cases: pd.DataFrame, history: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
+    """Every network against S1, those of E1's cost against it, most labels against fewest, and every distilled student
+    against itself alone.
 
     Each question is a family of its own for Holm's adjustment; where a training has not converged, there is no verdict.
 
@@ -55,11 +53,11 @@ def worth(
     gflops = networks.set_index("model")["gflops"]
     if missing := sorted(set(models) - set(gflops.index)):
         raise InputError(f"no cost of {', '.join(missing)} in the table of networks: run notebook 10 again")
-    alike = [name for name in models if equal in gflops and abs(gflops[name] / gflops[equal] - 1) <= SAME_COST]
+    alike = [name for name in models if "E1" in gflops and abs(gflops[name] / gflops["E1"] - 1) <= SAME_COST]
     pairs: dict[str, dict[tuple[str, str], str]] = {question: {} for question in QUESTIONS}  # -> pair -> labels
     for fraction in fractions:
         share = f"on {percent(fraction)} of the labels"
-        for question, other, those in (("network", reference, models), ("equal cost", equal, alike)):
+        for question, other, those in (("network", "S1", models), ("equal cost", "E1", alike)):
             if (other, fraction) in by:
                 own = [(by[name, fraction], by[other, fraction]) for name in those if (name, fraction) in by]
                 pairs[question] |= {pair: share for pair in own if pair[0] != pair[1]}
@@ -69,8 +67,7 @@ def worth(
     if most > least:
         both = [(by[name, most], by[name, least]) for name in models if {(name, most), (name, least)} <= set(by)]
         pairs["labels"] = dict.fromkeys(both, f"{percent(most)} instead of {percent(least)}")
-    said = {question: text.format(reference=reference, equal=equal) for question, text in QUESTIONS.items()}
-    return _asked(cases, history, pairs, said)
+    return _asked(cases, history, pairs, QUESTIONS)
 
 
 def _asked(
@@ -82,11 +79,8 @@ def _asked(
     for question, asked in pairs.items():
         if asked:
             table = withhold(compare(cases, list(asked)), progress)
-            table.insert(0, "model", model[table["a"]].to_numpy())
-            table.insert(0, "labels", list(asked.values()))
-            table.insert(0, "said", said[question])
-            table.insert(0, "question", question)
-            tables.append(table)
+            about = dict(question=question, said=said[question], labels=list(asked.values()))
+            tables.append(pd.DataFrame(about).assign(model=table["a"].map(model)).join(table))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -111,10 +105,9 @@ def against_slices(cases: pd.DataFrame, history: pd.DataFrame, costs: pd.DataFra
     pairs: dict[str, dict[tuple[str, str], str]] = {question: {} for question in AGAINST_SLICES}
     shares = "on " + found["fraction"].map(percent) + " of the labels"
     flat, deep = (found[found["dimensions"] == number] for number in SHAPES)
+    place = ["role", "teacher", "fraction"]
     for name, row in deep.iterrows():
-        alike = flat
-        for column in ("role", "teacher", "fraction"):
-            alike = alike[alike[column] == row[column]]
+        alike = flat[(flat[place] == row[place]).all(axis=1)]
         pairs["same network"] |= {(name, other): shares[name] for other in alike.index[alike["model"] == row["model"]]}
         apart = np.exp(np.log(alike["time"] / row["time"]).abs())
         if row["role"] != "teacher" and apart.min() <= SAME_LATENCY:

@@ -21,7 +21,7 @@ from kdlib.analysis.labels import method_labels, percent
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.tables import markdown_table, summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
-from kdlib.files import write_text
+from kdlib.files import read_csv, write_text
 
 UNKNOWN = "not recorded"
 FAULTS = {  # switches of a protocol -> the published fault that each one keeps
@@ -97,8 +97,7 @@ def _tables(folder: Path, part: str) -> pd.DataFrame:
     paths = [path for path in sorted((folder / "tables").glob(f"*_{part}.csv")) if path.name != "00_data_cases.csv"]
     if not paths:
         raise InputError(f"{folder / 'tables'} holds no *_{part}.csv: run a notebook of this study first")
-    text = dict.fromkeys(("run", "case", "patient", "class"), str)  # a key or a name may look like a number
-    return pd.concat([pd.read_csv(path, dtype=text) for path in paths], ignore_index=True)
+    return pd.concat(map(read_csv, paths), ignore_index=True)
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -167,6 +166,8 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
     """All that the protocol says."""
     records, every = list(manifests.values()), list(runs["run"])
     parts, n = _parts(folder, manifests, runs), cases.loc[cases["metric"] == "dice", "patient"].nunique()
+    by_part = list(parts.groupby(["fold", "part"], sort=False))
+    flow = [(("all", "all that these runs saw"), parts), *by_part]
     finished = sorted(record["finished"] for record in records)
     budgets = ["label", "recipe", "protocol", "parameters", "optimiser", "learning rate", "batch", "epochs", "updates"]
     groups = runs.groupby(budgets, sort=False, as_index=False)
@@ -174,13 +175,11 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
         "study": folder.name, "runs": _count(len(records), "run"), "first": finished[0], "last": finished[-1],
         "limits": _limits(records, runs, parts, n),
         "data": _listed(run.data for run in every), "target": _listed(run.target for run in every),
-        "stops_at_defects": all(run.on_defect == "raise" for run in every), "flow": _flow(parts),
+        "stops_at_defects": all(run.on_defect == "raise" for run in every),
+        "flow": pd.DataFrame([{"fold": fold, "part": part} | _sizes(rows) for (fold, part), rows in flow]),
         "folds": max(run.profile.folds for run in every), "tested": sorted(parts["fold"].unique()),
         "digests": _listed(f"`{digest}`" for digest in parts["digest"]), "leaks": _leaks(parts),
-        "parts": {
-            f"Fold {fold}, {part}": (_sizes(group), _listed(group["case"]))
-            for (fold, part), group in parts.groupby(["fold", "part"], sort=False)
-        },
+        "parts": {f"Fold {fold}, {part}": (_sizes(rows), _listed(rows["case"])) for (fold, part), rows in by_part},
         "preprocessing": _grouped(_view(run) for run in every),
         "budgets": groups.agg(
             folds=("fold", lambda found: _listed(sorted(found))), seeds=("seed", lambda found: _listed(sorted(found))),
@@ -208,7 +207,7 @@ def _parts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame) -> p
         digest = hashlib.sha256(text).hexdigest()
         patients |= {(digest, name): case["patient"] for name, case in json.loads(text)["cases"].items()}
     table = folder / "tables" / "00_data_cases.csv"
-    volumes = pd.read_csv(table, dtype={"case": str, "patient": str}).set_index("case") if table.is_file() else None
+    volumes = read_csv(table).set_index("case") if table.is_file() else None
     rows = []
     for key, record in manifests.items():
         data, run = record["data"], runs.loc[key, "run"]
@@ -227,11 +226,6 @@ def _sizes(parts: pd.DataFrame) -> dict[str, object]:
     once = parts.drop_duplicates("case")
     slices = int(once["slices"].sum()) if once["slices"].notna().all() else UNKNOWN
     return {"patients": once["patient"].nunique(), "volumes": len(once), "axial slices": slices}
-
-
-def _flow(parts: pd.DataFrame) -> pd.DataFrame:
-    groups = [(("all", "all that these runs saw"), parts), *parts.groupby(["fold", "part"], sort=False)]
-    return pd.DataFrame([{"fold": fold, "part": part} | _sizes(group) for (fold, part), group in groups])
 
 
 def _leaks(parts: pd.DataFrame) -> list[str]:

@@ -61,7 +61,7 @@ def _difference(table: pd.DataFrame, a: str, b: str, metric: str) -> tuple[np.nd
     parts = [rows[rows["method"] == name] for name in (a, b)]
     noise = seed_noise(*parts, metric=metric)
     difference = (wide[a] - wide[b]).round(12).to_numpy()  # rounded, so that means over seeds can tie
-    seen = parts[0][parts[0].get("patient", parts[0]["case"]).isin(wide.index)]
+    seen = parts[0][parts[0]["patient"].isin(wide.index)]
     low, high, kind = interval(difference, noise=None if noise is None else noise.reindex(wide.index))
     mean = difference.mean() if len(difference) else np.nan
     about = dict(a=a, b=b, n=len(difference), volumes=volumes(seen), difference=mean)
@@ -70,7 +70,9 @@ def _difference(table: pd.DataFrame, a: str, b: str, metric: str) -> tuple[np.nd
 
 def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str = "dice") -> pd.DataFrame:
     """One row per patient with a value in each of the methods `names` (None: all), a column per method."""
-    _directed(metric)
+    if metric not in METRICS or METRICS[metric].higher is None:
+        directed = ", ".join(name for name, entry in METRICS.items() if entry.higher is not None)
+        raise InputError(f"metric {metric!r} has no better direction to compare by: choose from {directed}")
     rows = rows_of(table, metric, ["method"])
     known = list(rows["method"].unique())
     for name in names or ():
@@ -82,13 +84,6 @@ def by_patient(table: pd.DataFrame, names: Sequence[str] | None, metric: str = "
             listed = ", ".join(map(str, missing))
             raise InputError(f"method {name!r} has no {metric} of cases {listed}: run the folds they are tested in")
     return per_patient(rows, metric).pivot(index="patient", columns="method", values="value").dropna()
-
-
-def _directed(metric: str) -> None:
-    """Raises InputError for a metric of which neither more nor less is better."""
-    if metric not in METRICS or METRICS[metric].higher is None:
-        directed = ", ".join(name for name, entry in METRICS.items() if entry.higher is not None)
-        raise InputError(f"metric {metric!r} has no better direction to compare by: choose from {directed}")
 
 
 def signed_rank(difference: np.ndarray) -> float:
@@ -146,15 +141,12 @@ def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
 
     Raises: InputError: the table holds no such pair.
     """
-    found = methods(table)
-    columns = ["model", "fraction", "length", "dimensions"]
-    place = dict(zip(found.index, found[columns].itertuples(index=False, name=None), strict=True))
-    alone = {place[name]: name for name in found.index[found["role"] == "baseline"]}
-    others = found.index[found["role"].isin(["distilled", "control"])]
-    pairs = [(name, alone[place[name]]) for name in others if place[name] in alone]
-    if not pairs:
+    found = methods(table).reset_index()
+    alone, others = found[found["role"] == "baseline"], found[found["role"].isin(["distilled", "control"])]
+    pairs = others.merge(alone, on=["model", "fraction", "length", "dimensions"])
+    if pairs.empty:
         raise InputError("no distilled student or control with itself alone on the same labels: run notebook 02")
-    return pairs
+    return list(zip(pairs["method_x"], pairs["method_y"], strict=True))
 
 
 def image_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -198,16 +190,15 @@ def compare(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str =
     return _decided(found, method_labels(table), metric)
 
 
-def compare_classes(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str = "dice") -> pd.DataFrame:
+def compare_classes(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """`compare` of every pair of methods class by class (organ by organ): one family of tests over classes and pairs.
 
     Returns: as `compare`, with the column "class" first.
     """
-    classes = [(name, rows) for name, rows in table.groupby("class", sort=False)]
+    classes = list(table.groupby("class", sort=False))
     tests = len(classes) * len(pairs)
-    rows = [{"class": name} | paired(of, a, b, metric, tests=tests) for name, of in classes for a, b in pairs]
-    found = _decided(pd.DataFrame(rows), method_labels(table), metric)
-    return found[["class", *found.columns.drop("class")]]
+    rows = [{"class": name} | paired(of, a, b, tests=tests) for name, of in classes for a, b in pairs]
+    return _decided(pd.DataFrame(rows), method_labels(table), "dice")
 
 
 def _decided(found: pd.DataFrame, labels: Mapping[object, str], metric: str) -> pd.DataFrame:
@@ -249,12 +240,10 @@ def non_inferiority(
     """
     if not pairs or not margin > 0:
         raise InputError(f"{len(pairs)} pairs, margin {margin}: give at least one (a, b), and a margin above 0")
-    _directed(metric)
-    edge, rows = -margin if METRICS[metric].higher else margin, []
-    for a, b in pairs:
-        difference, row = _difference(table, a, b, metric)
-        rows.append(row | dict(p=signed_rank((difference - edge).round(12))))
-    found = _adjusted(pd.DataFrame(rows), method_labels(table))
+    differences, rows = zip(*(_difference(table, a, b, metric) for a, b in pairs), strict=True)
+    edge = -margin if METRICS[metric].higher else margin
+    p = [signed_rank((difference - edge).round(12)) for difference in differences]
+    found = _adjusted(pd.DataFrame(list(rows)).assign(p=p), method_labels(table))
     found.insert(found.columns.get_loc("difference"), "margin", margin)
     words = {"better": "non-inferior", "worse": "inferior"}
     verdicts = [verdict(row.p_holm, row.low - edge, row.high - edge, metric) for row in found.itertuples()]

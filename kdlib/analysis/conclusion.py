@@ -79,12 +79,6 @@ def _comparisons(
     )  # fmt: skip
 
 
-def of_people(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of scans of people, without those of the phantom; all where there are no others."""
-    people = table[~table["data"].str.lower().str.startswith("phantom,")]
-    return people if len(people) else table
-
-
 def counted(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `everything` that sentences and figure are drawn from: of people, taught by a teacher, converged."""
     rows = _taught(table)
@@ -92,8 +86,9 @@ def counted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _taught(table: pd.DataFrame) -> pd.DataFrame:
-    rows = of_people(table)
-    return rows[rows["knowledge"] != CONTROL]
+    """The rows without controls, and without those of the phantom where there are scans of people."""
+    phantom = table["data"].str.lower().str.startswith("phantom,")
+    return table[(table["knowledge"] != CONTROL) & (~phantom | phantom.all())]
 
 
 def sentences(table: pd.DataFrame) -> list[str]:

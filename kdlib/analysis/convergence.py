@@ -55,17 +55,14 @@ def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
 
     A control with zero weights has a teacher that teaches it nothing.
     """
-    by = rising.index.names
-    if not {"role", "model", "teacher"} <= set(dice):
-        return pd.Series(False, rising.index)
-    about = dice.drop_duplicates(by).set_index(by, drop=False).loc[rising.index]
-    place = [key[:-1] if len(by) > 1 else () for key in rising.index]
-    if "dimensions" in about:
-        place = list(zip(place, about["dimensions"], strict=True))
-    teachers = zip(place, about["model"], rising & (about["role"] == "teacher"), strict=True)
-    masters = {(at, model) for at, model, unfinished in teachers if unfinished}
-    silent = about["control"] == "zero_weights" if "control" in about else False
-    taught = zip(place, about["teacher"].mask(silent, ""), strict=True)
-    return pd.Series(
-        [any((at, name) in masters for name in str(names).split("+")) for at, names in taught], rising.index
-    )
+    by = list(rising.index.names)
+    columns = [*by[:-1], "dimensions", "role", "model", "teacher", "control"]  # what is missing is NaN
+    about = dice.drop_duplicates(by).set_index(by, drop=False).loc[rising.index].reindex(columns=columns)
+    rows = list(about.fillna({"dimensions": 2}).itertuples(index=False, name=None))
+    unfinished = [row for row, rises in zip(rows, rising, strict=True) if rises]
+    masters = {(*at, model) for *at, role, model, _, _ in unfinished if role == "teacher"}
+    taught = [
+        control != "zero_weights" and any((*at, name) in masters for name in str(names).split("+"))
+        for *at, _, _, names, control in rows
+    ]
+    return pd.Series(taught, rising.index)

@@ -17,39 +17,37 @@ from kdlib.config import InputError
 from kdlib.protocol import has_steps, is_single
 
 
-def overlap_weights(table: pd.DataFrame, by: str = "method", pooled: bool = False) -> pd.DataFrame:
-    """Dice of every (group, patient) with its weight in the group's mean.
+def overlap_weights(table: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
+    """Dice of every patient with its weight in the mean.
 
     A patient's weight is 1; `pooled`, it is the volume of both masks, so that the weighted mean is the Dice of the
     voxels of all patients together, as the published study has it: Dice = 2 |A B| / (|A| + |B|) of sums.
 
     Args:
-        table: tidy, of one class, with dice, truth_volume and volume_error of every case.
+        table: tidy, of one method, stage and class, with dice, truth_volume and volume_error of every case.
 
-    Returns: columns of `by`, patient, dice and weight; seeds are averaged.
+    Returns: columns dice and weight, by patient; seeds are averaged.
     """
     if not pooled:
-        return per_patient(table, "dice", [by]).rename(columns={"value": "dice"}).assign(weight=1.0)
+        found = per_patient(table, "dice", ["protocol"]).set_index("patient")
+        return pd.DataFrame({"dice": found["value"], "weight": 1.0})
     if table["class"].nunique() > 1:
         raise InputError("pooled Dice: several classes; filter the table to one")
-    wide = table.pivot_table(index=[by, "patient", "seed", "case"], columns="metric", values="value", sort=False)
+    wide = table.pivot_table(index=["patient", "seed", "case"], columns="metric", values="value", sort=False)
     weight = (2 * wide["truth_volume"] + wide["volume_error"]).rename("weight")
     found = pd.DataFrame({"weight": weight, "shared": weight * wide["dice"]})
-    found = found.groupby([by, "patient", "seed"], sort=False).sum().groupby([by, "patient"], sort=False).mean()
+    found = found.groupby(["patient", "seed"], sort=False).sum().groupby("patient", sort=False).mean()
     dice = (found["shared"] / found["weight"]).fillna(1.0)  # two empty masks: right, and without weight
-    return found.assign(dice=dice).drop(columns="shared").reset_index()
+    return pd.DataFrame({"dice": dice, "weight": found["weight"]})
 
 
 def _aligned(groups: Sequence[pd.DataFrame]) -> np.ndarray:
     """Dice and weight of the same patients in each of some groups: [groups, 2, patients], patients in a fixed order."""
-    first = groups[0].set_index("patient")
-    parts = []
+    first = groups[0].index
     for group in groups:
-        group = group.set_index("patient")
-        if other := set(first.index) ^ set(group.index):
+        if other := set(first) ^ set(group.index):
             raise InputError(f"patients {', '.join(sorted(map(str, other)))} are not in both: run their folds")
-        parts.append(group.loc[first.index, ["dice", "weight"]].to_numpy(float).T)
-    values = np.stack(parts)
+    values = np.stack([group.loc[first].to_numpy(float).T for group in groups])
     return values[..., canonical_order(values.reshape(-1, len(first)).T)]
 
 
@@ -117,7 +115,7 @@ def _of_stage(table: pd.DataFrame, stage: str, pooled: Sequence[str]) -> pd.Data
     rows = table[table["protocol"] == stage]
     if rows.empty:
         raise InputError(f"no stage {stage!r} in the table: it has {', '.join(table['protocol'].unique())}")
-    return overlap_weights(rows, "protocol", stage in pooled)
+    return overlap_weights(rows, stage in pooled)
 
 
 def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[str]) -> pd.DataFrame:

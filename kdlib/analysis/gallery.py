@@ -97,11 +97,9 @@ def against_shuffled(found: Results) -> pd.DataFrame:
 
 
 def _overview(saved: Saved) -> Figure:
-    found = saved.found
-    verdicts, rows = verdicts_of(found.cases, found.history), found.runs.set_index("method")
-    rows, chosen = rows[~rows.index.duplicated()], trio(found)
-    teacher = rows.loc[chosen["teacher"], "model"]
-    shown = verdicts[verdicts["a"].map(rows["teacher"]) == teacher]
+    found, chosen = saved.found, trio(saved.found)
+    verdicts, about = _against_alone(saved), methods(found.cases)
+    shown = verdicts[verdicts["a"].map(about["teacher"]) == about.loc[chosen["teacher"], "model"]]
     first = found.runs.iloc[0]
     credit = f"{first['data']} ({first['credit']})" if first["credit"] else first["data"]
     return figures.overview(found.cases, found.examples, shown, chosen, credit, len(verdicts))
@@ -110,11 +108,6 @@ def _overview(saved: Saved) -> Figure:
 def _efficiency(saved: Saved) -> Figure:
     spleen = set(saved.found.cases["class"]) == {"spleen"}  # the thesis's numbers are of the spleen
     return figures.efficiency(saved.found.cases, saved.table("02_cost"), THESIS_TABLE if spleen else None)
-
-
-def _controls(saved: Saved) -> Figure:
-    judged = saved.table("02b_controls")
-    return figures.forest(judged.assign(label_a="the distilled student"))
 
 
 def _reliability(saved: Saved) -> Figure:
@@ -142,10 +135,6 @@ def _qualitative(saved: Saved) -> Figure:
 
 def _against_alone(saved: Saved) -> pd.DataFrame:
     return verdicts_of(saved.found.cases, saved.found.history)
-
-
-def _ablation(saved: Saved) -> Figure:
-    return figures.forest(_against_alone(saved), terms=methods(saved.found.cases)["terms"].to_dict())
 
 
 def _losses(saved: Saved) -> Figure:
@@ -204,7 +193,9 @@ GALLERY: Mapping[str, Entry] = {
     ),
     "02_failure": Entry(MAIN, _failure, "Dice by volume and enhancement of the target and thickness of the slices."),
     "02b_controls": Entry(
-        "02b_controls", _controls, "The thesis's recipe against its negative controls: paired difference of Dice."
+        "02b_controls",
+        lambda saved: figures.forest(saved.table("02b_controls").assign(label_a="the distilled student")),
+        "The thesis's recipe against its negative controls: paired difference of Dice.",
     ),
     "02b_agreement": Entry(
         "02b_controls", lambda saved: figures.teacher_agreement(saved.table("02b_agreement")),
@@ -217,7 +208,9 @@ GALLERY: Mapping[str, Entry] = {
         "Features of the last decoder stage by class, before and after distillation.",
     ),
     "03_ablation": Entry(
-        "03_ablation", _ablation, "Subsets of the distillation terms against the student alone, paired by patient."
+        "03_ablation",
+        lambda saved: figures.forest(_against_alone(saved), terms=methods(saved.found.cases)["terms"].to_dict()),
+        "Subsets of the distillation terms against the student alone, paired by patient.",
     ),
     "04_loss_comparison": Entry(
         "04_loss_comparison", _losses, "Distillation losses and controls against no distillation, paired by patient."

@@ -13,8 +13,6 @@ from scipy import stats
 
 from kdlib.analysis.patients import per_patient
 
-STUDENT, STUDENTISED, BCA = "Student's t", "studentised bootstrap", "BCa bootstrap"
-
 
 class Interval(NamedTuple):
     """Two limits, and the name of the interval that they are of ("" where there is none)."""
@@ -116,17 +114,17 @@ def studentised(
     flat = spreads < 1e-9 * spread
     if n < 5 or flat.mean() > 0.002:
         low, high = stats.t.interval(level, n - 1, mean, spread / np.sqrt(n - 1))
-        return Interval(float(low), float(high), STUDENT)
+        return Interval(float(low), float(high), "Student's t")
     t = (means[~flat] - mean) / spreads[~flat]
     low, high = mean - np.quantile(t, [(1 + level) / 2, (1 - level) / 2]) * spread
-    return Interval(float(low), float(high), STUDENTISED)
+    return Interval(float(low), float(high), "studentised bootstrap")
 
 
 def bca(values: np.ndarray, drawn: np.ndarray, level: float = 0.95) -> Interval:
     """Scipy's BCa limits, on resamples of ours."""
     ours = SimpleNamespace(bootstrap_distribution=drawn.mean(axis=1))
     how = dict(n_resamples=0, bootstrap_result=ours, method="BCa", confidence_level=level)
-    return Interval(*map(float, stats.bootstrap((values,), np.mean, **how).confidence_interval), BCA)
+    return Interval(*map(float, stats.bootstrap((values,), np.mean, **how).confidence_interval), "BCa bootstrap")
 
 
 def seed_noise(*tables: pd.DataFrame, metric: str = "dice") -> pd.DataFrame | None:

@@ -13,7 +13,8 @@ import pandas as pd
 from kdlib.config import InputError
 
 TEXT_COLUMNS = ("model", "role", "teacher", "recipe", "terms", "loss", "loss_label", "family", "control", "protocol")
-IDENTITY = (*TEXT_COLUMNS, "fraction", "unlabelled", "length", "dimensions")  # columns that say what a method is
+USUAL = dict.fromkeys(TEXT_COLUMNS, "") | dict(fraction=1.0, unlabelled=False, length=1.0, dimensions=2)
+IDENTITY = tuple(USUAL)  # columns that say what a method is
 THESIS_TERMS = "E-E+B-B+D-D+PMD"
 NO_DISTILLATION = "no distillation"
 CONTROLS = {  # column `control` -> label
@@ -31,9 +32,6 @@ KNOWLEDGE = (
 )  # what a teacher gives
 CONTROL = "control"
 SHAPES = {2: "slices", 3: "volumes"}  # column `dimensions` -> label
-DISTINGUISHING = (
-    "dimensions", "loss_label", "terms", "teacher", "model", "fraction", "unlabelled", "length", "protocol", "recipe",
-)  # fmt: skip
 
 
 def methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -47,14 +45,9 @@ def methods(table: pd.DataFrame) -> pd.DataFrame:
     """
     if "method" not in table:
         raise InputError(f"the table has no column method: it has {', '.join(map(str, table)) or 'none'}")
-    known = [column for column in IDENTITY if column in table]
-    found = table[["method", *known]].drop_duplicates("method").set_index("method")
-    for column in TEXT_COLUMNS:
-        found[column] = found[column].astype(object).fillna("").astype(str) if column in known else ""
+    found = table.drop_duplicates("method").set_index("method").reindex(columns=list(IDENTITY)).astype(object)
+    found = found.fillna(USUAL).astype({column: type(value) for column, value in USUAL.items()})
     found["loss_label"] = found["loss_label"].where(found["loss_label"] != "", found["loss"])
-    found["fraction"] = found["fraction"].fillna(1.0).astype(float) if "fraction" in known else 1.0
-    found["length"] = found["length"].fillna(1.0) if "length" in known else 1.0
-    found["dimensions"] = found["dimensions"].fillna(2).astype(int) if "dimensions" in known else 2
     return found.assign(label=_distinct(found, _short_labels(found)))
 
 
@@ -64,7 +57,7 @@ def way_of_learning(method: pd.Series) -> str:
         return "alone"
     if method["role"] == "control":
         return CONTROLS.get(method["control"], method["control"])
-    return "distilled, with unlabelled images" if method.get("unlabelled") else "distilled"
+    return "distilled, with unlabelled images" if method["unlabelled"] else "distilled"
 
 
 def knowledge(method: pd.Series) -> tuple[str, str]:
@@ -75,9 +68,9 @@ def knowledge(method: pd.Series) -> tuple[str, str]:
         return CONTROL, way_of_learning(method)
     features = method["terms"] != "PMD"
     what = f"{method['loss_label']}, {method['terms']}" if features else method["loss_label"]
-    if is_thesis_recipe(method["terms"]) and method["loss"] == "supcon":
+    if method["terms"] == THESIS_TERMS and method["loss"] == "supcon":
         what = "the thesis's terms"
-    if method.get("unlabelled"):
+    if method["unlabelled"]:
         return "predictions, unlabelled images", f"{what} from {method['teacher']}, on unlabelled images too"
     return "features (and predictions)" if features else "predictions", f"{what} from {method['teacher']}"
 
@@ -91,8 +84,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
-def is_thesis_recipe(terms: str) -> bool:
-    return terms == THESIS_TERMS
+DISTINGUISHING = {  # column -> its values in words, in the order in which they tell methods of one label apart
+    "dimensions": SHAPES.get, "loss_label": str, "terms": str, "teacher": str, "model": str, "fraction": percent,
+    "unlabelled": {True: "with unlabelled slices", False: ""}.get, "length": "{:g} x as long".format,
+    "protocol": str, "recipe": str,
+}  # fmt: skip
 
 
 def _short_labels(found: pd.DataFrame) -> list[str]:
@@ -110,7 +106,7 @@ def _short_labels(found: pd.DataFrame) -> list[str]:
         if row.role == "control":
             label = CONTROLS.get(row.control, row.control)
         elif row.role == "distilled" and one_student and max(by_terms, by_loss) > 1:
-            by_loss_label = f"thesis terms, {row.loss_label}" if is_thesis_recipe(row.terms) else row.loss_label
+            by_loss_label = f"thesis terms, {row.loss_label}" if row.terms == THESIS_TERMS else row.loss_label
             label = row.terms if ablation else by_loss_label
         elif row.role == "distilled":
             label = f"KD({row.teacher}, {row.model})"
@@ -123,21 +119,11 @@ def _short_labels(found: pd.DataFrame) -> list[str]:
 def _distinct(found: pd.DataFrame, labels: Iterable[str]) -> list[str]:
     """Equal labels are followed by the first identity columns that tell their methods apart."""
     labels = pd.Series(labels, found.index)
-    for column in DISTINGUISHING:
-        if column not in found or not labels.duplicated().any():
-            continue
+    for column, words in DISTINGUISHING.items():
+        if not labels.duplicated().any():
+            break
         for label, group in found[labels.duplicated(keep=False)].groupby(labels, sort=False):
             if group[column].nunique() > 1:
-                texts = group[column].map(lambda value, name=column: _value(name, value))
+                texts = map(words, group[column])
                 labels[group.index] = [f"{label}, {text}" if text else label for text in texts]
     return labels.mask(labels.duplicated(), labels + " (" + labels.index.astype(str) + ")").tolist()
-
-
-def _value(column: str, value: object) -> str:
-    if column == "fraction":
-        return percent(value)
-    if column == "dimensions":
-        return SHAPES[value]
-    if column == "unlabelled":
-        return "with unlabelled slices" if value else ""
-    return f"{value:g} x as long" if column == "length" else str(value)

@@ -16,7 +16,7 @@ from kdlib.config import InputError
 
 def rows_of(table: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame:
     """The rows of one metric. Raises: InputError where a column is missing or no row has the metric."""
-    absent = [column for column in [*by, "case", "class", "metric", "value"] if column not in table]
+    absent = [column for column in [*by, "patient", "case", "class", "metric", "value"] if column not in table]
     if absent:
         raise InputError(f"the table has no column {', '.join(absent)}: it has {', '.join(map(str, table)) or 'none'}")
     known = [name for name in METRICS if name in set(table["metric"])]
@@ -28,8 +28,7 @@ def rows_of(table: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame
 def per_patient(table: pd.DataFrame, metric: str = "dice", by: Sequence[str] = ("method",)) -> pd.DataFrame:
     """One value per (group, patient): seeds averaged first, then classes, then the cases of a patient.
 
-    Undefined values (NaN) are left out of each mean; a patient with no defined value keeps a NaN. A table without a
-    column `patient` takes each case as a patient.
+    Undefined values (NaN) are left out of each mean; a patient with no defined value keeps a NaN.
 
     Args:
         table: tidy.
@@ -47,10 +46,10 @@ def per_patient(table: pd.DataFrame, metric: str = "dice", by: Sequence[str] = (
             if several.max() > 1:
                 found = f"{several.idxmax()!r} mixes {several.max()} values of {column!r}"
                 raise InputError(f"{found}: filter the table, or group by {column!r} too")
-    levels = [column for column in ("patient", "case", "class") if column in rows and column not in by]
+    levels = [column for column in ("patient", "case", "class") if column not in by]
     for depth in range(len(levels), 0, -1):
         rows = rows.groupby([*by, *levels[:depth]], sort=False, dropna=False, as_index=False)["value"].mean()
-    return rows.rename(columns={levels[0]: "patient"})
+    return rows
 
 
 def volumes(table: pd.DataFrame) -> int:

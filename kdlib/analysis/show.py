@@ -64,7 +64,7 @@ def view(table: pd.DataFrame, caption: str = "", columns: Sequence[str] | None =
     """A table as a page has it, in a box of its own that scrolls where it is too wide.
 
     Args:
-        columns: to show; None: those that a reader needs (`statistics.printed`).
+        columns: to show; None: those that a reader needs (`tables.printed`).
     """
     chosen = printed(table) if columns is None else table[list(columns)]
     note = f"<p class='caption'>{html.escape(caption, quote=False)}</p>" if caption else ""

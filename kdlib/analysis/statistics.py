@@ -14,7 +14,6 @@ from kdlib.analysis.comparisons import (
     paired,
     rank_biserial,
     ranks,
-    smallest_p,
 )
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.correction import (
@@ -25,23 +24,18 @@ from kdlib.analysis.correction import (
     step_changes,
     withhold_stages,
 )
-from kdlib.analysis.intervals import Interval, interval, interval_text, seed_noise
-from kdlib.analysis.labels import method_labels, methods
-from kdlib.analysis.patients import per_patient, rows_of
+from kdlib.analysis.intervals import interval, seed_noise
+from kdlib.analysis.labels import method_labels
+from kdlib.analysis.patients import per_patient
 from kdlib.analysis.sentences import withhold
 from kdlib.analysis.tables import (
     THESIS_COLUMNS,
     THESIS_TABLE,
     all_means,
     by_patient_table,
-    caption_note,
     gradient_diagnostics,
     pivot_thesis,
-    printed,
     save_table,
-    small_sample_note,
-    styled,
     summarise,
-    thesis_row,
     to_latex,
 )

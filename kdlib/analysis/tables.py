@@ -17,6 +17,7 @@ from kdlib.analysis.labels import IDENTITY, method_labels, methods
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
 from kdlib.analysis.sentences import signed
+from kdlib.config import InputError
 from kdlib.files import write, write_text
 
 IN_BOLD = ("better", "non-inferior")  # verdicts that a printed table sets in bold
@@ -114,17 +115,9 @@ def by_patient_table(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values("mean").reset_index(names="patient")
 
 
-def thesis_row(method: pd.Series | Mapping[str, object]) -> pd.Series:
-    """The thesis's numbers for a method (its teacher and model), NaN where it has none, as for controls and terms that
-    the thesis did not run; the label fraction of its baselines is not recorded."""
-    known = THESIS_TABLE[(THESIS_TABLE["teacher"] == method["teacher"]) & (THESIS_TABLE["model"] == method["model"])]
-    if method["role"] not in ("baseline", "distilled") or known.empty:
-        return THESIS_TABLE.reindex([None]).iloc[0]
-    return known.iloc[0]
-
-
 def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame:
-    """The results in the form of the thesis's Table 4.2, its own numbers beside them.
+    """The results in the form of the thesis's Table 4.2, and its own numbers of the same teacher and model beside them,
+    NaN for controls; the label fraction of its baselines is not recorded.
 
     Args:
         table: tidy.
@@ -145,8 +138,10 @@ def pivot_thesis(table: pd.DataFrame, params: Mapping[str, int]) -> pd.DataFrame
         numbers |= {f"{metric}_{part}": found[part] for part in ("mean", "low", "high")}
     printed["params (M)"] = [params.get(method, np.nan) / 1e6 for method in dice.index]
     printed["n"] = dice["n"]
-    thesis = methods(table).loc[dice.index].apply(thesis_row, axis="columns")
-    printed[[f"thesis {label}" for label in _LABELS]] = thesis[list(OVERLAP)]
+    about = methods(table).loc[dice.index]
+    about = about.assign(model=about["model"].where(about["role"].isin(["baseline", "distilled"]), ""))
+    thesis = about[["teacher", "model"]].merge(THESIS_TABLE, on=["teacher", "model"], how="left")
+    printed[[f"thesis {label}" for label in _LABELS]] = thesis[list(OVERLAP)].to_numpy()
     printed = printed.assign(method=dice.index, volumes=dice["volumes"], interval=dice["interval"], **numbers)
     return printed.set_axis(dice["label"]).rename_axis(None)
 
@@ -179,6 +174,29 @@ def gradient_diagnostics(history: pd.DataFrame) -> pd.DataFrame:
             row = dict(method=method, label=labels[method], term=term, value=values[term])
             rows.append(row | found | dict(active=active))
     return pd.DataFrame(rows)
+
+
+def expected_calibration_error(table: pd.DataFrame) -> pd.DataFrame:
+    """Expected calibration error of every case and class: sum of count |accuracy - confidence| over sum of count.
+
+    Guo et al. 2017, arXiv 1706.04599, with the probability of the class in place of the winner's. NaN without pixels.
+
+    Args:
+        table: from `kdlib.evaluation.calibration.calibration`; further columns (a method, a fold) are kept, each of
+            their values for itself.
+
+    Returns: the table's columns but for those of bins, and metric ("ece") and value.
+
+    Raises: InputError: a column of `calibration` is missing.
+    """
+    measured = ["bin", "confidence", "accuracy", "count"]
+    if absent := [column for column in ["case", "class", *measured] if column not in table]:
+        raise InputError(f"calibration table without {', '.join(absent)}: give what `calibration` returns")
+    keys = [column for column in table if column not in measured]
+    gap = (table["count"] * (table["accuracy"] - table["confidence"]).abs()).fillna(0)  # an empty bin has no gap
+    gaps = table[keys].assign(gap=gap, count=table["count"])
+    sums = gaps.groupby(keys, sort=False, dropna=False, as_index=False).sum()
+    return sums[keys].assign(metric="ece", value=(sums["gap"] / sums["count"]).where(sums["count"] > 0))
 
 
 # --------------------------------------------------------------------------------------------------- printed and saved
@@ -215,14 +233,11 @@ def _headed(table: pd.DataFrame) -> pd.DataFrame:
     """A table under readers' headings, its two limits as one column."""
     if {"low", "high"} <= set(table) and not is_object_dtype(table["low"]):
         sign = "+" if "difference" in table else ""
-        limits = [_limits(low, high, sign) for low, high in zip(table["low"], table["high"], strict=True)]
+        ends = zip(table["low"], table["high"], strict=True)
+        limits = ["" if np.isnan(low) else signed(f"[{low:{sign}.3f}, {high:{sign}.3f}]") for low, high in ends]
         table = table.assign(low=limits).drop(columns="high").rename(columns={"low": "95 % interval"})
     table = table.assign(**{name: table[name].map({True: "yes", False: "no"}) for name in table.select_dtypes(bool)})
     return table.rename(columns={column: name for column, name in HEADINGS.items() if name not in table})
-
-
-def _limits(low: float, high: float, sign: str) -> str:
-    return "" if np.isnan(low) else signed(f"[{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
 def styled(table: pd.DataFrame, latex: bool = False) -> Styler:
@@ -245,10 +260,10 @@ def styled(table: pd.DataFrame, latex: bool = False) -> Styler:
             marks[column] = np.where(won, mark, "")
     whole = [c for c in table if is_numeric_dtype(table[c]) and (table[c].dropna() % 1 == 0).all()]
     tests = [c for c in table if c == "p" or c in ("adjusted p", "smallest possible p")]
-    missing = "--" if latex else "\N{EN DASH}"
+    missing, least = ("--", "$<$0.001") if latex else ("\N{EN DASH}", "&lt;0.001")
     style = table.style.format(lambda value: _cell(value, latex), na_rep=missing, escape=escape)
     style = style.format("{:.0f}", subset=whole, na_rep=missing)
-    style = style.format(lambda value: _p_cell(value, latex), subset=tests, na_rep=missing)
+    style = style.format(lambda p: least if p < 0.0005 else f"{p:.3f}", subset=tests, na_rep=missing)
     style = style.apply(lambda _: marks, axis=None).format_index(escape=escape, axis=1)
     style = style.format_index(escape=escape, axis=0).apply_index(lambda index: np.where(won, mark, ""), axis=0)
     return style.hide(axis="index", names=named)  # their names, or all of it
@@ -275,10 +290,6 @@ def _cell(value: object, latex: bool) -> object:
     if np.isinf(value):
         return "$\\infty$" if latex else "\N{INFINITY}"
     return f"{value:.3f}".replace("-", "$-$") if latex else signed(f"{value:.3f}")
-
-
-def _p_cell(value: float, latex: bool) -> str:
-    return ("$<$0.001" if latex else "&lt;0.001") if value < 0.0005 else f"{value:.3f}"
 
 
 def save_table(

@@ -5,8 +5,7 @@ Every figure carries a note on n and its intervals as its label, which `save_fig
 
 # ruff: noqa: F401
 from kdlib.analysis.figures.capacity import capacity, dimensions
-from kdlib.analysis.figures.comparisons import by_class, cumulative_correction, forest
-from kdlib.analysis.figures.conclusion import when
+from kdlib.analysis.figures.comparisons import by_class, cumulative_correction, forest, when
 from kdlib.analysis.figures.failure import failure
 from kdlib.analysis.figures.pictures import features, overview, pairs, qualitative, slice_montage, step
 from kdlib.analysis.figures.results import (

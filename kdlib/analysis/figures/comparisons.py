@@ -1,8 +1,9 @@
-"""Figures that compare methods with each other: a forest of paired differences, also class by class, and the cumulative
-correction."""
+"""Figures that compare methods with each other: a forest of paired differences, also class by class, the cumulative
+correction, and what a teacher is worth over how far the student alone is from it."""
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -12,50 +13,49 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.analysis.comparisons import SAME
 from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import interval_text
-from kdlib.analysis.metrics import METRICS
+from kdlib.analysis.labels import KNOWLEDGE
 from kdlib.analysis.patients import patients_text
-from kdlib.analysis.sentences import interval_of
+from kdlib.analysis.sentences import interval_of, signed
 from kdlib.analysis.tables import small_sample_note
 from kdlib.config import InputError
 from kdlib.protocol import is_single
 
 DIFFERENCE = ["a", "b", "label_a", "label_b", "n", "difference", "low", "high", "interval", "verdict"]
-STABILITY = {"first": "first", "beats": "better"}  # column of `kdlib.analysis.statistics.ranks` -> print
+KNOWLEDGE_COLOURS = dict(zip(KNOWLEDGE, (style.BLUE, style.ORANGE, style.GREEN, style.PINK), strict=True))
 
 
 @plt.rc_context(style.STYLE)
 def forest(
-    verdicts: pd.DataFrame, metric: str = "dice", ranks: pd.DataFrame | None = None,
-    terms: Mapping[str, str] | None = None, shares: bool = False,
+    verdicts: pd.DataFrame, ranks: pd.DataFrame | None = None, terms: Mapping[str, str] | None = None,
+    shares: bool = False,
 ) -> Figure:  # fmt: skip
-    """Paired differences with their intervals, best first, in the colours of their verdicts.
+    """Paired differences of Dice with their intervals, best first, in the colours of their verdicts.
 
     Methods that collapsed lie beyond a break of the axis, lest they flatten all others.
 
     Args:
         verdicts: from `kdlib.analysis.statistics.compare`.
-        metric: that it is of.
-        ranks: from `kdlib.analysis.statistics.ranks`: a panel of ranks with their intervals.
+        ranks: from `kdlib.analysis.statistics.ranks`, with a reference: a panel of ranks with their intervals.
         terms: method -> its distillation terms, joined by "+": a panel with a dot for each of the thesis's that is on.
-        shares: print how often, in resamples of the patients, a method came first and was better than the reference;
-            worth nothing with a single seed.
+        shares: print beside the ranks how often, in resamples of the patients, a method came first and was better than
+            the reference; worth nothing with a single seed.
 
     Raises: InputError: no comparison, or terms that are none of the thesis's.
     """
     style.need_columns(verdicts, DIFFERENCE, "verdicts", "kdlib.analysis.statistics.compare")
-    rows = verdicts.sort_values("difference", ascending=not METRICS[metric].higher, kind="stable").set_index("a")
+    rows = verdicts.sort_values("difference", ascending=False, kind="stable").set_index("a")
     one, alone = (rows[name].nunique() == 1 for name in ("label_b", "label_a"))
     if not one and alone:  # one method against several: each row is one of these
         labels, reference = list(rows["label_b"]), "each of these"
     else:
         labels = [row.label_a if one else f"{row.label_a} \N{MINUS SIGN} {row.label_b}" for row in rows.itertuples()]
         reference = rows["label_b"].iloc[0] if one else "the same student alone"
-    columns = [name for name in STABILITY if shares and ranks is not None and name in ranks]
     far = _collapsed(rows)
     ratios = {"terms": 0.5 * (terms is not None), "ranks": 0.8 * (ranks is not None), "far": 0.35 * far.any()}
-    ratios |= {"main": 2.0, "shares": 0.2 * len(columns)}
+    ratios |= {"main": 2.0, "shares": 0.4 * shares}
     ratios = {name: ratio for name, ratio in ratios.items() if ratio}
     size = (style.DOUBLE if len(ratios) > 1 else 0.75 * style.DOUBLE, (4.8 * len(rows) + 24) * style.MM)
     figure, axes = plt.subplots(
@@ -64,22 +64,25 @@ def forest(
     panels = dict(zip(ratios, axes[0], strict=True))
     for y, row in enumerate(rows.itertuples()):
         if far.iloc[y]:
-            panels["far"].plot(row.difference, y, **style.verdict_look(row.verdict) | dict(markersize=5))
+            panels["far"].plot(row.difference, y, **style.VERDICTS[row.verdict], markersize=5)
         else:
             _difference(panels["main"], y, row)
     style.name_rows(axes[0, 0], labels, "")
-    _difference_axis(panels["main"], reference, metric, rows["label_a"].iloc[0] if not one and alone else "")
+    _difference_axis(panels["main"], reference, rows["label_a"].iloc[0] if not one and alone else "")
     if "far" in panels:
         _break(panels["far"], panels["main"], rows.loc[far, "difference"])
     if terms is not None:
         _dots(panels["terms"], [terms[name] for name in rows.index])
-    note = f"Points and bars: {_difference_note(rows, metric)}"
+    note = f"Points and bars: {_difference_note(rows)}"
     if ranks is not None:
-        _ranks(panels["ranks"], ranks.set_index("method").reindex(rows.index), len(ranks))
+        placed = ranks.set_index("method").reindex(rows.index)
+        _ranks(panels["ranks"], placed, len(ranks))
         note += " Ranks: of the mean, with the 95 % percentile interval over a bootstrap of the patients."
-    if columns:
-        _stability(panels["shares"], ranks.set_index("method").reindex(rows.index)[columns])
-        note += " Right: per cent of the resamples in which the method came first, and was better than the reference."
+        if shares:
+            _numbers(panels["shares"], 100 * placed[["first", "beats"]].to_numpy(float), ["first", "better"], ".0f")
+            panels["shares"].set_xlabel("% of resamples")
+            note += " Right: per cent of the resamples in which the method came first, and was better than the "
+            note += "reference."
     if "far" in panels:
         note += " Left of the break: methods that collapsed, without their intervals."
     if terms is not None:
@@ -119,25 +122,23 @@ def by_class(table: pd.DataFrame) -> Figure:
         style.name_rows(main, names, "")
         main.set_xlim(ends[0] - 0.05 * np.ptp(ends), ends[1] + 0.05 * np.ptp(ends))
         main.set_title(f"{student} from {teacher}")
-        _difference_axis(main, "the same alone", "dice")
+        _difference_axis(main, "the same alone")
         main.xaxis.get_major_locator().set_params(nbins=4)
         _numbers(side, rows[["dice_alone", "dice_teacher"]].to_numpy(), ["alone", teacher])
     _legend_of_verdicts(figure, table["verdict"])
-    figure.set_label(
-        f"Points and bars: {_difference_note(table, 'dice')} Numbers: mean Dice of student alone and teacher."
-    )
+    figure.set_label(f"Points and bars: {_difference_note(table)} Numbers: mean Dice of student alone and teacher.")
     return figure
 
 
 def _difference(ax: Axes, y: float, row: tuple) -> None:
     """A paired difference with its interval in row `y`, in the look of its verdict."""
-    look = style.verdict_look(row.verdict) | dict(elinewidth=1.2, markersize=5)
-    style.draw_interval(ax, y, row.difference, row.low, row.high, **look)
+    look = style.VERDICTS[row.verdict]
+    style.draw_interval(ax, y, row.difference, row.low, row.high, elinewidth=1.2, markersize=5, **look)
 
 
 def _legend_of_verdicts(figure: Figure, verdicts: pd.Series) -> None:
-    used = [verdict for verdict in style.VERDICTS if verdict in set(verdicts)]
-    style.legend_below(figure, style.legend_lines({verdict: style.verdict_look(verdict) for verdict in used}))
+    used = {verdict: look for verdict, look in style.VERDICTS.items() if verdict in set(verdicts)}
+    style.legend_below(figure, style.legend_lines(used))
 
 
 def _collapsed(rows: pd.DataFrame) -> pd.Series:
@@ -154,7 +155,7 @@ def _break(left: Axes, right: Axes, beyond: pd.Series) -> None:
     right.spines["left"].set_visible(False)
     spread = max(np.ptp(beyond), 0.02)
     left.set_xlim(beyond.min() - 0.4 * spread, beyond.max() + 0.4 * spread)
-    left.set_xticks([beyond.mean()], [style.signed(f"{beyond.mean():.2f}")])
+    left.set_xticks([beyond.mean()], [signed(f"{beyond.mean():.2f}")])
     left.grid(axis="x")
     for ax, x in ((left, 1), (right, 0)):
         mark = dict(marker=[(-0.6, -1), (0.6, 1)], markersize=6, color="black", clip_on=False, **style.NO_LINE)
@@ -183,12 +184,6 @@ def _ranks(ax: Axes, ranks: pd.DataFrame, count: int) -> None:
     ax.grid(axis="x")
 
 
-def _stability(ax: Axes, shares: pd.DataFrame) -> None:
-    """Shares of resamples as per cent."""
-    _numbers(ax, 100 * shares.to_numpy(float), [STABILITY[column] for column in shares], ".0f")
-    ax.set_xlabel("% of resamples")
-
-
 def _numbers(ax: Axes, values: np.ndarray, names: Sequence[str], form: str = ".2f") -> None:
     """A column of numbers for each name, row by row of the panel beside it."""
     for (y, x), value in np.ndenumerate(values):
@@ -201,21 +196,17 @@ def _numbers(ax: Axes, values: np.ndarray, names: Sequence[str], form: str = ".2
     ax.spines[:].set_visible(False)
 
 
-def _difference_axis(ax: Axes, reference: str, metric: str, method: str = "") -> None:
-    label, unit, _ = METRICS[metric]
-    ax.set_xlabel(
-        f"{label}{f' of {method}' if method else ''} minus that of {reference}" + (f" ({unit})" if unit else "")
-    )
+def _difference_axis(ax: Axes, reference: str, method: str = "") -> None:
+    ax.set_xlabel(f"Dice{f' of {method}' if method else ''} minus that of {reference}")
     ax.axvline(0, color="black", linewidth=0.6, zorder=1)
     ax.xaxis.get_major_locator().set_params(nbins=6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
 
 
-def _difference_note(differences: pd.DataFrame, metric: str) -> str:
-    direction = "higher" if METRICS[metric].higher else "lower"
+def _difference_note(differences: pd.DataFrame) -> str:
     counts = patients_text(differences["n"], differences.get("volumes", ()))
-    note = f"mean paired difference ({counts}) and {interval_text(differences['interval'])}, {direction} is better; "
+    note = f"mean paired difference ({counts}) and {interval_text(differences['interval'])}, higher is better; "
     note += "hollow: not decided by Wilcoxon's signed-rank test after Holm's correction for "
     return f"{note}{len(differences)} comparisons. {small_sample_note(differences)}".strip()
 
@@ -252,8 +243,8 @@ def cumulative_correction(gains: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         ax.plot(other, places, **looks[1])
         ax.plot(rows["dice"], places, **looks[0])
         for y, row in zip(places, rows.itertuples(), strict=True):
-            colour = style.VERDICTS[row.verdict][0] if row.verdict in ("better", "worse") else style.DARK
-            text = style.signed(f"{row.difference:+.3f}")
+            colour = style.VERDICTS[row.verdict]["color"] if row.verdict in ("better", "worse") else style.DARK
+            text = signed(f"{row.difference:+.3f}")
             right = max(row.dice, row.dice - row.difference)
             ax.annotate(text, (right, y), (4, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
         ax.set(title=f"against {reference}", xlabel="Dice")
@@ -274,4 +265,44 @@ def cumulative_correction(gains: pd.DataFrame, changes: pd.DataFrame) -> Figure:
         change = interval_of(*whole[["difference", "low", "high"]])
         note += f" The distilled student from start to end: {change}, {whole['verdict']}."
     figure.set_label(f"{note} {small_sample_note(gains)}".strip())
+    return figure
+
+
+@plt.rc_context(style.STYLE)
+def when(table: pd.DataFrame) -> Figure:
+    """Change of Dice by a teacher, over the gap between the student alone and that teacher, for every comparison.
+
+    Args:
+        table: of `conclusion.counted`: data, knowledge, gap, difference, low, high, verdict, n, volumes.
+
+    Raises: InputError: a missing column, or no comparison with a known teacher.
+    """
+    needed = ["data", "knowledge", "gap", "difference", "low", "high", "verdict", "n", "volumes"]
+    style.need_columns(table, needed, "when", "`kdlib.analysis.conclusion.counted`")
+    rows = table.dropna(subset="gap")
+    if rows.empty:
+        raise InputError("when: no comparison whose teacher is known")
+    figure, ax = plt.subplots(figsize=(style.DOUBLE, 95 * style.MM))
+    markers = dict(zip(rows["data"].unique(), itertools.cycle("osD^vP"), strict=False))
+    for row in rows.itertuples():
+        look = style.VERDICTS[row.verdict] | dict(color=KNOWLEDGE_COLOURS[row.knowledge], marker=markers[row.data])
+        errors = [[row.difference - row.low], [row.high - row.difference]]
+        ax.errorbar(row.gap, row.difference, errors, elinewidth=0.7, markersize=5, **look)
+    ax.axhspan(-SAME["dice"], SAME["dice"], color=style.PALE, alpha=0.35, linewidth=0, zorder=0)
+    ax.axhline(0, color=style.DARK, linewidth=0.6, zorder=0.5)
+    ends = [min(0.0, rows["gap"].min()), rows["gap"].max()]
+    ax.plot(ends, ends, color=style.GREY, linewidth=0.8, linestyle="--", zorder=0.5)
+    ax.set(xlabel="Dice of the teacher above the student alone", ylabel="change of Dice by the teacher")
+    dot = dict(color=style.DARK, marker="o", linestyle="")
+    given = [name for name in KNOWLEDGE if name in set(rows["knowledge"])]
+    handles = style.legend_lines({name: dot | dict(color=KNOWLEDGE_COLOURS[name]) for name in given})
+    handles += style.legend_lines({data: dot | dict(marker=marker) for data, marker in markers.items()})
+    handles += style.legend_lines({"not decided": dot | dict(markerfacecolor="white")})
+    handles += style.legend_lines({"as good as the teacher": dict(color=style.GREY, linestyle="--")})
+    style.legend_below(figure, handles)
+    figure.set_label(
+        f"Points: mean change of Dice with its 95 % interval, paired by patient "
+        f"({patients_text(rows['n'], rows['volumes'])}), without trainings that have not "
+        f"converged; grey: less than {SAME['dice']:g} Dice either way."
+    )
     return figure

@@ -17,6 +17,7 @@ from kdlib.analysis.intervals import interval, interval_text
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of
+from kdlib.analysis.sentences import signed
 from kdlib.config import InputError
 
 
@@ -144,5 +145,6 @@ def _correlations(wide: pd.DataFrame, with_: pd.Series, name: str) -> str:
             p = stats.permutation_test((with_,), lambda x, y=wide[label]: stats.spearmanr(x, y).statistic, **how).pvalue
         centre, width = np.arctanh(np.clip(rho, -0.9999, 0.9999)), 1.96 * np.sqrt(1.06 / (len(wide) - 3))
         low, high = np.tanh([centre - width, centre + width])
-        texts.append(f"{label} {style.signed(f'{rho:+.2f} [{low:+.2f}, {high:+.2f}]')}, {style.p_text(p)}")
+        said = "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+        texts.append(f"{label} {signed(f'{rho:+.2f} [{low:+.2f}, {high:+.2f}]')}, {said}")
     return f"Spearman's correlation of Dice with {name}, 95 % interval and p: {'; '.join(texts)}."

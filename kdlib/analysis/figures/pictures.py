@@ -59,17 +59,12 @@ def overview(
     pictures = left.subplots(2, 2).flat
     shown = {role: _example(examples, method, case) for role, method in chosen.items()}
     first = next(iter(shown.values()))
-    rows, columns = _crop(np.any([first["truth"] > 0, *(each["prediction"] > 0 for each in shown.values())], axis=0))
+    view = _crop(np.any([first["truth"] > 0, *(each["prediction"] > 0 for each in shown.values())], axis=0))
     for ax, role in zip(pictures, [None, *chosen], strict=True):
-        ax.imshow(first["image"][rows, columns], cmap="gray", vmin=0, vmax=255)
-        _contours(ax, first["truth"][rows, columns], *style.OUTLINES[0][:2])
-        title = "scan and truth"
-        if role is not None:
-            _contours(ax, shown[role]["prediction"][rows, columns], *style.OUTLINES[1][:2])
-            title = f"{role}, Dice {volume_dice(table, chosen[role], case):.3f}"
-        ax.set(xticks=[], yticks=[])
+        drawn = [shown[role]["prediction"][view]] if role else []
+        _picture(ax, first["image"][view], first["truth"][view], *drawn)
+        title = f"{role}, Dice {volume_dice(table, chosen[role], case):.3f}" if role else "scan and truth"
         ax.set_title(title, fontsize=8)
-        ax.spines[:].set_visible(False)
     sizes = dict(height_ratios=[2.4, 1], sharex="row", sharey="row", squeeze=False)
     panels = right.subplots(2, len(verdicts), **sizes)
     # a difference that does not matter must not fill its panel
@@ -85,8 +80,8 @@ def overview(
         top.set_xticklabels(["alone", "distilled" if len(verdicts) < 4 else "KD"])
         top.set_title(f"{labels[row.a]}\n{(change > 0).sum()} of {len(change)} gain", fontsize=8)
         top.grid(axis="y")
-        look = style.verdict_look(row.verdict) | dict(markersize=6, elinewidth=1.6)
-        style.draw_interval(bottom, 0, row.difference, row.low, row.high, **look)
+        look = style.VERDICTS[row.verdict]
+        style.draw_interval(bottom, 0, row.difference, row.low, row.high, markersize=6, elinewidth=1.6, **look)
         bottom.axvline(0, color="black", linewidth=0.6, zorder=1)
         bottom.set(yticks=[], ylim=(-1, 1))
         bottom.set_xlim(-widest, widest)
@@ -100,9 +95,7 @@ def overview(
         bottom.grid(axis="x")
     panels[0, 0].set_ylabel("Dice of a patient")
     right.supxlabel("distilled minus alone (Dice)", fontsize=9)
-    handles = style.legend_lines(
-        {label: dict(color=colour, linestyle=look) for colour, look, label in style.OUTLINES}, path_effects=style.HALO
-    )
+    handles = style.legend_lines(style.OUTLINES, path_effects=style.HALO)
     mean = {"mean of the patients": dict(color="black", linewidth=2.2, marker="o")}
     handles += style.legend_lines(style.DIRECTIONS | mean)
     style.legend_below(figure, handles, columns=5)
@@ -147,10 +140,10 @@ def qualitative(
     for line, (rule, case) in zip(axes, cases.items(), strict=True):
         shown = [_example(examples, method, case) for method in chosen.values()]
         image, truth = shown[0]["image"], shown[0]["truth"]
-        rows, columns = _crop(np.any([truth > 0, *(example["prediction"] > 0 for example in shown)], axis=0))
-        line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
+        rows, columns = view = _crop(np.any([truth > 0, *(example["prediction"] > 0 for example in shown)], axis=0))
+        _picture(line[0], image)
         seen = image > 0
-        seen[rows, columns] = True
+        seen[view] = True
         whole = _crop(seen, margin=1.0)
         line[0].set(xlim=(whole[1].start - 0.5, whole[1].stop - 0.5), ylim=(whole[0].stop - 0.5, whole[0].start - 0.5))
         side = rows.stop - rows.start
@@ -158,18 +151,12 @@ def qualitative(
         line[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", linewidth=0.8))
         line[0].set_ylabel(f"{rule}\n{case}")
         for ax, example, method in zip(line[1:], shown, chosen.values(), strict=True):
-            ax.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=255)
-            _contours(ax, truth[rows, columns], *style.OUTLINES[0][:2])
-            _contours(ax, example["prediction"][rows, columns], *style.OUTLINES[1][:2])
+            _picture(ax, image[view], truth[view], example["prediction"][view])
             ax.set_xlabel(f"Dice {volume_dice(table, method, case):.3f}", labelpad=2)
     titles = [f"{role}\n{labels[method]}" for role, method in chosen.items()]
     for ax, title in zip(axes[0], ["slice", *titles], strict=True):
         ax.set_title(title)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    lines = {label: dict(color=colour, linestyle=look) for colour, look, label in style.OUTLINES}
-    style.legend_below(figure, style.legend_lines(lines, path_effects=style.HALO), handlelength=3)
+    style.legend_below(figure, style.legend_lines(style.OUTLINES, path_effects=style.HALO), handlelength=3)
     note = (
         f"Per case (n = {len(cases)}) the slice with the largest true area; the box is the part shown beside it; Dice "
     )
@@ -185,7 +172,7 @@ def slice_montage(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
     figure, axes = style.panels(len(names), columns, style.DOUBLE, side + 4, 0)
     for ax, image, label, name in zip(axes, images, labels, names, strict=True):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        _contours(ax, label, "#E69F00", "solid")
+        _contours(ax, label, color="#E69F00", linestyle="-")
         ax.set_title(name, fontsize=7)
         ax.set_axis_off()
     figure.set_label("One slice per case, the one with the most target, which is outlined.")
@@ -213,7 +200,7 @@ def step(
             most = float(abs(gradient).max())
             ax.imshow(-gradient[number], cmap="PuOr_r", vmin=-most, vmax=most)
         for ax in line:
-            _contours(ax, np.asarray(truth[number]), *style.OUTLINES[0][:2])
+            _contours(ax, np.asarray(truth[number]), **style.OUTLINES["truth"])
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     for ax, title in zip(axes[0], columns, strict=True):
@@ -226,7 +213,7 @@ def step(
 
 
 @plt.rc_context(style.STYLE)
-def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[str, str], seed: int = 0) -> Figure:
+def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[str, str]) -> Figure:
     """Features of the same pixels in teacher and students, by class, in two dimensions; and CKA with the teacher.
 
     PCA and t-SNE (van der Maaten 2008), a column per model; below the students' columns the CKA of their scales (down)
@@ -238,7 +225,6 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
         similarity: columns method, scale_student, scale_teacher, value (`kdlib.teacher_agreement`), averaged over folds
             and seeds.
         chosen: role -> method: the teacher first, then the student before and after distillation.
-        seed: of t-SNE.
 
     Raises: InputError: a missing column, a method without similarity or with features that do not vary, or not three.
     """
@@ -260,8 +246,8 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
         if not values.any():
             raise InputError(f"features: those of {method} are the same in every pixel: its network does nothing")
         values /= values.std()  # one factor for all channels: their scale is no matter, their ratios are
-        pca = PCA(2, random_state=seed).fit(values)
-        flat = TSNE(perplexity=min(30, len(values) / 4), init="pca", random_state=seed).fit_transform(values)
+        pca = PCA(2, random_state=0).fit(values)
+        flat = TSNE(perplexity=min(30, len(values) / 4), init="pca", random_state=0).fit_transform(values)
         for ax, points in zip(axes[:2, column], (pca.transform(values), flat), strict=True):
             for name, (colour, marker) in styles.items():
                 some = points[(samples["class"] == name).to_numpy()]
@@ -287,7 +273,7 @@ def features(samples: pd.DataFrame, similarity: pd.DataFrame, chosen: Mapping[st
     classes = ", ".join(f"{counts[name]} {name}" for name in names)
     figure.set_label(
         f"The same n = {len(samples)} pixels of {samples['case'].nunique()} test cases in each model ({classes}). PCA "
-        f"with the share of the variance of each component; t-SNE with perplexity 30 and seed {seed}; the silhouette "
+        "with the share of the variance of each component; t-SNE with perplexity 30 and seed 0; the silhouette "
         "is of the classes in all channels (1: apart, 0: mixed). Below: feature similarity (linear CKA) of the scales "
         "(E: encoder, B: bottleneck, D: decoder, L: logits) of the student (down) and of the teacher (across), in "
         "hundredths, mean over folds and seeds; left: what distillation added."
@@ -355,8 +341,7 @@ def pairs(panels: pd.DataFrame) -> Figure:
         rows = panels[panels["anchor"] == anchor]
         for ax, panel in zip(line, rows.itertuples(), strict=True):
             image, role = panel.image, panel.role
-            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-            _contours(ax, panel.labels, *style.OUTLINES[0][:2])
+            _picture(ax, image, panel.labels)
             factor = image.shape[0] / role.shape[0]  # of the slice's pixels to the term's positions
             for value, (colour, marker, _) in style.PAIR_ROLES.items():
                 y, x = ((index + 0.5) * factor - 0.5 for index in np.nonzero(role == value))
@@ -366,8 +351,6 @@ def pairs(panels: pd.DataFrame) -> Figure:
                 ax.plot(*place, **style.ANCHOR, zorder=4)
             counts = [int((role == value).sum()) for value in style.PAIR_ROLES]
             ax.set_xlabel(f"{panel.case}\n{counts[0]} positive, {counts[1]} negative", fontsize=7, labelpad=2)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
         first = rows.iloc[0]
         line[0].set_ylabel(f"anchor: {anchor}\n{first['positives']} positive, {first['negatives']} negative")
     for ax, title in zip(axes[0], rows["shown"], strict=True):
@@ -407,8 +390,17 @@ def _crop(mask: np.ndarray, margin: float = 1.3) -> tuple[slice, slice]:
     return tuple(slice(start, start + size) for start in starts.tolist())
 
 
-def _contours(ax: Axes, labels: np.ndarray, colour: str, look: object) -> None:
+def _picture(ax: Axes, image: np.ndarray, *masks: np.ndarray) -> None:
+    """A slice without ticks or frame, with the outlines of the truth and then of a prediction, as far as given."""
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+    for mask, look in zip(masks, style.OUTLINES.values(), strict=False):
+        _contours(ax, mask, **look)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _contours(ax: Axes, labels: np.ndarray, color: str, linestyle: object) -> None:
     for value in np.unique(labels[labels > 0]):
         if (labels != value).any():  # a class that fills the view has no outline
-            drawn = ax.contour(labels == value, levels=[0.5], colors=colour, linestyles=[look], linewidths=0.8)
+            drawn = ax.contour(labels == value, levels=[0.5], colors=color, linestyles=[linestyle], linewidths=0.8)
             drawn.set_path_effects(style.HALO)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.analysis.calibration import expected_calibration_error
 from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import canonical_order, interval, interval_text
 from kdlib.analysis.labels import method_labels, methods, way_of_learning
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient
 from kdlib.analysis.sentences import cost_sentence
-from kdlib.analysis.tables import HEADINGS, THESIS_TABLE, summarise
+from kdlib.analysis.tables import HEADINGS, THESIS_TABLE, expected_calibration_error, summarise
 from kdlib.config import InputError
 
 COSTS = {  # column of the cost table -> (label, its unit)
@@ -26,24 +22,20 @@ COSTS = {  # column of the cost table -> (label, its unit)
 
 
 @plt.rc_context(style.STYLE)
-def dice_per_method(table: pd.DataFrame, metric: str = "dice") -> Figure:
-    """Every patient's value for each method, with mean and interval.
+def dice_per_method(table: pd.DataFrame) -> Figure:
+    """Every patient's Dice for each method, with mean and interval.
 
     Args:
         table: tidy.
-        metric: one of `kdlib.analysis.metrics.METRICS`.
 
     Raises: InputError: see `kdlib.analysis.statistics.per_patient`.
     """
-    means = summarise(table, metric=metric)
-    styles = style.method_styles(table)
-    values = per_patient(table, metric).pivot(index="patient", columns="method", values="value")[list(means["method"])]
+    means, styles = summarise(table), style.method_styles(table)
+    values = per_patient(table).pivot(index="patient", columns="method", values="value")
     figure, ax = plt.subplots(figsize=(style.SINGLE, (7 * len(means) + 16) * style.MM))
-    heights = np.arange(len(means)) + style.spread(len(values))[:, None]
     for y, row in enumerate(means.itertuples()):
-        style.draw_patients(ax, values[row.method], heights[:, y], styles[row.method])
-        style.draw_mean(ax, y, row.mean, row.low, row.high, styles[row.method])
-    style.name_rows(ax, list(means["label"]), METRICS[metric].heading)
+        style.draw_row(ax, y, values[row.method], row.mean, row.low, row.high, styles[row.method])
+    style.name_rows(ax, list(means["label"]), "Dice")
     note = "Small points: patients, seeds averaged; large ones: "
     figure.set_label(f"{note}{style.mean_text(means)}.")
     return figure
@@ -92,7 +84,7 @@ def along(table: pd.DataFrame, axis: str) -> Figure:
         ax.minorticks_off()
         ax.set(xlabel=title[axis], title=name if len(names) > 1 else "")
         ax.grid(axis="y")
-    axes[0, 0].set_ylabel(METRICS["dice"].heading)
+    axes[0, 0].set_ylabel("Dice")
     handles, _ = axes[0, 0].get_legend_handles_labels()
     style.legend_below(figure, handles, columns=2 if len(names) == 1 else 3)
     band = "" if teachers.empty else "; the teacher's as a band"
@@ -181,14 +173,13 @@ def reliability(table: pd.DataFrame) -> Figure:
     A case counts by the shares of its own pixels that lie in each bin, so that large organs do not decide the curve.
 
     Args:
-        table: from `kdlib.evaluation.agreement.calibration`, with a column method; seeds and folds of a method are
-            taken together.
+        table: from `kdlib.evaluation.calibration.calibration`, with columns method and patient; seeds and folds of a
+            method are taken together.
 
     Raises: InputError: a missing column, or no pixel in any bin.
     """
-    needed = ["method", "case", "class", "bin", "confidence", "accuracy", "count"]
-    style.need_columns(table, needed, "calibration", "kdlib.evaluation.agreement.calibration with a column method")
-    unit = "patient" if "patient" in table else "case"
+    needed = ["method", "patient", "case", "class", "bin", "confidence", "accuracy", "count"]
+    style.need_columns(table, needed, "calibration", "kdlib.teacher_agreement's last table, with a column patient")
     labels, styles, bins = method_labels(table), style.method_styles(table), int(table["bin"].max()) + 1
     size, grid = (style.SINGLE, 105 * style.MM), dict(height_ratios=[3, 1], hspace=0.04)
     figure, (curve, strip) = plt.subplots(2, 1, figsize=size, sharex=True, gridspec_kw=grid)
@@ -197,7 +188,7 @@ def reliability(table: pd.DataFrame) -> Figure:
     for method, rows in table.groupby("method", sort=False):
         if not rows["count"].any():
             raise InputError(f"reliability: {method!r} has no pixel in any bin; are the classes in its cases?")
-        shares, sums, sures = _bin_shares(rows, unit, bins)
+        shares, sums, sures = _bin_shares(rows, bins)
         counts.append(len(shares))
         look = styles[method]
         # patients drawn anew, whole
@@ -221,25 +212,16 @@ def reliability(table: pd.DataFrame) -> Figure:
     strip.yaxis.set_minor_formatter("")
     for ax in (curve, strip):
         ax.grid()
-    errors = expected_calibration_error(table).groupby(["method", unit])["value"].mean().groupby("method").mean()
+    errors = expected_calibration_error(table).groupby(["method", "patient"])["value"].mean().groupby("method").mean()
     looks = {f"{labels[method]}: error {errors[method]:.3f}": look for method, look in styles.items()}
     style.legend_below(figure, style.legend_lines(looks), columns=2, handlelength=3)
-    note = (
-        f"Lines: mean over {_units_text(table, counts)}, each weighted by its pixels' shares in the bins; bands: 95 % "
-    )
-    note += f"percentile interval over a bootstrap of the {unit}s; dotted: perfect calibration. Error: expected "
-    figure.set_label(f"{note}calibration error, mean over {unit}s.")
+    note = f"Lines: mean over patients ({patients_text(counts, [table['case'].nunique()])}), each weighted by its "
+    note += "pixels' shares in the bins; bands: 95 % percentile interval over a bootstrap of the patients; dotted: "
+    figure.set_label(f"{note}perfect calibration. Error: expected calibration error, mean over patients.")
     return figure
 
 
-def _units_text(table: pd.DataFrame, counts: Sequence[int]) -> str:
-    """ "patients (n = 14 patients with 28 volumes)", or "cases (n = 28)" where no patients are known."""
-    if "patient" not in table:
-        return f"cases ({patients_text(counts).removesuffix('s').removesuffix(' patient')})"
-    return f"patients ({patients_text(counts, [table['case'].nunique()] if 'case' in table else ())})"
-
-
-def _bin_shares(rows: pd.DataFrame, unit: str, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bin_shares(rows: pd.DataFrame, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[patients, bins]: share of a patient's pixels in a bin, and that share times accuracy and times confidence.
 
     Shares are made of each case and class for itself, then averaged over those of a patient.
@@ -249,7 +231,7 @@ def _bin_shares(rows: pd.DataFrame, unit: str, bins: int) -> tuple[np.ndarray, n
     rows = rows.assign(share=rows["count"] / total)[total > 0].fillna({"accuracy": 0.0, "confidence": 0.0})
     rows = rows.assign(accuracy=rows["share"] * rows["accuracy"], confidence=rows["share"] * rows["confidence"])
     names = ["share", "accuracy", "confidence"]
-    means = rows.groupby([unit, "bin"])[names].mean().unstack(fill_value=0.0)
+    means = rows.groupby(["patient", "bin"])[names].mean().unstack(fill_value=0.0)
     wide = [means[name].reindex(columns=range(bins), fill_value=0.0).to_numpy() for name in names]
     order = canonical_order(np.hstack(wide))
     return tuple(part[order] for part in wide)
@@ -260,13 +242,13 @@ def teacher_agreement(table: pd.DataFrame) -> Figure:
     """Agreement with the teacher, a panel per metric, a row per method: patients, mean and interval.
 
     Args:
-        table: columns method, metric (of `kdlib.evaluation.agreement`), case (or patient) and value; over seeds,
-            classes and whatever else a case has several values for, values are averaged within the patient.
+        table: columns method, metric (of `kdlib.evaluation.agreement`), patient, case and value; over seeds, classes
+            and whatever else a case has several values for, values are averaged within the patient.
 
     Raises: InputError: a missing column, or no defined value.
     """
-    unit, needed = "patient" if "patient" in table else "case", ["method", "metric", "value"]
-    style.need_columns(table, [*needed, unit], "teacher_agreement", "kdlib.teacher_agreement's first table")
+    needed = ["method", "metric", "patient", "case", "value"]
+    style.need_columns(table, needed, "teacher_agreement", "kdlib.teacher_agreement's first table")
     table = table.dropna(subset="value")
     labels, styles, metrics = method_labels(table), style.method_styles(table), list(table["metric"].unique())
     if not metrics:
@@ -276,17 +258,16 @@ def teacher_agreement(table: pd.DataFrame) -> Figure:
     figure, axes = style.panels(len(metrics), columns, width, 6 * len(labels) + 16, 0, sharey=True)
     counts, kinds = [], []
     for ax, metric in zip(axes, metrics, strict=True):
-        rows = table[table["metric"] == metric].groupby(["method", unit], sort=False, as_index=False)["value"].mean()
+        rows = table[table["metric"] == metric]
         for y, method in enumerate(labels):
-            values = rows.loc[rows["method"] == method, "value"]
+            values = rows[rows["method"] == method].groupby("patient", sort=False)["value"].mean()
             if len(values):
                 *limits, kind = interval(values)
-                style.draw_patients(ax, values, y + style.spread(len(values)), styles[method])
-                style.draw_mean(ax, y, values.mean(), *limits, styles[method])
+                style.draw_row(ax, y, values, values.mean(), *limits, styles[method])
                 counts.append(len(values))
                 kinds.append(kind)
         style.name_rows(ax, list(labels.values()), HEADINGS[metric])
         ax.xaxis.get_major_locator().set_params(nbins=4)
-    note = f"Small points: {unit}s, seeds and classes averaged; large ones: mean over {_units_text(table, counts)}"
-    figure.set_label(f"{note} and {interval_text(kinds)}.")
+    note = "Small points: patients, seeds and classes averaged; large ones: mean over patients "
+    figure.set_label(f"{note}({patients_text(counts, [table['case'].nunique()])}) and {interval_text(kinds)}.")
     return figure

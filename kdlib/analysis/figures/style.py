@@ -26,7 +26,6 @@ from PIL import Image
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import CONTROLS, methods
 from kdlib.analysis.patients import patients_text
-from kdlib.analysis.sentences import signed  # noqa: F401
 from kdlib.config import InputError
 from kdlib.files import write, write_text
 
@@ -59,18 +58,18 @@ CONTROL_COLOUR, CONTROL_MARKERS = "#8C8C8C", "oX*<D>sp^v"
 OTHER_COLOURS = ("#332288", "#999933", "#AA4499", "#44AA99", "#661100", "#6699CC")
 TERMS = ("E-E", "B-B", "D-D", "PMD")
 TERM_COLOURS = dict(zip(("segmentation", *TERMS), (GREY, BLUE, ORANGE, GREEN, PINK), strict=True))
-VERDICTS = {  # verdict -> colour, marker; whatever is not decided is hollow
-    "better": ("#4D9221", "^"), "worse": ("#C51B7D", "v"), "equivalent": (DARK, "s"),
-    "inconclusive": (GREY, "o"), "not converged": (PALE, "o"),
+VERDICTS = {  # verdict -> look of a difference; whatever is not decided is hollow
+    "better": dict(color="#4D9221", marker="^", **NO_LINE), "worse": dict(color="#C51B7D", marker="v", **NO_LINE),
+    "equivalent": dict(color=DARK, marker="s", **NO_LINE),
+    "inconclusive": dict(color=GREY, marker="o", markerfacecolor="white", **NO_LINE),
+    "not converged": dict(color=PALE, marker="o", markerfacecolor="white", **NO_LINE),
 }  # fmt: skip
-DECIDED = ("better", "worse", "equivalent")
 DIRECTIONS = {  # of a patient's change, for lines
     "gains": dict(color=DARK, linewidth=0.7, linestyle="-", alpha=0.6),
     "loses": dict(color=DARK, linewidth=0.7, linestyle=(0, (1.5, 1.5)), alpha=0.8),
 }
 ERRORS = ((SKY, "missed"), (ORANGE, "too much"), (PINK, "wrong class"))  # colour, label; of the explorer
-# of pictures: colour, line style, label
-OUTLINES = (("white", "-", "truth"), (YELLOW, (0, (2, 1.2)), "prediction"))
+OUTLINES = {"truth": dict(color="white", linestyle="-"), "prediction": dict(color=YELLOW, linestyle=(0, (2, 1.2)))}
 CLASSES = ((BLUE, "^"), (ORANGE, "s"), (GREEN, "D"), (PINK, "v"), ("#E69F00", "P"))
 BACKGROUND = PALE, "o"
 PAIR_ROLES = {1: (SKY, "o", "positive"), -1: ("#E69F00", "x", "negative")}
@@ -84,13 +83,6 @@ def method_styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:
     Controls are grey, each with a marker of its own; any other method has the style of its networks.
     """
     return {row.Index: _style(row) for row in methods(table).itertuples()}
-
-
-def verdict_look(verdict: str) -> dict[str, str]:
-    """Colour and marker of a difference with this verdict; hollow where it is not decided."""
-    colour, marker = VERDICTS[verdict]
-    hollow = {} if verdict in DECIDED else {"markerfacecolor": "white"}
-    return NO_LINE | dict(color=colour, marker=marker) | hollow
 
 
 def _style(row: tuple) -> dict[str, str]:
@@ -141,15 +133,6 @@ def mean_text(means: pd.DataFrame) -> str:
     return f"mean over patients ({counts}) and {interval_text(means['interval'])}"
 
 
-def p_text(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def term_colour(term: str, number: int) -> str:
-    """The colour of a distillation term; `number` chooses among those of terms that are not the thesis's."""
-    return TERM_COLOURS.get(term, OTHER_COLOURS[number % len(OTHER_COLOURS)])
-
-
 def panels(count: int, columns: int, width: float, height: float, extra: float, **kwargs) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels in so many columns; `height` of a row and `extra` below all, in mm."""
     rows = -(-count // columns)
@@ -188,14 +171,13 @@ def draw_interval(ax: Axes, y: float, value: float, low: float, high: float, **l
     ax.errorbar(value, y, xerr=np.maximum([[value - low], [high - value]], 0), **look)
 
 
-def draw_mean(ax: Axes, y: float, mean: float, low: float, high: float, style: Mapping[str, str]) -> None:
-    """A mean of patients in row `y`, with its interval."""
+def draw_row(
+    ax: Axes, y: float, values: pd.Series, mean: float, low: float, high: float, style: Mapping[str, str]
+) -> None:
+    """Patients in row `y`, and their mean with its interval."""
+    ax.scatter(values, y + spread(len(values)), s=5, color=style["color"], alpha=0.45, linewidth=0)
     edge = NO_LINE | {"markeredgecolor": "white", "markeredgewidth": 0.4, "elinewidth": 1.6}
     draw_interval(ax, y, mean, low, high, markersize=5.5, zorder=3, **style | edge)
-
-
-def draw_patients(ax: Axes, values: pd.Series, heights: np.ndarray, style: Mapping[str, str]) -> None:
-    ax.scatter(values, heights, s=5, color=style["color"], alpha=0.45, linewidth=0)
 
 
 def spread(count: int) -> np.ndarray:

@@ -99,10 +99,10 @@ def gradient_diagnostics(history: pd.DataFrame) -> Figure:
         raise InputError(f"gradient_diagnostics: {named}: draw a distilled student trained with this version")
     # the segmentation first, then the thesis's terms, then others as they come
     terms = sorted(rows["term"].unique(), key=lambda term: [*style.TERM_COLOURS, term].index(term))
-    looks = [
-        dict(color=style.term_colour(term, n), marker="osD^vPX*"[n % 8], linestyle="-") for n, term in enumerate(terms)
-    ]
-    styles = dict(zip(terms, looks, strict=True))
+    styles = {}
+    for n, term in enumerate(terms):
+        colour = style.TERM_COLOURS.get(term, style.OTHER_COLOURS[n % 6])
+        styles[term] = dict(color=colour, marker="osD^vPX*"[n % 8], linestyle="-")
     width = style.SINGLE if len(shown) == 1 else style.DOUBLE
     figure, axes = style.panels(len(shown), len(shown), width, 44, 16)
     for ax, kind in zip(axes, shown, strict=True):

@@ -42,7 +42,8 @@ def tidy(methods: dict[str, object], metric="dice", **columns) -> pd.DataFrame:
     for method, values in methods.items():
         for number, seeds in enumerate(values):
             for seed, value in enumerate(np.atleast_1d(seeds)):
-                row = dict(run=f"{method}-{seed}", method=method, model="S1", fold=0, seed=seed, case=f"case_{number}")
+                row = dict(run=f"{method}-{seed}", method=method, model="S1", fold=0, seed=seed)
+                row |= dict.fromkeys(("patient", "case"), f"case_{number}")
                 rows.append(row | {"class": "spleen", "metric": metric, "value": value} | columns)
     return pd.DataFrame(rows)
 

@@ -91,7 +91,7 @@ def test_the_page_has_the_gain_over_zero_weights_by_pooled_dice_and_by_volumes()
 def test_pooled_dice_is_that_of_all_voxels_together():
     # |A| = |B| = 30 with 27 shared, and |A| = |B| = 10 with 1 shared: 2 * 28 / 80
     table = stages({"thesis": [0.9, 0.1]}, [30.0, 10.0])
-    found = overlap_weights(table, "protocol", pooled=True)
+    found = overlap_weights(table, pooled=True)
     assert found["weight"].tolist() == [60, 20] and found["dice"].tolist() == pytest.approx([0.9, 0.1])
     both = step_changes(stages({"thesis": [0.9, 0.1], "b": [0.9, 0.1]}, [30.0, 10.0]), ["thesis", "b"], ["thesis"])
     assert both["dice"].tolist() == pytest.approx([0.7, 0.5])
@@ -147,7 +147,7 @@ def test_steps_names_what_is_missing():
         step_changes(stages({"thesis": [0.5, 0.6], "b": [0.5]}), ["thesis", "b"], [])
     two = pd.concat([stages({"thesis": [0.5]}), stages({"thesis": [0.5]}).assign(**{"class": "liver"})])
     with pytest.raises(InputError, match="several classes; filter the table to one"):
-        overlap_weights(two, "protocol", pooled=True)
+        overlap_weights(two, pooled=True)
 
 
 def test_gains_compare_methods_within_a_stage():

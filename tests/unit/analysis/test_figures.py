@@ -41,7 +41,7 @@ from kdlib.analysis.figures import (
     teacher_agreement,
 )
 from kdlib.analysis.figures.style import METHODS as COLOURS
-from kdlib.analysis.figures.style import VERDICTS, verdict_look
+from kdlib.analysis.figures.style import VERDICTS
 from kdlib.analysis.statistics import THESIS_TABLE, baseline_pairs, compare, interval, per_patient, ranks, summarise
 from kdlib.config import InputError
 from kdlib.experiments.tables import NO_EXAMPLES, Results
@@ -166,11 +166,11 @@ def test_any_two_methods_differ_for_readers_with_deuteranopia_and_in_grey():
         assert mark != other or abs(luminance(one) - luminance(two)) > 0.02
     styles = method_styles(pd.DataFrame(map(identity, METHODS)))
     assert len({styles[name]["linestyle"] for name in ("T1", "S1", "KD(T1, S1)", "KD(T2, S1)")}) == 4
-    looks = [verdict_look(verdict) for verdict in ("better", "inconclusive", "worse")]
+    looks = [VERDICTS[verdict] for verdict in ("better", "inconclusive", "worse")]
     assert len({look["marker"] for look in looks}) == 3 and [look.get("markerfacecolor") for look in looks] == [
         None, "white", None,
     ]  # fmt: skip
-    assert not {colour for colour, _ in VERDICTS.values()} & {colour for colour, _ in COLOURS.values()}
+    assert not {look["color"] for look in VERDICTS.values()} & {colour for colour, _ in COLOURS.values()}
 
 
 def test_styles_follow_the_columns_not_the_names():
@@ -242,23 +242,21 @@ def test_diagnostics_of_one_method():
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-@pytest.mark.parametrize(
-    "methods, cases, metric", [(METHODS, 24, "dice"), (METHODS[:3], 1, "dice"), (["S1"], 4, "hd95")]
-)
-def test_dice_per_method(methods, cases, metric):
-    table = results(methods, cases, metric=metric)
-    figure = dice_per_method(table, metric)
+@pytest.mark.parametrize("methods, cases", [(METHODS, 24), (METHODS[:3], 1), (["S1"], 4)])
+def test_dice_per_method(methods, cases):
+    table = results(methods, cases)
+    figure = dice_per_method(table)
     check(figure, SINGLE)
     ax = figure.axes[0]
     drawn = [found.get_offsets() for found in ax.collections if isinstance(found, PathCollection)]
     assert [len(found) for found in drawn] == [cases] * len(methods)
-    found = summarise(table, metric=metric)
+    found = summarise(table)
     assert [np.mean(offsets[:, 0]) for offsets in drawn] == pytest.approx(found["mean"].tolist())
     assert points(ax) == pytest.approx(found["mean"].tolist())
     if cases > 1:
         assert bars(ax) == pytest.approx(found[["low", "high"]].to_numpy())
     assert [tick.get_text() for tick in ax.get_yticklabels()] == methods and ax.yaxis_inverted()
-    assert ax.get_xlabel() == {"dice": "Dice", "hd95": "HD95 (mm)"}[metric]
+    assert ax.get_xlabel() == "Dice"
 
 
 def test_the_figure_draws_the_limits_of_the_table_however_it_was_read(tmp_path):
@@ -444,8 +442,8 @@ def binned(methods, cases=6, bins=15, empty=()) -> pd.DataFrame:
         for index in range(bins):
             confidence, count = (index + 0.5) / bins, 0 if index in empty else 10 ** generator.integers(1, 5)
             accuracy = np.clip(confidence**2 + generator.normal(0, 0.02), 0, 1) if count else np.nan
-            row = identity(method) | dict(case=f"case_{case}", bin=index, confidence=confidence if count else np.nan)
-            rows.append(row | {"accuracy": accuracy, "count": count, "class": "spleen"})
+            row = identity(method) | dict(patient=case, case=f"case_{case}", bin=index, accuracy=accuracy)
+            rows.append(row | {"confidence": confidence if count else np.nan, "count": count, "class": "spleen"})
     return pd.DataFrame(rows)
 
 
@@ -461,7 +459,7 @@ def test_reliability(methods, cases, empty):
     for line in lines:
         x, y = line.get_data()
         assert len(x) == 15 - len(empty) and y == pytest.approx(x**2, abs=0.06)
-    assert f"cases (n = {cases})" in figure.get_label()
+    assert f"patients (n = {cases} patient" in figure.get_label()
     assert (curve.get_ylabel(), shares.get_xlabel()) == ("observed frequency", "predicted probability")
     assert len(curve.collections) == (len(methods) if cases > 1 else 0)  # one case has no band
 
@@ -472,10 +470,7 @@ def test_reliability_weighs_cases_alike():
     large = part | {"case": "a", "class": "spleen", "accuracy": 0.5, "count": 10_000}
     small = [part | {"case": "b", "class": name, "accuracy": 1.0, "count": 10} for name in ("spleen", "liver")]
     absent = part | {"case": "c", "class": "liver", "accuracy": np.nan, "confidence": np.nan, "count": 0}
-    table = pd.DataFrame([large, *small, absent])
-    assert reliability(table).axes[0].lines[1].get_ydata() == pytest.approx([0.75])
-    patients = table.assign(patient=["p", "q", "q", "q"])
-    found = reliability(patients)
+    found = reliability(pd.DataFrame([large, *small, absent]).assign(patient=["p", "q", "q", "q"]))
     assert found.axes[0].lines[1].get_ydata() == pytest.approx([0.75])
     assert "n = 2 patients with 3 volumes" in found.get_label()
 
@@ -486,7 +481,7 @@ CLOSE = ["agreement", "band_agreement", "error_overlap"]
 def closeness(methods, metrics, cases=6) -> pd.DataFrame:
     generator, rows = np.random.default_rng(0), []
     for method, metric, case, seed in itertools.product(methods, metrics, range(cases), range(2)):
-        row = identity(method) | dict(metric=metric, case=f"case_{case}", seed=seed)
+        row = identity(method) | dict(metric=metric, patient=case, case=f"case_{case}", seed=seed)
         rows.append(row | dict(value=generator.uniform(0.3, 0.9)))
     return pd.DataFrame(rows)
 
@@ -555,14 +550,11 @@ def test_forest_with_ranks(methods, cases, shares):
     assert ("no adjusted p can fall below" in figure.get_label()) == (cases == 1)
 
 
-def test_forest_of_several_references_and_of_a_distance():
+def test_forest_of_several_references():
     table = results(["S1", "S2", "KD(T1, S1)", "KD(T1, S2)"], 8)
     figure = forest(compare(table, baseline_pairs(table.assign(fraction=0.5))))
     names = {tick.get_text() for tick in figure.axes[0].get_yticklabels()}
     assert names == {"KD(T1, S1) \N{MINUS SIGN} S1", "KD(T1, S2) \N{MINUS SIGN} S2"}
-    far = results(["S1", "S2"], metric="hd95")
-    figure = forest(compare(far, [("S2", "S1")], "hd95"), "hd95")
-    assert "lower is better" in figure.get_label() and figure.axes[0].get_xlabel() == "HD95 minus that of S1 (mm)"
 
 
 def test_methods_that_collapsed_lie_beyond_a_break():
@@ -768,12 +760,12 @@ def test_tables_without_what_is_drawn_are_refused():
         (choose_cases, (results(["S1"]), "T1"), "no method 'T1'"),
         (efficiency, (results(["S1", "T1"]), costs(["S1"])), "no cost of T1 in size study"),
         (efficiency, (results(["S1", "T1"]), costs().drop(columns="latency_ms")), "no latency_ms in the table"),
-        (teacher_agreement, (pd.DataFrame(columns=["metric", "case"]),), "no method, value"),
+        (teacher_agreement, (pd.DataFrame(columns=["metric", "case"]),), "no method, patient, value"),
         (teacher_agreement, (closeness(["S1"], ["agreement"]).assign(value=np.nan),), "no defined value"),
         (reliability, (binned(["S1"], 1, 2, empty=(0, 1)),), "'S1' has no pixel"),
         (reliability, (binned(["S1"]).drop(columns="method"),), "no method"),
         (forest, (family(MANY[:2])[1].iloc[:0],), "no rows"),
-        (forest, (family(MANY[:2])[1], "dice", None, {MANY[1]["method"]: "scales"}), "are not all of E-E"),
+        (forest, (family(MANY[:2])[1], None, {MANY[1]["method"]: "scales"}), "are not all of E-E"),
         (by_class, (organs().drop(columns="volume"),), "no volume"),
         (cumulative_correction, (stages()[0].drop(columns="verdict"), stages()[1]), "no verdict"),
         (qualitative, (slices(["S1"], "a"), {"teacher": "T1"}, {"best": "a"}, nothing), "no example slice of method"),

@@ -12,7 +12,7 @@ from monai.metrics import CalibrationErrorMetric, calibration_binning
 from small_training import Reader, boxes, painted
 from torch import nn
 
-from kdlib.analysis.calibration import expected_calibration_error
+from kdlib.analysis.tables import expected_calibration_error
 from kdlib.config import InputError, Preprocessing
 from kdlib.data.decathlon import index
 from kdlib.data.slices import build
