@@ -75,12 +75,13 @@ class Recipe:
         segmentation_weight: factor of the segmentation loss.
         reconstruction_weight: factor of the mean squared error of the reconstruction, where the model has one.
         terms: distillation terms; none for a baseline.
-        smoothing: label smoothing: this share of every pixel's target is spread evenly over the classes.
+        smoothing: label smoothing: this share of each target of the cross entropy is spread evenly over the classes.
         teacher: "trained", or, as controls, "random" (untrained weights) or "shuffled" (another slice's features).
         budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
             steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
-            step of every epoch their weights are set to that, in proportion to their own; None keeps the weights.
+            step of every epoch their weights are set to that, in proportion to their own, but to no more than 100 times
+            the first ones; None keeps the weights.
         warmup: share of the steps in which the student learns from its labels alone; the terms act after them.
         redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
         unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the
@@ -108,6 +109,10 @@ class Recipe:
         check_fields(self)
         if self.pseudo_labels and not self.unlabelled:
             raise InputError(f"recipe {self.name!r}: pseudo_labels are for slices without labels: set unlabelled, too")
+        if self.smoothing and self.segmentation == "dice":
+            raise InputError(
+                f"recipe {self.name!r}, smoothing {self.smoothing}: it is for cross entropy: set 'dice+ce'"
+            )
         if self.balance is not None and not any(term.weight for term in self.terms):
             raise InputError(f"recipe {self.name!r}, balance {self.balance}: it needs terms whose weights are not 0")
         if self.warmup and not self.terms:

@@ -44,7 +44,9 @@ class SegmentationLoss(nn.Module):
 
     Args:
         cross_entropy: add the mean cross entropy (binary for one channel), as the teachers do; else Dice alone.
-        smoothing: share of every pixel's target spread evenly over the classes (Szegedy 2016, arXiv 1512.00567).
+        smoothing: share of every pixel's target of the cross entropy that is spread evenly over the classes (Szegedy
+            2016, arXiv 1512.00567). Dice keeps its labels: smoothed ones promise foreground everywhere, and networks
+            that learn a small organ from them begin by finding none, some for good.
         ignore_index: label of positions that take no part; None where there is none.
     """
 
@@ -53,10 +55,8 @@ class SegmentationLoss(nn.Module):
         from monai.losses import DiceLoss  # seconds that only a training needs
 
         self.cross_entropy, self.smoothing, self.ignore_index = cross_entropy, smoothing, ignore_index
-        # MONAI's default Dice of soft targets is not least at the target itself
-        soft = dict(batch=True, soft_label=smoothing > 0)
-        self.binary = DiceLoss(sigmoid=True, **soft)
-        self.multiclass = DiceLoss(softmax=True, include_background=False, **soft)
+        self.binary = DiceLoss(sigmoid=True, batch=True)
+        self.multiclass = DiceLoss(softmax=True, include_background=False, batch=True)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -75,15 +75,15 @@ class SegmentationLoss(nn.Module):
             check_classes(labels, channels)
         logits, share = as_float(logits), 1.0
         target = one_hot(labels.clamp(min=0), channels).to(logits.dtype)
-        target = target * (1 - self.smoothing) + self.smoothing / max(channels, 2)
+        smoothed = target * (1 - self.smoothing) + self.smoothing / max(channels, 2)
         if self.ignore_index is not None:
             # certain and true background adds nothing to Dice or cross entropy, whose mean is then of the kept alone
             number = torch.arange(channels, device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
             background = number == (0 if channels > 1 else -1)
             ignored = labels[:, None] < 0
             logits = torch.where(ignored, torch.where(background, 0.0, -1e4).to(logits), logits)
-            target = torch.where(ignored, background.to(target), target)
+            target, smoothed = (torch.where(ignored, background.to(x), x) for x in (target, smoothed))
             share = (~ignored).sum().clamp(min=1) / ignored.numel()
         dice = (self.binary if channels == 1 else self.multiclass)(logits, target)
         entropy = F.binary_cross_entropy_with_logits if channels == 1 else F.cross_entropy
-        return dice + entropy(logits, target) / share if self.cross_entropy else dice
+        return dice + entropy(logits, smoothed) / share if self.cross_entropy else dice

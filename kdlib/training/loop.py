@@ -35,6 +35,7 @@ from kdlib.training.state import RunState, new_state
 from kdlib.training.validation import volume_dice
 
 CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
+MOST = 100  # times its first weight that a balanced term can get
 
 # ---------------------------------------------------------------------------------------------------------- one step
 
@@ -75,14 +76,20 @@ def balance(state: RunState, norms: Mapping[str, float]) -> None:
     """Sets the terms' weights so that their gradients are `recipe.balance` times that of the segmentation loss.
 
     Losses then get the same say, whatever the scale of their formulas; within a recipe it is divided in proportion to
-    the terms' own weights. A term without gradient keeps its weight.
+    the terms' own weights. A term without gradient keeps its weight, and none gets more than `MOST` times the weight
+    that it had at the end of its first epoch: a loss that is as good as solved has hardly a gradient to go by, and the
+    next batch that it is not solved for would wreck the student.
 
     Args:
         norms: of the unweighted losses' gradients on the student.
     """
     own, total = state.distiller.weights, state.run.effective_recipe.balance * state.weights["segmentation"]
     share = total * norms["segmentation"] / sum(own.values())
-    state.weights |= {name: share * weight / norms[name] for name, weight in own.items() if norms[name] > 0}
+    before = {row["name"]: row["value"] for row in reversed(state.history) if row["value"] > 0}  # the first stays
+    for name in own:
+        if norms[name] > 0:
+            most = MOST * before.get(f"weight/{name}", math.inf)
+            state.weights[name] = min(share * own[name] / norms[name], most)
     state.diagnostics.balanced = True
 
 

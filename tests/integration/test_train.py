@@ -19,7 +19,7 @@ from kdlib.training import loop as training
 from kdlib.training.batch import Batch
 from kdlib.training.frozen import teacher_forward
 from kdlib.training.hooks import FeatureHooks
-from kdlib.training.loop import train_cohort, training_step
+from kdlib.training.loop import balance, train_cohort, training_step
 from kdlib.training.schedule import epochs_of, steps_per_epoch
 from kdlib.training.state import new_model, new_state
 
@@ -233,6 +233,25 @@ def test_a_balanced_recipe_gives_its_terms_the_gradient_it_says():
         assert rows["grad/B-B"] == pytest.approx(0.5 * rows["grad/segmentation"] / 4, rel=1e-4)
         assert rows["grad/PMD"] == pytest.approx(0.5 * rows["grad/segmentation"] * 3 / 4, rel=1e-4)
         assert rows["weight/PMD"] * rows["PMD"] > 0
+
+
+def test_a_loss_that_is_as_good_as_solved_gets_no_boundless_weight():
+    terms = (Term("B-B", "fitnet", 1.0), Term("PMD", "kl", 3.0, 4.0))
+    run = run_of("S1", teacher="T1", recipe=Recipe("b", terms=terms, balance=0.5), fraction=0.5)
+    arm = new_state(run, 1, 6, CPU, frozen_teacher())
+    arm.begin_epoch()
+    balance(arm, {"segmentation": 1.0, "B-B": 0.5, "PMD": 1e-9})
+    first = dict(arm.weights)
+    assert first["PMD"] == pytest.approx(0.5 * 0.4 * 3 / 4 / 1e-9), "the first weight, however large"
+    for epoch, silent in ((1, 0.0), (2, 1.0), (3, 5.0)):  # during a warm-up the weight in use is 0
+        arm.history += [
+            dict(epoch=epoch, name=f"weight/{name}", value=silent * first[name])
+            for name in first
+            if name != "segmentation"
+        ]
+    balance(arm, {"segmentation": 1.0, "B-B": 1e-9, "PMD": 1e-9})
+    assert arm.weights["B-B"] == 100 * first["B-B"], "of the first epoch in which it acts"
+    assert arm.weights["PMD"] == first["PMD"]
 
 
 def test_a_batch_without_foreground_balances_nothing():

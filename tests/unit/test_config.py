@@ -50,6 +50,10 @@ from kdlib.training.distiller import check_recipe
             "1 scales of the student, 2 of the teacher",
         ),
         (lambda: Recipe("x", smoothing=1.0), "recipe 'x', smoothing 1.0: give a number from 0 and below 1"),
+        (
+            lambda: Recipe("x", "dice", smoothing=0.1),
+            "smoothing 0.1: it is for cross entropy: set 'dice.ce'",
+        ),
         (lambda: Recipe("x", teacher="absent"), "'trained', 'random' or 'shuffled'"),
         (lambda: Recipe("x", budget="all"), "'student', 'teacher\\+student' or 'wall_clock'"),
         (lambda: Recipe("x", balance=0.5), "needs terms whose weights are not 0"),
