@@ -16,7 +16,7 @@ import cattrs
 
 from kdlib.protocol import LOGIT_CUT, PROTOCOLS, PUBLISHED_OPTIMISATION, SWITCHES, Protocol, correction_stages
 from kdlib.recipe import BASELINE, SCALES, TEACHER_RECIPE, UNLABELLED, Optimisation, Recipe, Term
-from kdlib.strict import AtLeastOne, InputError, Positive, Range, Seed, TrainingError, check_fields, lookup
+from kdlib.strict import AtLeastOne, InputError, Positive, Range, TrainingError, Whole, check_fields, lookup
 
 __all__ = [  # of other files, but imported from here
     "BASELINE", "PROTOCOLS", "SCALES", "SWITCHES", "TEACHER_RECIPE", "UNLABELLED", "InputError", "Optimisation",
@@ -181,12 +181,12 @@ class Run:
     data: str
     target: str
     model: str
-    fold: Seed = 0
+    fold: Whole = 0
     fraction: Annotated[float, Range(above=0, high=1)] = 1.0
     teacher: str | None = None
     recipe: Recipe | None = None
-    seed: Seed = 0
-    teacher_seed: Seed = 0
+    seed: Whole = 0
+    teacher_seed: Whole = 0
     length: Positive = 1.0
     profile: Profile = PROFILES["quick"]
     protocol: Protocol = PROTOCOLS["corrected"]
@@ -238,7 +238,7 @@ class Run:
         """The recipe with the faults that the protocol keeps, and without terms of weight 0, which change nothing."""
         protocol, recipe = self.protocol, self.recipe
         if protocol.own_optimisers:
-            change = {"segmentation": "dice"} if self.teacher else {"segmentation_weight": 1.0}
+            change = {"segmentation": "dice", "smoothing": 0.0} if self.teacher else {"segmentation_weight": 1.0}
             recipe = dataclasses.replace(recipe, **change)
         published = {"kl": "softmax_kl"} if protocol.one_channel_softmax else {}
         published |= {"supcon": "infonce"} if protocol.unlabelled_contrast else {}

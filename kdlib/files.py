@@ -58,23 +58,28 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, writer: Callable[[Path], object]) -> None:
-    """Writes a folder whole or not at all, in place of one that is there: `writer` fills a neighbour, then renamed.
+def write_folder(path: Path, writer: Callable[[Path], object], replace: bool = False) -> None:
+    """Writes a folder whole or not at all: `writer` fills a neighbour, which then gets the name.
 
-    Raises: InputError: the file system refuses.
+    Args:
+        replace: take the place of one that is there.
+
+    Raises: InputError: the file system refuses, also where there is one that is not to be replaced.
     """
     partial, old = (path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}") for _ in range(2))
     try:
         partial.mkdir(parents=True)
         writer(partial)
-        if path.exists():
+        if replace and path.exists():
             os.rename(path, old)
         os.rename(partial, path)
     except OSError as error:
         raise write_error(path, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,11 +98,11 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads a table; names of cases and patients, and keys of runs, stay text."""
+    """Reads a table; names of cases, patients and classes, and keys of runs, stay text."""
     import pandas as pd
 
     # whole: read in parts, a column that is empty in one of them has mixed types
-    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "run"), str), low_memory=False)
+    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "class", "run"), str), low_memory=False)
 
 
 def packed_or_not(path: Path) -> Path | None:

@@ -62,7 +62,7 @@ class Range:
 AtLeastOne = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
-Seed = Annotated[int, Range(0)]
+Whole = Annotated[int, Range(0)]
 
 
 def check_fields(made: object) -> None:

@@ -149,13 +149,15 @@ def recipe_text(run: Run) -> str:
     if recipe.unlabelled:
         parts.append("pseudo-labels" if recipe.pseudo_labels else "unlabelled slices in half of each batch")
     if recipe.smoothing:
-        parts.append(f"labels smoothed by {recipe.smoothing:g}")
+        parts.append(f"labels of the cross entropy smoothed by {recipe.smoothing:g}")
     if run.teacher and recipe.teacher != "trained":
         parts.append(f"{recipe.teacher} teacher")
     if recipe.budget != "student":
         parts.append({"teacher+student": "longer training", "wall_clock": "equal wall-clock time"}[recipe.budget])
     if recipe.balance:
-        parts.append(f"terms balanced to {recipe.balance:g} of the segmentation's gradient")
+        parts.append(
+            f"terms balanced to {recipe.balance:g} of the segmentation's gradient, at most 100 times the first weight"
+        )
     return " + ".join(parts)
 
 

@@ -143,7 +143,8 @@ def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     """
     found = methods(table).reset_index()
     alone, others = found[found["role"] == "baseline"], found[found["role"].isin(["distilled", "control"])]
-    pairs = others.merge(alone, on=["model", "fraction", "length", "dimensions"])
+    same = ["model", "fraction", "length", "dimensions"]
+    pairs = others.merge(alone.drop_duplicates(same, keep="last"), on=same)
     if pairs.empty:
         raise InputError("no distilled student or control with itself alone on the same labels: run notebook 02")
     return list(zip(pairs["method_x"], pairs["method_y"], strict=True))

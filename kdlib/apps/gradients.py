@@ -117,8 +117,7 @@ def term_gradients(
 
     Raises: InputError: a run without a teacher, or a slice or region that is not there.
     """
-    state, bank, taught = _prepared(student, teachers)
-    run, size = state.run, student.run.preprocessing.size
+    size = student.run.preprocessing.size
     lookup("case", case, dict.fromkeys(student.fold.groups))
     own = case_slices(student, (case,))
     if not 0 <= number < len(own):
@@ -126,7 +125,9 @@ def term_gradients(
     top, bottom, left, right = region = tuple(region or (0, size, 0, size))
     if not (0 <= top < bottom <= size and 0 <= left < right <= size):
         raise InputError(f"region {region}: give (row, row, column, column), each pair ascending, from 0 to {size}")
-    others = next(batch_indices(bank.holds_target.cpu(), run.optimisation.batch, run.seed))[1:].to(student.device)
+    state, bank, taught = _prepared(student, teachers)
+    batches = batch_indices(bank.holds_target.cpu(), state.run.optimisation.batch, state.run.seed)
+    others = next(batches)[1:].to(student.device)
     patient = bank.patients[bank.cases.index(case)] if case in bank.cases else max(bank.patients) + 1
     here = torch.tensor([number], device=student.device)
     parts = zip(own.batch(here), bank.batch(others), strict=True)

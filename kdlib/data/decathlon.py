@@ -169,7 +169,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
             defects.append((text, text, "file name too long, or with unprintable characters", "rename the file"))
             continue
         pair = [files[part].get(name, []) for part in ("imagesTr", "labelsTr")]
-        found, scan = _inspect(root, name, *pair, about.training.get(name), {0, *about.labels.values()})
+        found, scan = _inspect(name, *pair, about.training.get(name), {0, *about.labels.values()})
         defects += [(name, *defect) for defect in found]
         if not found:
             scans[name] = scan
@@ -227,8 +227,9 @@ class _Volume(NamedTuple):
 
     def counts(self) -> dict[float, int]:
         """Scaled value -> number of voxels."""
-        values, numbers = np.unique(self.raw, return_counts=True)
-        return dict(zip(self.scaled(values).tolist(), numbers.tolist(), strict=True))
+        raw = self.raw.astype(self.raw.dtype.newbyteorder("="), copy=False)  # pandas counts in the machine's order only
+        found = pd.Series(raw.ravel(order="K")).value_counts(sort=False, dropna=False)
+        return dict(zip(self.scaled(found.index.to_numpy()).tolist(), found.tolist(), strict=True))
 
     def pixel_hash(self) -> str:
         """The same for the same intensities, however they are stored."""
@@ -267,7 +268,7 @@ def _label_defects(voxels: dict[float, int], values: set[int]) -> Iterator[tuple
 
 
 def _inspect(
-    root: Path, name: str, images: list[Path], labels: list[Path], listed: tuple[str, str] | None, values: set[int]
+    name: str, images: list[Path], labels: list[Path], listed: tuple[str, str] | None, values: set[int]
 ) -> tuple[list[tuple[str, str, str]], _Scan | None]:
     """Every (file, defect, remedy) of one case; and what it holds, None where a defect hides that."""
     rows, volumes, voxels = [], [], {}

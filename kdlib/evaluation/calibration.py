@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.stats import binned_statistic
 from torch import nn
 
+from kdlib.config import InputError
 from kdlib.data.volumes import Bank
 from kdlib.evaluation.masks import grown_box, predict_cases
 
@@ -37,6 +38,8 @@ def calibration(model: nn.Module, bank: Bank) -> pd.DataFrame:
             truth = (part.volume(name)[1] == value).cpu()
             box = grown_box(truth.numpy())
             said, seen = (x[box].flatten().double().numpy() for x in (scores[value if len(scores) > 1 else 0], truth))
+            if not np.isfinite(said).all():
+                raise InputError(f"{name}: the network's probabilities are not all finite, so it has no calibration")
             (confidence, accuracy), _, place = binned_statistic(said, [said, seen], "mean", BINS, (0, 1))
             count = np.bincount(place - 1, minlength=BINS)
             found = dict(bin=range(BINS), confidence=confidence, accuracy=accuracy, count=count)

@@ -223,9 +223,10 @@ def train_group(
     """
     run = group[0]
     fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
-    labelled, whole = fold.subset(run.fraction), bank.select(fold.train)
-    hidden = set(fold.train) - set(labelled)
-    train = whole.hide_labels(hidden) if run.recipe.unlabelled else bank.select(labelled)
+    labelled, slices = fold.subset(run.fraction), len(bank.select(fold.train))
+    train = bank.select(labelled)
+    if run.recipe.unlabelled:
+        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
     val = bank.select(fold.test if run.protocol.test_selection else fold.val)
     teachers = {
         name: untrained(teacher, len(bank.classes), device) if run.recipe.teacher == "random"
@@ -241,10 +242,10 @@ def train_group(
             group,
             train.to(device),
             val.to(device),
-            steps_per_epoch(run, len(whole)),
+            steps_per_epoch(run, slices),
             device,
             teachers,
-            epochs_of(run, len(whole)),
+            epochs_of(run, slices),
             [dataclasses.replace(checkpoint_of(run, results), read_only=processes.rank > 0) for run in group],
             parts,
             processes=processes,

@@ -11,7 +11,7 @@ from typing import Literal
 from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Recipe, Run, lookup, override_profile
 from kdlib.experiments.source import run_source
 from kdlib.files import check_study
-from kdlib.strict import Seed, check_fields
+from kdlib.strict import Whole, check_fields
 from kdlib.training.device import pick_device
 
 
@@ -39,8 +39,8 @@ class Setting:
     profile: str = "quick"
     changes: dict = field(default_factory=dict)
     protocol: str = "corrected"
-    folds: tuple[Seed, ...] = (0,)
-    seeds: tuple[Seed, ...] = (0,)
+    folds: tuple[Whole, ...] = (0,)
+    seeds: tuple[Whole, ...] = (0,)
     on_defect: Literal["raise", "drop"] = "raise"
     group: str = "auto"
     device: str = "auto"

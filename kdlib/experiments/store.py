@@ -67,10 +67,13 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
             *(length if run.effective_recipe.budget == "teacher+student" else ()),
             *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
         ]
+    recipe = _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""}
+    if run.effective_recipe.smoothing:  # a key of its own: before, the labels of Dice were smoothed, too
+        recipe["smoothing"] = ["cross entropy", run.effective_recipe.smoothing]
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
-        "recipe": _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""},
+        "recipe": recipe,
         "preprocessing": _chosen(run.preprocessing, dimensions=2),
         "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,

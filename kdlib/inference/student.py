@@ -154,7 +154,7 @@ def write_student(student: Student, folder: Path, make: Callable[[Path], object]
         files = {name: sha256(partial / name) for name in WEIGHTS[student.format]}
         write_json(partial / "student.json", dataclasses.asdict(dataclasses.replace(student, files=files)))
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, overwrite)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

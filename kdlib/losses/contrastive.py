@@ -14,7 +14,7 @@ from kdlib.losses import base
 from kdlib.losses.base import Context, DistillationLoss, as_float, l2_normalize
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
-from kdlib.strict import AtLeastOne, Positive, Range, Seed, checked
+from kdlib.strict import AtLeastOne, Positive, Range, Whole, checked
 
 
 class InfoNCE(DistillationLoss):
@@ -90,7 +90,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         if hard and samples is None:
             raise InputError("all positions are taken, so none can be drawn near boundaries: give samples, or hard=0")
         self.keep(bool, same_patient=same_patient)
-        self.bank = MemoryBank(memory) if checked("memory is", memory, Seed) else None
+        self.bank = MemoryBank(memory) if checked("memory is", memory, Whole) else None
 
     def compare(self, student, teacher, labels, kept, context):
         positions = self.draw(labels, context.generator)
@@ -268,7 +268,7 @@ class CRD(DistillationLoss):
         super().__init__()
         self.keep(Positive, temperature=temperature)
         self.keep(bool, same_patient=same_patient)
-        size = checked("memory is", memory, Seed)
+        size = checked("memory is", memory, Whole)
         self.student_bank, self.teacher_bank = (MemoryBank(size) if size else None for _ in range(2))
         # log Z with students, and with teachers as anchors; -inf before the first training step with a negative
         self.register_buffer("log_normaliser", torch.full((2,), -torch.inf))

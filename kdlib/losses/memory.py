@@ -96,6 +96,7 @@ class MemoryBank(nn.Module):
             raise InputError(f"patients {others} are not admitted to the memory bank: only training patients may enter")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}steps", None)  # of an older version
         for name in ("vectors", "admitted"):  # the two whose shape a new bank cannot know
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (name == "admitted" or saved.shape[0] == self.size):

@@ -88,7 +88,7 @@ class EpochDiagnostics:
         norms = {name: float(seen[0].norm() or seen[-1].norm()) for name, seen in self.gradients.items()}
         measured = {f"grad/{name}": weights[name] * norm for name, norm in norms.items()}
         total = sum(measured.values()) or 1.0
-        if self.run.effective_recipe.balance is not None:
+        if self.balanced:
             measured |= {f"weight/{name}": weights[name] for name in self.terms}
         measured |= {f"share/{name}": measured[f"grad/{name}"] / total for name in norms}
         for name, seen in self.gradients.items():

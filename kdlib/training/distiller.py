@@ -25,6 +25,9 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     if unknown:
         asked = f"term {term.name}: loss {term.loss!r} has no option {', '.join(unknown)}"
         raise InputError(f"{asked}; it has {', '.join(options) or 'none'}")
+    for name, value in term.arguments.items():
+        if isinstance(parameters[name].default, bool) and not isinstance(value, bool):
+            raise InputError(f"term {term.name}: option {name} is {value!r}: give true or false")
     if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")

@@ -55,7 +55,7 @@ def forest(
         reference = rows["label_b"].iloc[0] if one else "the same student alone"
     far = _collapsed(rows)
     ratios = {"terms": 0.5 * (terms is not None), "ranks": 0.8 * (ranks is not None), "far": 0.35 * far.any()}
-    ratios |= {"main": 2.0, "shares": 0.4 * shares}
+    ratios |= {"main": 2.0, "shares": 0.4 * (shares and ranks is not None)}
     ratios = {name: ratio for name, ratio in ratios.items() if ratio}
     size = (style.DOUBLE if len(ratios) > 1 else 0.75 * style.DOUBLE, (4.8 * len(rows) + 24) * style.MM)
     figure, axes = plt.subplots(
