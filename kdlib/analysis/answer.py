@@ -93,6 +93,32 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=["labels", "parameters", "volumes", "seeds"])
 
 
+def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
+    """What the best of the distillation losses is worth, and beside it what the same student gains without a teacher.
+
+    Args:
+        table: tidy, of cases or of runs: it tells which methods have a teacher and which are controls.
+        verdicts: from `verdicts_of`, of one student and share of labels.
+    """
+    about = methods(table).loc[verdicts["a"]]
+    taught = verdicts[(about["role"] == "distilled").to_numpy()]
+    counts = taught["verdict"].value_counts()
+    decided = listed([f"{counts[word]} {word}" for word in VERDICTS if word in counts])
+    settled = taught[taught["verdict"] != NOT_CONVERGED]
+    best = (taught if settled.empty else settled).nlargest(1, "difference").iloc[0]
+    ways = f"Of {len(taught)} ways to learn from a teacher: {decided}"
+    said = [f"{ways}. The most is gained by {best['label_a']}: {_worth(best)}."]
+    alone = verdicts[(about["teacher"] == "").to_numpy()].sort_values("difference", ascending=False)
+    if len(alone):
+        ways = [f"{row['label_a']} {_worth(row)}" for _, row in alone.iterrows()]
+        said.append(f"Without a teacher: {listed(ways)}.")
+    return said
+
+
+def _worth(row: pd.Series) -> str:
+    return f"{interval_of(*row[['difference', 'low', 'high']])} Dice ({row['verdict']})"
+
+
 def class_sentence(table: pd.DataFrame) -> str:
     """In which classes distillation helps and in which it hurts, whether it is the small ones, and which are not found.
 

@@ -21,6 +21,7 @@ from kdlib.analysis.answer import (
     lead_sentence,
     length_sentences,
     lengths_markdown,
+    loss_sentences,
 )
 from kdlib.analysis.sentences import comparison_sentences
 from kdlib.analysis.statistics import baseline_pairs, compare, image_pairs
@@ -51,6 +52,27 @@ def test_one_row_per_student_and_teacher_with_the_verdict_first(cases):
     first = table.iloc[0]
     assert (first["dice_alone"], first["dice_distilled"], first["dice_teacher"]) == pytest.approx((0.735, 0.785, 0.9))
     assert first["change"] == "+0.050 [+0.050, +0.050]" and first["labels"] == "50 %"
+
+
+def test_losses_stand_beside_what_needs_no_teacher(cases):
+    """Numbers by hand: each method is the student alone, moved by the same amount in every patient."""
+    verdicts = pd.DataFrame({
+        "a": ["kl", "at", "dkd", "random", "longer"],
+        "label_a": ["KL", "AT", "DKD", "random teacher", "longer training"],
+        "difference": [0.004, -0.010, 0.02, 0.03, 0.008], "low": [0.001, -0.02, 0.01, 0.02, 0.005],
+        "high": [0.007, -0.001, 0.03, 0.04, np.nan],
+        "verdict": ["better", "worse", "not converged", "better", "better"],
+    }).assign(low=lambda table: table["low"].where(table["high"].notna()))  # fmt: skip
+    roles = ["distilled"] * 3 + ["control"] * 2
+    table = pd.DataFrame({"method": verdicts["a"], "role": roles, "teacher": ["T1"] * 4 + [np.nan]})
+    first, second = loss_sentences(table, verdicts)
+    assert first == (
+        "Of 3 ways to learn from a teacher: 1 better, 1 worse and 1 not converged. "
+        "The most is gained by KL: +0.004 [+0.001, +0.007] Dice (better)."
+    )
+    assert second == "Without a teacher: longer training +0.008 Dice (better)."
+    (only,) = loss_sentences(table, verdicts[2:4])
+    assert only.endswith("gained by DKD: +0.020 [+0.010, +0.030] Dice (not converged).")
 
 
 def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
