@@ -97,7 +97,7 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
     """What the best of the distillation losses is worth, and beside it what the same student gains without a teacher.
 
     Args:
-        table: tidy, of cases or of runs: it tells which methods have a teacher and which are controls.
+        table: tidy, or of `statistics.ranks`: it tells which methods have a teacher and which are controls.
         verdicts: from `verdicts_of`, of one student and share of labels.
     """
     about = methods(table).loc[verdicts["a"]]

@@ -85,8 +85,8 @@ def findings(folder: Path) -> show.Shown:
         if found is not None:
             lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
             said = [verdict_sentence(found)]
-            if name == "04_comparisons":
-                said = [*answer.loss_sentences(runs, found), *said]
+            if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:
+                said = [*answer.loss_sentences(ranked, found), *said]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
                 write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
                 said = [*answer.fraction_sentences(shares), *said]
