@@ -43,9 +43,9 @@ def _picture(folder: Path, name: str) -> list[show.Shown]:
     return [show.picture(path.read_bytes(), caption, caption.partition(". ")[0])]
 
 
-def runs_of(folder: Path) -> pd.DataFrame:
-    """One row per run of a study's tables, packed or not."""
-    paths = sorted(folder.glob("tables/*_runs.csv*"))
+def runs_of(folder: Path, chapter: str = "") -> pd.DataFrame:
+    """One row per run of a study's tables, packed or not; of one chapter's, where its number is given."""
+    paths = sorted(folder.glob(f"tables/{chapter and chapter + '_'}*_runs.csv*"))
     return pd.concat(map(read_csv, paths)).drop_duplicates("run") if paths else pd.DataFrame(columns=["run", "seed"])
 
 
@@ -79,10 +79,11 @@ def findings(folder: Path) -> show.Shown:
     Writes what the cumulative correction found as `worth.md`, the label fractions as `labels.md`, the lengths as
     `length.md`, and several classes as `classes.md`.
     """
-    runs, parts = runs_of(folder), []
+    parts = []
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
+            runs = runs_of(folder, name.partition("_")[0])
             lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:

@@ -119,6 +119,17 @@ def test_the_report_of_several_classes_says_where_it_helps(several, tmp_path):
     assert (tmp_path / "classes.md").is_file() == several
 
 
+def test_the_report_counts_the_seeds_of_each_chapter_alone(tmp_path):
+    row = dict(a="KD", b="S1", label_a="KD", label_b="S1", n=8, difference=0.1, low=0.0, high=0.2, p_holm=0.01,
+               verdict="better", minimum_detectable=0.1)  # fmt: skip
+    for chapter, table, seeds in (("02", "distillation", 3), ("02b", "controls", 1)):
+        write_csv(tmp_path / "tables" / f"{chapter}_{'comparisons' if seeds > 1 else table}.csv", pd.DataFrame([row]))
+        runs = pd.DataFrame([dict(run=f"{chapter}{seed}", method="KD", seed=seed) for seed in range(seeds)])
+        write_csv(tmp_path / "tables" / f"{chapter}_{table}_runs.csv", runs)
+    said = report.findings(tmp_path).text
+    assert said.count("8 patients, 3 seeds") == said.count("8 patients, 1 seed,") == 1
+
+
 def test_sentences_and_markdown_say_what_the_table_says(cases):
     table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 57_297))
     one, two = answer_sentences(table)
