@@ -65,6 +65,9 @@ class Term:
         return dict(self.options) | ({} if self.temperature is None else {"temperature": self.temperature})
 
 
+MOST = 100  # times its first weight that a term can get where gradients are balanced
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a network learns from: its labels, its input (reconstruction) and, through `terms`, a teacher.
@@ -80,8 +83,8 @@ class Recipe:
         budget: "student"; or, of a control, "teacher+student" (the steps of both together) or "wall_clock" (as many
             steps as take the time of the distilled student, its teacher's pass included: see `Profile.step_cost`).
         balance: the terms' gradients on the student, together, as a multiple of the segmentation loss's: at the first
-            step of every epoch their weights are set to that, in proportion to their own, but to no more than 100 times
-            the first ones; None keeps the weights.
+            step of every epoch their weights are set to that, in proportion to their own, but to no more than `MOST`
+            times the first ones; None keeps the weights.
         warmup: share of the steps in which the student learns from its labels alone; the terms act after them.
         redrawn_projectors: projections of features are drawn again at every step and never trained (as published).
         unlabelled: half of each batch are slices of those training patients whose labels the run may not use: the

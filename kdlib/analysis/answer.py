@@ -13,9 +13,9 @@ from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, knowledge, methods, percent
 from kdlib.analysis.sentences import (
     NOT_CONVERGED,
-    VERDICTS,
     comparison_sentences,
     correction_sentence,
+    counted_verdicts,
     gains_sentence,
     interval_of,
     listed,
@@ -102,11 +102,9 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
     """
     about = methods(table).loc[verdicts["a"]]
     taught = verdicts[(about["role"] == "distilled").to_numpy()]
-    counts = taught["verdict"].value_counts()
-    decided = listed([f"{counts[word]} {word}" for word in VERDICTS if word in counts])
     settled = taught[taught["verdict"] != NOT_CONVERGED]
     best = (taught if settled.empty else settled).nlargest(1, "difference").iloc[0]
-    ways = f"Of {len(taught)} ways to learn from a teacher: {decided}"
+    ways = f"Of {len(taught)} ways to learn from a teacher: {counted_verdicts(taught['verdict'])}"
     said = [f"{ways}. The most is gained by {best['label_a']}: {_worth(best)}."]
     alone = verdicts[(about["teacher"] == "").to_numpy()].sort_values("difference", ascending=False)
     if len(alone):
@@ -159,9 +157,8 @@ def lead_sentence(table: pd.DataFrame) -> str:
     Args:
         table: of `answer`.
     """
-    counts = table["verdict"].value_counts()
-    said = [f"{count} {verdict}" for verdict in VERDICTS if (count := counts.get(verdict, 0))]
-    text = f"Distilled students that do better than alone: {counts.get('better', 0)} of {len(table)} ({listed(said)})."
+    better, said = (table["verdict"] == "better").sum(), counted_verdicts(table["verdict"])
+    text = f"Distilled students that do better than alone: {better} of {len(table)} ({said})."
     if table["dice_teacher"].isna().all():
         return text
     best = table.loc[table["dice_teacher"].idxmax()]

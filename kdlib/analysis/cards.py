@@ -22,6 +22,7 @@ from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.tables import markdown_table, summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
 from kdlib.files import read_csv, write_text
+from kdlib.recipe import MOST
 
 UNKNOWN = "not recorded"
 FAULTS = {  # switches of a protocol -> the published fault that each one keeps
@@ -155,9 +156,8 @@ def recipe_text(run: Run) -> str:
     if recipe.budget != "student":
         parts.append({"teacher+student": "longer training", "wall_clock": "equal wall-clock time"}[recipe.budget])
     if recipe.balance:
-        parts.append(
-            f"terms balanced to {recipe.balance:g} of the segmentation's gradient, at most 100 times the first weight"
-        )
+        limit = f"at most {MOST} times the first weight"
+        parts.append(f"terms balanced to {recipe.balance:g} of the segmentation's gradient, {limit}")
     return " + ".join(parts)
 
 

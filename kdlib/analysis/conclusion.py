@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.analysis.answer import fractions, verdicts_markdown, verdicts_of
 from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
-from kdlib.analysis.sentences import NOT_CONVERGED, VERDICTS, listed, signed
+from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, listed, signed
 from kdlib.config import InputError
 from kdlib.files import packed_or_not, read_csv
 
@@ -137,8 +137,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
 
 
 def _count_sentence(rows: pd.DataFrame, rising: int) -> str:
-    counts = rows["verdict"].value_counts()
-    decided = listed([f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts])
+    decided = counted_verdicts(rows["verdict"])
     data = listed([f"{name} ({part['n'].max()} patients)" for name, part in rows.groupby("data", sort=False)])
     many = f"{len(rows)} comparison{'s' * (len(rows) > 1)}"
     more = f" {rising} more {'has' if rising == 1 else 'have'} not converged and do{'es' * (rising == 1)} not count."

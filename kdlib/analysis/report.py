@@ -43,9 +43,9 @@ def _picture(folder: Path, name: str) -> list[show.Shown]:
     return [show.picture(path.read_bytes(), caption, caption.partition(". ")[0])]
 
 
-def runs_of(folder: Path, chapter: str = "") -> pd.DataFrame:
-    """One row per run of a study's tables, packed or not; of one chapter's, where its number is given."""
-    paths = sorted(folder.glob(f"tables/{chapter and chapter + '_'}*_runs.csv*"))
+def runs_of(folder: Path, prefix: str = "") -> pd.DataFrame:
+    """One row per run of a study's tables, packed or not; of one chapter's, where its prefix is given ("02b_")."""
+    paths = sorted(folder.glob(f"tables/{prefix}*_runs.csv*"))
     return pd.concat(map(read_csv, paths)).drop_duplicates("run") if paths else pd.DataFrame(columns=["run", "seed"])
 
 
@@ -83,7 +83,7 @@ def findings(folder: Path) -> show.Shown:
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
-            runs = runs_of(folder, name.partition("_")[0])
+            runs = runs_of(folder, name.partition("_")[0] + "_")
             lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
             said = [verdict_sentence(found)]
             if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:

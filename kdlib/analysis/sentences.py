@@ -57,6 +57,12 @@ def comparison_sentences(verdicts: pd.DataFrame, seeds: int) -> list[str]:
     return sentences
 
 
+def counted_verdicts(verdicts: pd.Series) -> str:
+    """How many comparisons have each verdict, e.g. "1 better, 2 worse and 20 equivalent"."""
+    counts = verdicts.value_counts()
+    return listed([f"{counts[word]} {word}" for word in VERDICTS if word in counts])
+
+
 def verdict_sentence(verdicts: pd.DataFrame) -> str:
     """What a table of comparisons decides: how many are better, worse or open, and what it could have shown.
 

@@ -23,6 +23,7 @@ from kdlib.data import Bank
 from kdlib.data.augment import per_image
 from kdlib.data.sampling import batch_indices
 from kdlib.losses import most_probable, probabilities
+from kdlib.recipe import MOST
 from kdlib.training.batch import Batch, load_batch
 from kdlib.training.checkpoint import Checkpoint
 from kdlib.training.device import autocast, keep_freed_memory, seeded_rng
@@ -35,7 +36,6 @@ from kdlib.training.state import RunState, new_state
 from kdlib.training.validation import volume_dice
 
 CHECKPOINT_SECONDS = 300  # at most between two checkpoints within an epoch
-MOST = 100  # times its first weight that a balanced term can get
 
 # ---------------------------------------------------------------------------------------------------------- one step
 
@@ -85,10 +85,10 @@ def balance(state: RunState, norms: Mapping[str, float]) -> None:
     """
     own, total = state.distiller.weights, state.run.effective_recipe.balance * state.weights["segmentation"]
     share = total * norms["segmentation"] / sum(own.values())
-    before = {row["name"]: row["value"] for row in reversed(state.history) if row["value"] > 0}  # the first stays
+    first = {row["name"]: row["value"] for row in reversed(state.history) if row["value"] > 0}
     for name in own:
         if norms[name] > 0:
-            most = MOST * before.get(f"weight/{name}", math.inf)
+            most = MOST * first.get(f"weight/{name}", math.inf)
             state.weights[name] = min(share * own[name] / norms[name], most)
     state.diagnostics.balanced = True
 
