@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.analysis import show
-from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare, compare_classes
+from kdlib.analysis.comparisons import SAME, baseline_pairs, by_patient, compare, compare_classes, term_effects
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import CONTROLS, knowledge, methods, percent
 from kdlib.analysis.sentences import (
@@ -111,6 +111,23 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
         ways = [f"{row['label_a']} {_worth(row)}" for _, row in alone.iterrows()]
         said.append(f"Without a teacher: {listed(ways)}.")
     return said
+
+
+def effects_of(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    """`statistics.term_effects`; no verdict where one of the trainings that a mean is of has not converged."""
+    effects = term_effects(cases)
+    done = convergence(history)["converged"].all()
+    return effects if done else effects.assign(verdict=NOT_CONVERGED)
+
+
+def effects_sentence(effects: pd.DataFrame) -> str:
+    """Which term, at which scale, does the work.
+
+    Args:
+        effects: of `effects_of`.
+    """
+    parts = [f"{row['label_a']} {_worth(row)}" for _, row in effects.sort_values("difference")[::-1].iterrows()]
+    return f"On average over all subsets of the other terms, Dice with a term minus without it: {listed(parts)}."
 
 
 def _worth(row: pd.Series) -> str:

@@ -150,6 +150,31 @@ def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     return list(zip(pairs["method_x"], pairs["method_y"], strict=True))
 
 
+def term_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """What each distillation term is worth on average over all subsets of the others, the main effects of a full
+    factorial design: `compare` of the mean of the students that learn by it with that of those that do not.
+
+    Args:
+        table: tidy, of one student and share of labels: alone, and distilled by every subset of the terms.
+
+    Raises: InputError: a subset is missing, or there twice.
+    """
+    about = methods(table)
+    learned = about.loc[about["role"].isin(["baseline", "distilled"]), "terms"].str.split("+")
+    names = [name for name in dict.fromkeys(learned.explode()) if name]
+    subsets = list(map(frozenset, learned))
+    if not names or not len(set(subsets)) == len(subsets) == 2 ** len(names):
+        told = f"{len(subsets)} students learn by {len(set(subsets))} subsets of {len(names)} terms"
+        raise InputError(f"{told}: an ablation takes each of the {2 ** len(names)} once")
+    rows, place = table[table["metric"] == "dice"], ["fold", "seed", "patient", "case", "class", "metric"]
+    parts = []
+    for name in names:
+        kind = {method: f"{'with' if name in found else 'without'} {name}" for method, found in learned.items()}
+        kinds = rows.assign(method=rows["method"].map(kind)).groupby(["method", *place], sort=False, as_index=False)
+        parts.append(kinds["value"].mean())
+    return compare(pd.concat(parts), [(f"with {name}", f"without {name}") for name in names])
+
+
 def image_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     """What asks whether unlabelled images help by the teacher or by themselves: distillation on all images with that on
     the labelled ones, both that and pseudo-labels with self-consistency, which has the images and no teacher, and this

@@ -88,6 +88,8 @@ def findings(folder: Path) -> show.Shown:
             said = [verdict_sentence(found)]
             if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:
                 said = [*answer.loss_sentences(ranked, found), *said]
+            if name == "03_comparisons" and (effects := _table(folder, "03_terms")) is not None:
+                said = [answer.effects_sentence(effects), *said]
             if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
                 write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
                 said = [*answer.fraction_sentences(shares), *said]

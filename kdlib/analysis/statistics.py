@@ -14,6 +14,7 @@ from kdlib.analysis.comparisons import (
     paired,
     rank_biserial,
     ranks,
+    term_effects,
 )
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.correction import (

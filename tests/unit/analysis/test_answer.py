@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_tables import identity, tidy
+from analysis_tables import distilled, identity, tidy
 
 from kdlib.analysis import report
 from kdlib.analysis.answer import (
@@ -15,6 +15,8 @@ from kdlib.analysis.answer import (
     by_class,
     class_sentence,
     classes_markdown,
+    effects_of,
+    effects_sentence,
     fraction_sentences,
     fractions,
     fractions_markdown,
@@ -73,6 +75,23 @@ def test_losses_stand_beside_what_needs_no_teacher(cases):
     assert second == "Without a teacher: longer training +0.008 Dice (better)."
     (only,) = loss_sentences(table, verdicts[2:4])
     assert only.endswith("gained by DKD: +0.020 [+0.010, +0.030] Dice (not converged).")
+
+
+@pytest.mark.parametrize(("late", "verdicts"), [(0.0, ("better", "equivalent")), (0.05, ("not converged",) * 2)])
+def test_what_each_term_is_worth_in_a_sentence(late, verdicts):
+    """The thesis's terms at two scales: B-B brings 0.02 whatever else is on, PMD nothing; and PMD may learn on."""
+    cases, history = [], []
+    for about in [identity("S1 (50 %)"), *(distilled("kl", terms) for terms in ("B-B", "PMD", "B-B+PMD"))]:
+        gain = 0.02 * ("B-B" in about["terms"])
+        cases.append(tidy({about["method"]: 0.7 + gain + 0.01 * np.arange(8)}).assign(**about))
+        dice = [0.9, 0.9 + late * ("PMD" in about["terms"])]
+        rows = dict(run=about["method"], epoch=[4, 5], name="val_dice", value=dice)
+        history.append(pd.DataFrame(rows).assign(**about))
+    effects = effects_of(pd.concat(cases, ignore_index=True), pd.concat(history, ignore_index=True))
+    assert effects_sentence(effects) == (
+        "On average over all subsets of the other terms, Dice with a term minus without it: with B-B +0.020 "
+        f"[+0.020, +0.020] Dice ({verdicts[0]}) and with PMD +0.000 [+0.000, +0.000] Dice ({verdicts[1]})."
+    )
 
 
 def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_tables import tidy
+from analysis_tables import distilled, identity, tidy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -19,6 +19,7 @@ from kdlib.analysis.statistics import (
     paired,
     rank_biserial,
     ranks,
+    term_effects,
 )
 from kdlib.config import InputError
 
@@ -261,6 +262,32 @@ def test_non_inferiority_needs_a_margin_and_a_direction():
             non_inferiority(table, pairs, margin)
     with pytest.raises(InputError, match="no better direction"):
         non_inferiority(table, [("S1", "T1")], 0.1, "volume_error")
+
+
+def ablated(subsets: dict[str, float]) -> pd.DataFrame:
+    """Eight patients, two seeds; subset of terms -> what it adds to the Dice of each."""
+    alone = identity("S1 (50 %)")
+    rows = []
+    for terms, gain in subsets.items():
+        about = distilled("supcon", terms) if terms else alone
+        dice = [[0.70 + 0.01 * number + gain, 0.72 + 0.01 * number + gain] for number in range(8)]
+        rows.append(tidy({about["method"]: dice}).assign(**about))
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_what_a_term_is_worth_over_all_subsets_of_the_others():
+    """By hand: with A 0.03 and 0.01 (B on), without 0 and 0.04, so A changes by (0.03 + 0.01 - 0.04) / 2 = 0."""
+    found = term_effects(ablated({"": 0.0, "A": 0.03, "B": 0.04, "A+B": 0.01})).set_index("label_a")
+    assert found["difference"].to_dict() == pytest.approx({"with A": 0.0, "with B": 0.01})
+    assert found["label_b"].to_dict() == {"with A": "without A", "with B": "without B"}
+    assert (found["n"] == 8).all() and found.loc["with B", "verdict"] == "better"
+    assert found.loc["with B", "p_holm"] == pytest.approx(2 * 2 / 2**8)
+
+
+@pytest.mark.parametrize("subsets", [{"": 0.0, "A": 0.1, "B": 0.1}, {"": 0.0}])
+def test_a_subset_that_is_missing_leaves_no_effect(subsets):
+    with pytest.raises(InputError, match="an ablation takes each of the"):
+        term_effects(ablated(subsets))
 
 
 def test_ranks_that_no_resample_can_change():
