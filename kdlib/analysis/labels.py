@@ -84,10 +84,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
+RECIPES = {"kl": "balanced", "predictions": "tuned weight"}  # recipe -> what tells it from others of the same loss
 DISTINGUISHING = {  # column -> its values in words, in the order in which they tell methods of one label apart
     "dimensions": SHAPES.get, "loss_label": str, "terms": str, "teacher": str, "model": str, "fraction": percent,
     "unlabelled": {True: "with unlabelled slices", False: ""}.get, "length": "{:g} x as long".format,
-    "protocol": str, "recipe": str,
+    "protocol": str, "recipe": lambda name: RECIPES.get(name, name),
 }  # fmt: skip
 
 

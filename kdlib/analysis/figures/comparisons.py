@@ -180,7 +180,8 @@ def _ranks(ax: Axes, ranks: pd.DataFrame, count: int) -> None:
     for y, row in enumerate(ranks.itertuples()):
         look = dict(color=style.DARK, marker="o", markersize=3.5, elinewidth=1)
         style.draw_interval(ax, y, row.rank, row.rank_low, row.rank_high, **look | style.NO_LINE)
-    ax.set(xlim=(0.5, count + 0.5), xticks=[1, *range(5, count + 1, 5)], xlabel="rank (1 = best)")
+    room = 0.5 + 0.02 * count  # for the dots of the first and the last
+    ax.set(xlim=(1 - room, count + room), xticks=[1, *range(5, count + 1, 5)], xlabel="rank (1 = best)")
     ax.grid(axis="x")
 
 

@@ -51,6 +51,8 @@ def test_labels_are_distinct_whatever_the_columns_say():
     assert labels(*rows) == ["KD(T1, S1), 1 x as long", "KD(T1, S1), 2 x as long"]
     same = [identity("KD(T1, S1)", method=name) for name in ("a", "b")]
     assert labels(*same) == ["KD(T1, S1)", "KD(T1, S1) (b)"]
+    tuned = [distilled("kl", recipe=name, method=name) for name in ("kl", "predictions", "mine")]
+    assert labels(distilled("sp"), *tuned) == ["SP", "KL, balanced", "KL, tuned weight", "KL, mine"]
     assert labels(dict(method="x"), dict(method="y")) == ["x", "y"]  # nothing is known of them
     with pytest.raises(InputError, match="no column method"):
         methods(pd.DataFrame({"run": ["a"]}))
