@@ -110,7 +110,7 @@ study: $(STAMP)
 
 site: $(STAMP)
 	@.venv/bin/python -m kdlib site --results="$$RESULTS" --output=docs/site --block README.md answer hippocampus \
-	    --block README.md when conclusion --block docs/protocol.md worth btcv-correction
+	    --block README.md losses hippocampus --block README.md when conclusion --block docs/protocol.md worth btcv-correction
 
 check: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "not slow" tests/unit

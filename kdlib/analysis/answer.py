@@ -224,9 +224,10 @@ def shown(table: pd.DataFrame) -> show.Shown:
 
 
 def answer_markdown(table: pd.DataFrame, picture: str = "") -> str:
-    """The sentences, the picture (if any) and the main table as Markdown, for a page that shows no notebook."""
-    bullets = [f"- {sentence}" for sentence in answer_sentences(table)]
-    lines = [f"**{lead_sentence(table)}**", "", *bullets, "", terms_sentence(table), ""]
+    """The lead, the picture (if any) and the main table as Markdown, for a page that shows no notebook."""
+    sizes = table["parameters"].map("{:,} parameters".format)
+    table = table.assign(student=table["student"] + " (" + sizes + ")")
+    lines = [f"**{lead_sentence(table)}**", "", terms_sentence(table), ""]
     lines += [f"![What distillation changes]({picture})", ""] if picture else []
     return "\n".join([*lines, verdicts_markdown(table, ANSWER_COLUMNS)])
 

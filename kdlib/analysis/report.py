@@ -76,28 +76,22 @@ def opening(folder: Path) -> show.Shown:
 def findings(folder: Path) -> show.Shown:
     """What each chapter found: a question, its answer, its figure, and every comparison to open.
 
-    Writes what the cumulative correction found as `worth.md`, the label fractions as `labels.md`, the lengths as
-    `length.md`, and several classes as `classes.md`.
+    Writes what losses and their terms are worth as `losses.md`, the label fractions as `labels.md`, the lengths as
+    `length.md`, several classes as `classes.md`, and what the cumulative correction found as `worth.md`.
     """
-    parts = []
+    parts, losses = [], []
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
             runs = runs_of(folder, name.partition("_")[0] + "_")
             lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
-            said = [verdict_sentence(found)]
-            if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:
-                said = [*answer.loss_sentences(ranked, found), *said]
-            if name == "03_comparisons" and (effects := _table(folder, "03_terms")) is not None:
-                said = [answer.effects_sentence(effects), *said]
-            if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
-                write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
-                said = [*answer.fraction_sentences(shares), *said]
-            if name == "08_comparisons" and (lengths := _table(folder, "08_answer")) is not None:
-                write_text(folder / "length.md", answer.lengths_markdown(lengths))
-                said = [*answer.length_sentences(lengths), *said]
-            parts += [show.heading(question), show.say(*said), *_picture(folder, figure)]
+            about = _sentences(folder, name, found)
+            if name in ("03_comparisons", "04_comparisons"):
+                losses += about
+            parts += [show.heading(question), show.say(*about, verdict_sentence(found)), *_picture(folder, figure)]
             parts.append(show.folded(f"each of the {len(lines)} comparisons", show.bullets(lines)))
+    if losses:
+        write_text(folder / "losses.md", "".join(f"- {sentence}\n" for sentence in losses))
     classes = _table(folder, "02_classes")
     if classes is not None and classes["class"].nunique() > 1:
         write_text(folder / "classes.md", answer.classes_markdown(classes))
@@ -112,6 +106,21 @@ def findings(folder: Path) -> show.Shown:
         parts += [show.heading("From the published to the corrected protocol"), show.say(gains_sentence(gains))]
         parts += _picture(folder, "05_correction")
     return sum(parts, show.say())
+
+
+def _sentences(folder: Path, name: str, found: pd.DataFrame) -> list[str]:
+    """What a chapter says of its comparisons first, by a table of its own; fractions and lengths also as pages."""
+    if name == "03_comparisons" and (effects := _table(folder, "03_terms")) is not None:
+        return [answer.effects_sentence(effects)]
+    if name == "04_comparisons" and (ranked := _table(folder, "04_loss_comparison")) is not None:
+        return answer.loss_sentences(ranked, found)
+    if name == "07_comparisons" and (shares := _table(folder, "07_answer")) is not None:
+        write_text(folder / "labels.md", answer.fractions_markdown(shares, _table(folder, "07_images")))
+        return answer.fraction_sentences(shares)
+    if name == "08_comparisons" and (lengths := _table(folder, "08_answer")) is not None:
+        write_text(folder / "length.md", answer.lengths_markdown(lengths))
+        return answer.length_sentences(lengths)
+    return []
 
 
 def provenance(records: Sequence[Mapping], wanted: int, cards: str) -> show.Shown:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdlib.analysis.answer import answer_markdown, fractions_markdown
+from kdlib.analysis.answer import answer_markdown, effects_sentence, fractions_markdown, loss_sentences
 from kdlib.analysis.conclusion import conclusion_markdown, table_markdown
 from kdlib.apps.cli import parser
 from kdlib.apps.site import with_block
@@ -77,7 +77,11 @@ def test_the_readme_says_of_the_study_what_its_tables_say():
     shares = pd.read_csv(folder / "tables" / "07_answer.csv")
     images = pd.read_csv(folder / "tables" / "07_images.csv")
     assert fractions_markdown(shares, images) == (folder / "labels.md").read_text(encoding="utf-8")
-    for block, study in (("answer", "hippocampus"), ("when", "conclusion")):
+    losses = [pd.read_csv(folder / "tables" / f"{name}.csv") for name in ("04_loss_comparison", "04_comparisons")]
+    effects = pd.read_csv(folder / "tables" / "03_terms.csv")
+    said = [effects_sentence(effects), *loss_sentences(*losses)]
+    assert "".join(f"- {line}\n" for line in said) == (folder / "losses.md").read_text(encoding="utf-8")
+    for block, study in (("answer", "hippocampus"), ("losses", "hippocampus"), ("when", "conclusion")):
         assert with_block(ROOT / "README.md", block, ROOT / "results" / study) == README, "run: make site"
 
 

@@ -94,6 +94,24 @@ def test_what_each_term_is_worth_in_a_sentence(late, verdicts):
     )
 
 
+def test_the_report_says_which_loss_and_which_term_is_worth_something(tmp_path):
+    """Also as losses.md, which the README shows."""
+    row = dict(a="kl", b="S1", label_a="KL", label_b="S1", n=8, difference=0.004, low=0.001, high=0.007, p_holm=0.01,
+               verdict="better", minimum_detectable=0.1)  # fmt: skip
+    tables = {
+        "03_comparisons": row, "03_terms": row | dict(label_a="with B-B"), "04_comparisons": row,
+        "04_loss_comparison": dict(method="kl", role="distilled", teacher="T1"),
+        **dict.fromkeys(("03_ablation_runs", "04_loss_comparison_runs"), dict(run="r", method="kl", seed=0)),
+    }  # fmt: skip
+    for name, one in tables.items():
+        write_csv(tmp_path / "tables" / f"{name}.csv", pd.DataFrame([one]))
+    page = report.findings(tmp_path).text
+    term, loss = (tmp_path / "losses.md").read_text(encoding="utf-8").splitlines()
+    assert term.endswith("Dice with a term minus without it: with B-B +0.004 [+0.001, +0.007] Dice (better).")
+    assert loss.startswith("- Of 1 ways to learn from a teacher: 1 better. The most is gained by KL: +0.004")
+    assert term.removeprefix("- ") in page and loss.removeprefix("- ") in page
+
+
 def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
     down = cases["method"].eq("KD(T1, S1)") & cases["metric"].eq("dice")
     small = cases.assign(value=cases["value"].mask(down, cases["value"] - 0.08))  # 0.05 gained becomes 0.03 lost
@@ -162,11 +180,11 @@ def test_sentences_and_markdown_say_what_the_table_says(cases):
         "−0.165 Dice. Distilled students that do better than alone: 1 of 2 (1 better and 1 inconclusive)."
     )
     lines = answer_markdown(table, "figures/02_overview.png").splitlines()
-    assert lines[0] == f"**{lead_sentence(table)}**" and lines[2] == f"- {one}" and lines[3] == f"- {two}"
-    assert lines[5].startswith("Mean Dice of 8 test patients, 1 seed") and "Inconclusive" in lines[5]
-    assert "(figures/02_overview.png)" in lines[7]
-    assert lines[9].startswith("| verdict | student | teacher | Dice alone")
-    assert lines[11].startswith("| **better** | S1 |")
+    assert lines[0] == f"**{lead_sentence(table)}**"
+    assert lines[2].startswith("Mean Dice of 8 test patients, 1 seed") and "Inconclusive" in lines[2]
+    assert "(figures/02_overview.png)" in lines[4]
+    assert lines[6].startswith("| verdict | student | teacher | Dice alone")
+    assert lines[8].startswith("| **better** | S1 (57,297 parameters) | T1 | 0.735 | 0.785 |")
 
 
 def test_without_teachers_the_answer_says_nothing_of_them(cases):
@@ -276,7 +294,9 @@ def test_seeds_are_those_of_the_students(cases):
     seeds = pd.concat([cases[cases["role"] == "teacher"], *(trained.assign(seed=seed) for seed in (1, 2))])
     assert set(answer(seeds, compare(seeds, baseline_pairs(seeds)), {})["seeds"]) == {2}
     one = seeds[seeds["seed"] != 2]
-    assert "one seed does not show" in answer_markdown(answer(one, compare(one, baseline_pairs(one)), {}))
+    assert "one seed does not show" in answer_markdown(
+        answer(one, compare(one, baseline_pairs(one)), dict.fromkeys(VALUES, 1))
+    )
 
 
 def test_a_student_alone_has_no_answer(cases):
