@@ -23,30 +23,33 @@ PRINTED = [  # of `everything`, to print
 def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     """Every distilled student and every control against the same student alone, chapter by chapter, of several studies.
 
-    Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters of
-    a study make stands once, under the first. Left out: the cumulative correction, whose protocols differ, and the
-    sweep, which is of validation patients.
+    Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters or
+    studies make of the same trainings stands once, under the first. Left out: the cumulative correction, whose
+    protocols differ, and the sweep, which is of validation patients.
 
     Args:
         folders: of studies, with their `tables`.
 
     Returns: one row per comparison, with the columns of `answer.fractions` and study, chapter, data (the data set,
-        without a remark in parentheses, and its class, or the number of them), knowledge (one of `KNOWLEDGE` or
-        "control"), fraction and parameters.
+        without a remark in parentheses, and its class, or the number of them; "in 3D" of volumes), knowledge (one of
+        `KNOWLEDGE` or "control"), fraction and parameters.
 
-    Raises: InputError: a folder without any such chapter, or two with the same distilled student.
+    Raises: InputError: a folder without any such chapter, or with no training that those before it lack.
     """
-    found, owners = [], {}
+    found, known = [], set()
     for folder in map(Path, folders):
         chapters = list(filter(None, map(_read, sorted((folder / "tables").glob("*_cases.csv*")))))
-        for run in {run for _, cases, _, _ in chapters for run in cases.loc[cases["role"] == "distilled", "run"]}:
-            if owners.setdefault(run, folder) != folder:
-                raise InputError(f"{folder} and {owners[run]} hold the same training, {run}: name one of them")
         teachers = [cases[cases["role"] == "teacher"] for _, cases, _, _ in chapters]
         rows = [_comparisons(*chapter, teachers) for chapter in chapters]
         if not sum(map(len, rows)):
             raise InputError(f"{folder} holds no comparison with a student alone: run its chapters first")
-        found.append(pd.concat(rows).drop_duplicates(["a", "b"]).assign(study=folder.name))
+        trained = pd.concat([cases[["method", "run"]] for _, cases, _, _ in chapters]).drop_duplicates()
+        own = trained.loc[~trained["run"].isin(known), "method"]
+        known.update(trained["run"])
+        table = pd.concat(rows).drop_duplicates(["a", "b"])
+        if not table["a"].isin(own).any():
+            raise InputError(f"{folder} holds only trainings of the studies named before it: leave it out")
+        found.append(table[table["a"].isin(own)].assign(study=folder.name))
     return pd.concat(found, ignore_index=True)
 
 
@@ -73,7 +76,7 @@ def _comparisons(
     target = classes[0] if len(classes) == 1 else f"{len(classes)} classes"
     scans = runs["data"].iloc[0].partition(" (")[0]
     return table.assign(
-        chapter=name, data=f"{scans}, {target}",
+        chapter=name, data=f"{scans}, {target}" + taught["dimensions"].map({2: "", 3: ", in 3D"}).to_numpy(),
         knowledge=[knowledge(row)[0] for _, row in taught.iterrows()], fraction=taught["fraction"].to_numpy(),
         parameters=table["a"].map(parameters),
     )  # fmt: skip
