@@ -99,9 +99,10 @@ def test_the_first_screen_holds_question_answer_picture_and_table():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize(
-    "code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.splitlines()[0]
-)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.splitlines()[0])
 def test_the_examples_run(code):
     models = dict(MODELS)
     try:
