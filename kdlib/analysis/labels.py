@@ -24,6 +24,9 @@ CONTROLS = {  # column `control` -> label
     "equal_time": "equal wall-clock time", "pseudo_labels": "pseudo-labels", "self_consistency": "self-consistency",
     "self_distillation": "self-distillation", "unused_images": "unused images",
 }  # fmt: skip
+RECIPES = {  # recipe -> what tells it from others of the same loss
+    "predictions": "tuned weight", "kl": "balanced", "PMD": "thesis's weight",
+}  # fmt: skip
 KNOWLEDGE = (
     "features (and predictions)",
     "predictions",
@@ -68,6 +71,8 @@ def knowledge(method: pd.Series) -> tuple[str, str]:
         return CONTROL, way_of_learning(method)
     features = method["terms"] != "PMD"
     what = f"{method['loss_label']}, {method['terms']}" if features else method["loss_label"]
+    if method["recipe"] in ("kl", "PMD"):
+        what += f", {RECIPES[method['recipe']]}"
     if method["terms"] == THESIS_TERMS and method["loss"] == "supcon":
         what = "the thesis's terms"
     if method["unlabelled"]:
@@ -84,7 +89,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
-RECIPES = {"kl": "balanced", "predictions": "tuned weight"}  # recipe -> what tells it from others of the same loss
 DISTINGUISHING = {  # column -> its values in words, in the order in which they tell methods of one label apart
     "dimensions": SHAPES.get, "loss_label": str, "terms": str, "teacher": str, "model": str, "fraction": percent,
     "unlabelled": {True: "with unlabelled slices", False: ""}.get, "length": "{:g} x as long".format,

@@ -133,10 +133,12 @@ def test_what_a_student_learns_is_named():
     thesis = identity("KD(T2, S1)")
     unlabelled = dict(KL, method="u", unlabelled=True)
     feature = identity("KD(T1, S1)", method="f", loss="at", loss_label="attention", terms="B-B")
-    given = pd.DataFrame([thesis, KL, unlabelled, feature, PSEUDO, SILENT]).fillna({"unlabelled": False})
+    balanced = dict(KL, method="b", recipe="kl")
+    given = pd.DataFrame([thesis, KL, balanced, unlabelled, feature, PSEUDO, SILENT]).fillna({"unlabelled": False})
     assert [knowledge(row) for _, row in methods(given).iterrows()] == [
         ("features (and predictions)", "the thesis's terms from T2"),
         ("predictions", "KL from T1"),
+        ("predictions", "KL, balanced from T1"),
         ("predictions, unlabelled images", "KL from T1, on unlabelled images too"),
         ("features (and predictions)", "attention, B-B from T1"),
         ("pseudo-labels", "pseudo-labels of T1"),
