@@ -131,12 +131,18 @@ def sentences(table: pd.DataFrame) -> list[str]:
     alike = rows.groupby(["study", "student", "labels", "learns"])
     lengths = [group for _, group in alike if group["length"].nunique() > 1]
     if lengths:
-        group = max(lengths, key=lambda group: (len(group), group["difference"].max())).sort_values("length")
-        first = group.iloc[0]
-        who = f"{first['student']} with {first['labels']} of the labels on {first['data']}, taught by {first['learns']}"
-        parts = [f"{row.times} {row.change} ({row.verdict})" for row in group.itertuples()]
-        said.append(f"By length of training (1 x: the usual steps of that study), {who}: {listed(parts)}.")
+        most = max(map(len, lengths))
+        along = "; ".join(_along(group) for group in lengths if len(group) == most)
+        said.append(f"By length of training (1 x: the usual steps of that study), {along}.")
     return said
+
+
+def _along(rows: pd.DataFrame) -> str:
+    """What a teacher changes in trainings that differ in nothing but their length."""
+    first = rows.iloc[0]
+    who = f"{first['student']} with {first['labels']} of the labels on {first['data']}, taught by {first['learns']}"
+    by_length = rows.sort_values("length").itertuples()
+    return f"{who}: {listed([f'{row.times} {row.change} ({row.verdict})' for row in by_length])}"
 
 
 def _count_sentence(rows: pd.DataFrame, rising: int) -> str:
