@@ -67,7 +67,7 @@ def test_every_experiment_ends_and_leaves_tables_figures_and_pages(done):
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert "[PosixPath(" not in "".join(path.read_text() for path in folder.glob("notebooks/*.html"))
     answer = (folder / "answer.md").read_text(encoding="utf-8")
-    assert answer.startswith("**Alone, on 50 %") and "- **S1** (57," in answer and "| verdict |" in answer
+    assert answer.startswith("**Alone, on 50 %") and "| S1 (57," in answer and "| verdict |" in answer
     assert 'href="notebooks/02_distillation.html"' in report and "data:image/png;base64," in report
     assert "<li>protocol and model cards could not be written" not in report
     assert re.search(r"commit [0-9a-f]{12}|not a git checkout", report) and "KD(T1, S1)" in report
