@@ -106,11 +106,8 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
     best = (taught if settled.empty else settled).nlargest(1, "difference").iloc[0]
     ways = f"Of {len(taught)} ways to learn from a teacher: {counted_verdicts(taught['verdict'])}"
     said = [f"{ways}. The most is gained by {best['label_a']}: {_worth(best)}."]
-    alone = verdicts[(about["teacher"] == "").to_numpy()].sort_values("difference", ascending=False)
-    if len(alone):
-        ways = [f"{row['label_a']} {_worth(row)}" for _, row in alone.iterrows()]
-        said.append(f"Without a teacher: {listed(ways)}.")
-    return said
+    alone = verdicts[(about["teacher"] == "").to_numpy()]
+    return [*said, f"Without a teacher: {_each_worth(alone)}."] if len(alone) else said
 
 
 def effects_of(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
@@ -126,8 +123,12 @@ def effects_sentence(effects: pd.DataFrame) -> str:
     Args:
         effects: of `effects_of`.
     """
-    parts = [f"{row['label_a']} {_worth(row)}" for _, row in effects.sort_values("difference")[::-1].iterrows()]
-    return f"On average over all subsets of the other terms, Dice with a term minus without it: {listed(parts)}."
+    return f"On average over all subsets of the other terms, Dice with a term minus without it: {_each_worth(effects)}."
+
+
+def _each_worth(rows: pd.DataFrame) -> str:
+    rows = rows.sort_values("difference", ascending=False)
+    return listed([f"{row['label_a']} {_worth(row)}" for _, row in rows.iterrows()])
 
 
 def _worth(row: pd.Series) -> str:
