@@ -170,21 +170,22 @@ def classes_markdown(table: pd.DataFrame) -> str:
 
 
 def lead_sentence(table: pd.DataFrame) -> str:
-    """How far the students alone are from the better teacher, and how often distillation changes that.
+    """What the students reach alone, what the best teacher does, and how often distillation changes the former.
 
     Args:
         table: of `answer`.
     """
-    better, said = (table["verdict"] == "better").sum(), counted_verdicts(table["verdict"])
-    text = f"Distilled students that do better than alone: {better} of {len(table)} ({said})."
+    count, said = len(table), counted_verdicts(table["verdict"])
+    who = f"{count} distilled students, each" if count > 1 else "1 distilled student"
+    text = f"Of {who} compared with itself alone: {said}."
     if table["dice_teacher"].isna().all():
         return text
     best = table.loc[table["dice_teacher"].idxmax()]
-    gaps = (table.groupby("student")["dice_alone"].first() - best["dice_teacher"]).sort_values()
-    apart = " to ".join(dict.fromkeys(signed(f"{gap:+.3f}") for gap in (gaps.iloc[0], gaps.iloc[-1])))
-    who = "the students differ" if len(gaps) > 1 else f"{gaps.index[0]} differs"
-    teacher = f"the best teacher, {best['teacher']} ({best['dice_teacher']:.3f} from all labels)"
-    return f"Alone, on {best['labels']} of the labels, {who} from {teacher}, by {apart} Dice. {text}"
+    alone = table.groupby("student")["dice_alone"].first()
+    reached = " to ".join(dict.fromkeys(f"{dice:.3f}" for dice in (alone.min(), alone.max())))
+    who = "the students reach" if len(alone) > 1 else f"{alone.index[0]} reaches"
+    teacher = f"the best teacher, {best['teacher']}, {best['dice_teacher']:.3f} from all of them"
+    return f"Alone, on {best['labels']} of the labels, {who} {reached} Dice; {teacher}. {text}"
 
 
 def answer_sentences(table: pd.DataFrame) -> list[str]:
@@ -226,10 +227,10 @@ def shown(table: pd.DataFrame) -> show.Shown:
 
 def answer_markdown(table: pd.DataFrame, picture: str = "") -> str:
     """The lead, the picture (if any) and the main table as Markdown, for a page that shows no notebook."""
-    sizes = table["parameters"].map("{:,} parameters".format)
-    table = table.assign(student=table["student"] + " (" + sizes + ")")
     lines = [f"**{lead_sentence(table)}**", "", terms_sentence(table), ""]
     lines += [f"![What distillation changes]({picture})", ""] if picture else []
+    sizes = table["parameters"].map("{:,} parameters".format)
+    table = table.assign(student=table["student"] + " (" + sizes + ")")
     return "\n".join([*lines, verdicts_markdown(table, ANSWER_COLUMNS)])
 
 

@@ -176,8 +176,8 @@ def test_sentences_and_markdown_say_what_the_table_says(cases):
     )
     assert "inconclusive; 0 of 8 gain" in two
     assert lead_sentence(table) == (
-        "Alone, on 50 % of the labels, the students differ from the best teacher, T1 (0.900 from all labels), by "
-        "−0.165 Dice. Distilled students that do better than alone: 1 of 2 (1 better and 1 inconclusive)."
+        "Alone, on 50 % of the labels, the students reach 0.735 Dice; the best teacher, T1, 0.900 from all of them. "
+        "Of 2 distilled students, each compared with itself alone: 1 better and 1 inconclusive."
     )
     lines = answer_markdown(table, "figures/02_overview.png").splitlines()
     assert lines[0] == f"**{lead_sentence(table)}**"
@@ -189,7 +189,7 @@ def test_sentences_and_markdown_say_what_the_table_says(cases):
 
 def test_without_teachers_the_answer_says_nothing_of_them(cases):
     table = answer(cases, compare(cases, baseline_pairs(cases)), dict.fromkeys(VALUES, 1)).assign(dice_teacher=np.nan)
-    assert lead_sentence(table).startswith("Distilled students that do better than alone: 1 of 2")
+    assert lead_sentence(table).startswith("Of 2 distilled students, each compared with itself")
 
 
 def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
