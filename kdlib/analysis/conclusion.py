@@ -155,14 +155,20 @@ def _count_sentence(rows: pd.DataFrame, rising: int) -> str:
 
 
 def _most_sentence(rows: pd.DataFrame) -> str:
-    """Who gains the most, and who loses the most where a loss is decided."""
-    best, worst = (rows.loc[getattr(rows["difference"], end)()] for end in ("idxmax", "idxmin"))
+    """Who gains the most, and whose loss is the largest of those that are decided."""
+    best = rows.loc[rows["difference"].idxmax()]
     closed = f", {best['closed']} of the gap to {best['teacher']}" if best["closed"] else ""
     said = f"The most is gained by {_who(best)} ({best['verdict']}; {best['gain']} patients gain{closed})."
     if best["difference"] <= 0:
         said = "In none of them does the student gain."
-    lost = f" The most is lost by {_who(worst)} (worse; {worst['gain']} patients gain)."
-    return said + lost * (worst["verdict"] == "worse")
+    decided = rows[rows["verdict"] == "worse"]
+    if decided.empty:
+        return said
+    worst = decided.loc[decided["difference"].idxmin()]
+    first = (
+        "The most is lost by" if worst["difference"] == rows["difference"].min() else "The largest decided loss is of"
+    )
+    return f"{said} {first} {_who(worst)} (worse; {worst['gain']} patients gain)."
 
 
 def _who(row: pd.Series) -> str:

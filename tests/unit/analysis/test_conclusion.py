@@ -129,6 +129,15 @@ def test_nobody_gains(tmp_path):
     )
 
 
+def test_a_decided_loss_is_told_though_an_undecided_one_is_larger(tmp_path):
+    save(tmp_path / "one", "07_x", [(TEACHER, 0.9), (ALONE, 0.8), (KL, 0.78)])
+    table = conclusion.everything([tmp_path / "one"])
+    open_one = table.assign(difference=-0.05, verdict="inconclusive")
+    said = conclusion.sentences(pd.concat([table, open_one], ignore_index=True))[1]
+    assert "The largest decided loss is of S1 with 10 % of the labels" in said
+    assert "lost" not in (alone := conclusion.sentences(open_one)[1]) and "loss" not in alone
+
+
 def test_what_a_student_learns_is_named():
     thesis = identity("KD(T2, S1)")
     unlabelled = dict(KL, method="u", unlabelled=True)
