@@ -141,7 +141,7 @@ def _reduced(
 
 PROFILES = {  # lengths, sizes and optimisation were chosen on validation patients: docs/recipe.md
     "quick": _reduced(
-        "quick", Preprocessing(48, 6.5), 320, 200, 2, "to try out, not for claims: 48 x 48 slices at 6.5 mm", batch=8
+        "quick", Preprocessing(48, 6.5), 480, 200, 2, "to try out, not for claims: 48 x 48 slices at 6.5 mm", batch=8
     ),
     "hippocampus": _reduced(
         "hippocampus", Preprocessing(64, 1.0, "neighbours"), 1200, 1200, 5, "64 x 64 slices at 1 mm (a volume fits)"
