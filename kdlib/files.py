@@ -110,6 +110,14 @@ def packed_or_not(path: Path) -> Path | None:
     return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, by name. Raises: InputError for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}; change that") from None
+
+
 def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     """Writes compressed arrays, to a name that ends in .npz; see `write`."""
     write(path, lambda partial: np.savez_compressed(partial, **columns))

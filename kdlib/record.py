@@ -34,9 +34,11 @@ def verified(path: Path) -> Path:
     """A file of a finished run, after a look at its hash.
 
     Raises:
-        InputError: it is not the file that the manifest beside it names; or what `read_manifest` refuses.
+        InputError: it is gone, or not the file that the manifest beside it names; or what `read_manifest` refuses.
     """
     known = read_manifest(path.parent).get("files", {}).get(path.name)
-    if known is not None and path.is_file() and sha256(path) != known:
+    if known is not None and not path.is_file():
+        raise InputError(f"{path} is missing: copy the run's whole folder, or delete {path.parent} to train it again")
+    if known is not None and sha256(path) != known:
         raise InputError(f"{path} was changed after its run: delete {path.parent} to train that run again")
     return path

@@ -23,9 +23,10 @@ PRINTED = [  # of `everything`, to print
 def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     """Every distilled student and every control against the same student alone, chapter by chapter, of several studies.
 
-    Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters or
-    studies make of the same trainings stands once, under the first. Left out: the cumulative correction, whose
-    protocols differ, and the sweep, which is of validation patients.
+    Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters
+    make stands once: that of most seeds, of these the last, since the last chapters train it beside their other label
+    fractions and lengths; one that several studies make of the same trainings, under the first. Left out: the
+    cumulative correction, whose protocols differ, and the sweep, which is of validation patients.
 
     Args:
         folders: of studies, with their `tables`.
@@ -40,17 +41,31 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     for folder in map(Path, folders):
         chapters = list(filter(None, map(_read, sorted((folder / "tables").glob("*_cases.csv*")))))
         teachers = [cases[cases["role"] == "teacher"] for _, cases, _, _ in chapters]
-        rows = [_comparisons(*chapter, teachers) for chapter in chapters]
+        rows = [_comparisons(*chapter, teachers) for chapter in _with_teachers(chapters)] if chapters else []
         if not sum(map(len, rows)):
             raise InputError(f"{folder} holds no comparison with a student alone: run its chapters first")
         trained = pd.concat([cases[["method", "run"]] for _, cases, _, _ in chapters]).drop_duplicates()
         own = trained.loc[~trained["run"].isin(known), "method"]
         known.update(trained["run"])
-        table = pd.concat(rows).drop_duplicates(["a", "b"])
+        table = pd.concat(rows, ignore_index=True)
+        ranked = table[::-1].sort_values("seeds", ascending=False, kind="stable")
+        table = table.loc[sorted(ranked.drop_duplicates(["a", "b"]).index)]
         if not table["a"].isin(own).any():
             raise InputError(f"{folder} holds only trainings of the studies named before it: leave it out")
         found.append(table[table["a"].isin(own)].assign(study=folder.name))
     return pd.concat(found, ignore_index=True)
+
+
+def _with_teachers(chapters: Sequence[tuple]) -> list[tuple]:
+    """Chapters as `_read` gives them, each with the histories of all the study's teachers, for `convergence`."""
+    known = pd.concat([history[history["role"] == "teacher"] for _, _, history, _ in chapters])
+    known = known.drop_duplicates(["run", "protocol", "epoch", "name"])
+    return [
+        (name, cases, pd.concat([history, known[
+            ~known["run"].isin(history["run"]) & known["protocol"].isin(cases["protocol"])
+        ]]), runs)
+        for name, cases, history, runs in chapters
+    ]  # fmt: skip
 
 
 def _read(path: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame] | None:

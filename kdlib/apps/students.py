@@ -24,7 +24,7 @@ def run_predict(options: argparse.Namespace) -> int:
     """Writes the masks; a bad scan costs its own mask alone.
 
     Raises:
-        InputError: the student or the output cannot be used; of several scans, some have no mask, each named before.
+        InputError: the student or the output cannot be used; of several scans, some failed, each named before.
     """
     if options.batch < 1:
         raise InputError(f"batch {options.batch}: give a number of slices, 1 or more")
@@ -45,7 +45,7 @@ def run_predict(options: argparse.Namespace) -> int:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failed.append(scan)
     if failed:
-        raise InputError(f"{len(failed)} of {len(jobs)} scans have no mask; the others are written")
+        raise InputError(f"{len(failed)} of {len(jobs)} scans failed; the others are done")
     return 0
 
 
@@ -84,13 +84,13 @@ def _segment(
         raise InputError(f"{path}: DICOM SEG refers to a DICOM series, and this is NIfTI; give -o mask.nii.gz alone")
     scores = segment(student, backend, scan, options.batch)
     mask = mask_of(scores, student, scan, options.postprocess)
-    if "seg" in files:
-        save_seg(files["seg"], scan.series, np.asarray(mask.dataobj), student)
     if "mask" in files:
         save(files["mask"], mask)
     if "probabilities" in files:
         classes = scores[-len(student.classes) :].movedim(0, -1).contiguous().numpy()
         save(files["probabilities"], on_grid(scan, classes, f"kdlib {student.name}, of {', '.join(student.classes)}"))
+    if "seg" in files:
+        save_seg(files["seg"], scan.series, np.asarray(mask.dataobj), student)
     volumes = ", ".join(f"{name} {ml:.2f} ml" for name, ml in volumes_ml(mask, student.classes).items())
     return f"{files.get('mask') or files['seg']}: {volumes}"
 

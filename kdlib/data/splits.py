@@ -113,11 +113,15 @@ def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, i
     return pd.DataFrame(rows, columns=WARNING_COLUMNS)
 
 
+def _covariate(modality: str) -> str:
+    """What the parts are stratified by; so a split's record also says which modality it was made of."""
+    return "mean intensity in the target (HU)" if modality == "CT" else "volume of the target (ml)"
+
+
 def _make(dataset: Dataset, asked: dict) -> dict:
-    quantity = "mean intensity in the target (HU)" if dataset.modality == "CT" else "volume of the target (ml)"
     cases = {case.name: _describe(case, asked["classes"], dataset.modality) for case in dataset.cases}
     parts = _stratify(cases, asked["folds"], asked["seed"])
-    return {"format": FORMAT, **asked, "stratified by": quantity, "parts": parts, "cases": cases}
+    return {"format": FORMAT, **asked, "stratified by": _covariate(dataset.modality), "parts": parts, "cases": cases}
 
 
 def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:
@@ -206,6 +210,8 @@ def _read(path: Path) -> dict:
 def _changes(record: dict, asked: dict, dataset: Dataset) -> list[str]:
     """What differs between a stored split and the present request and files, in words."""
     changes = [f"{key} {record.get(key)} -> {value}" for key, value in asked.items() if record.get(key) != value]
+    if record.get("stratified by") != _covariate(dataset.modality):
+        changes.append(f"another modality than {dataset.modality}")
     stored, present = record["cases"], {case.name: case for case in dataset.cases}
     different = {"added": present.keys() - stored, "removed": stored.keys() - present}
     shared = [(stored[name], present[name]) for name in stored.keys() & present]

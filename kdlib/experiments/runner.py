@@ -32,7 +32,7 @@ from kdlib.experiments.store import (
     untrained,
     write_manifest,
 )  # fmt: skip
-from kdlib.experiments.tables import Results, collect, saved_runs
+from kdlib.experiments.tables import Results, collect, masters, saved_runs
 from kdlib.files import remove_partial_files, write_arrays, write_csv
 from kdlib.models import MODELS, count_parameters
 from kdlib.models.pruning import check_smaller, prune_into
@@ -71,7 +71,8 @@ def study(
     place = pick_device(device)
     saved = saved_runs(reuse)
     keys = {run: run_key(run, results) for run in runs} if saved else {}
-    read = {run for run, key in keys.items() if key in saved and not is_done(run, results)}
+    there = {key for key, parts in saved.items() if "runs" in parts}
+    read = {run for run, key in keys.items() if key in there and not is_done(run, results)}
     own = [run for run in runs if run not in read]
     teachers = list(dict.fromkeys(needed for run in own for needed in run.needed_runs()))
     check(teachers + runs)
@@ -86,14 +87,16 @@ def study(
     read = {run for run in read if not is_done(run, results)}  # a teacher among them was trained for others
     if read:
         print(f"{len(read)} of {len(runs)} runs are read from the tables of {', '.join(map(str, reuse))}")
-        if twice := sum(key in saved for key in keys.values()) - len(read):
+        if twice := sum(key in there for key in keys.values()) - len(read):
             print(f"{twice} others that stand there, too, were trained here as well, and are taken as trained here")
     others = [
         run for run in runs if run not in read and manifest(run, results).get("code", {}).get("hash") != CODE_HASH
     ]
     if others:
         print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
-    return collect(runs, results, {run: saved[keys[run]] for run in read})
+    also = {run: run_key(run, results) for run in masters(runs) if saved and not is_done(run, results)}
+    found = {run: saved[key] for run, key in ({run: keys[run] for run in read} | also).items() if key in saved}
+    return collect(runs, results, found)
 
 
 def check(runs: Iterable[Run]) -> None:
@@ -118,9 +121,12 @@ def check_names(runs: Iterable[Run]) -> None:
     """Raises InputError where two runs that differ would stand under one name in a table."""
     named: dict[tuple, Run] = {}
     for run in runs:
-        name = (run.method, run.data, run.target, run.protocol, run.fold, run.seed, run.length, run.profile)
-        if named.setdefault(name, run) != run:
-            raise InputError(f"two runs of this study are called {run.label}: give their recipes different names")
+        other = named.setdefault((run.method, run.protocol.name, run.fold, run.seed, run.length), run)
+        differ = [part.name for part in dataclasses.fields(Run) if getattr(run, part.name) != getattr(other, part.name)]
+        if differ:
+            remedy = "give their recipes different names" if "recipe" in differ else "make a study of each"
+            text = f"two runs of this study are called {run.label} and differ in {', '.join(differ)}: {remedy}"
+            raise InputError(text)
 
 
 def cohorts(runs: Iterable[Run]) -> list[list[Run]]:

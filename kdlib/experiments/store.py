@@ -61,12 +61,11 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
     profile, protocol = run.profile, run.protocol
     length = [profile.teacher_epochs, profile.teacher_steps]
     if not run.is_teacher:
-        length = [
-            profile.student_epochs,
-            profile.student_steps,
-            *(length if run.effective_recipe.budget == "teacher+student" else ()),
-            *([profile.step_cost] if run.effective_recipe.budget == "wall_clock" else ()),
-        ]
+        more = {  # the teacher's batch decides on its steps where the profile does not
+            "teacher+student": length + [profile.teacher.batch] * (profile.teacher_steps is None),
+            "wall_clock": [profile.step_cost],
+        }
+        length = [profile.student_epochs, profile.student_steps, *more.get(run.effective_recipe.budget, [])]
     recipe = _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""}
     if run.effective_recipe.smoothing:  # a key of its own: before, the labels of Dice were smoothed, too
         recipe["smoothing"] = ["cross entropy", run.effective_recipe.smoothing]

@@ -21,7 +21,7 @@ from kdlib.experiments.store import is_done, manifest, run_folder, run_key, trai
 from kdlib.files import packed_or_not, read_arrays, read_csv, write_arrays, write_csv
 from kdlib.models import cost_of
 from kdlib.record import verified
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
 
 PARTS = ("cases", "history", "runs")
 NO_EXAMPLES = pd.DataFrame(columns=["method", "case", "seed", "image", "truth", "prediction"])
@@ -33,7 +33,8 @@ class Results:
 
     Args:
         cases: tidy, one row per run, case, class and metric: with patient, case, class, metric and value.
-        history: tidy, one row per run, epoch and name.
+        history: tidy, one row per run, epoch and name; also of teachers that are not among the runs, since a student
+            has converged only if they have.
         runs: one row per run: parameters, best epoch and its validation Dice, seconds, device, data set and its credit.
         examples: one row per run and case, with the slice of most truth: image, truth and prediction (HW).
     """
@@ -68,9 +69,12 @@ class Results:
 def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
     """Key -> part -> rows of every run in the tables that studies saved, by the first chapter that saved it.
 
+    Of a teacher that no chapter lists there is the history alone.
+
     Raises: InputError: a folder without such tables.
     """
     found: dict[str, dict[str, pd.DataFrame]] = {}
+    histories: dict[str, dict[str, pd.DataFrame]] = {}
     for folder in folders:
         names = sorted({path.name.partition("_runs.csv")[0] for path in folder.glob("tables/*_runs.csv*")})
         files = [[folder / "tables" / f"{name}_{part}.csv" for part in PARTS] for name in names]
@@ -84,11 +88,24 @@ def saved_runs(folders: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
             rows = {part: dict(tuple(table.merge(once).groupby("run"))) for part, table in tables.items()}
             for key in rows["runs"].keys() - found.keys():
                 found[key] = {part: rows[part][key] for part in PARTS}
-    return found
+            others = tables["history"].loc[~tables["history"]["run"].isin(once["run"])]
+            others = others.drop_duplicates(["run", "epoch", "name"])  # of several protocols
+            histories |= {key: {"history": part} for key, part in others.groupby("run")}
+    return histories | found
+
+
+def masters(runs: Sequence[Run]) -> list[Run]:
+    """The teachers of runs that are not among them; not those that are students, of which each study has its own."""
+    found = dict.fromkeys(teacher for run in runs for teacher in run.teacher_runs().values() if teacher.is_teacher)
+    return [teacher for teacher in found if teacher not in runs]
 
 
 def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str, pd.DataFrame]]) -> Results:
-    """The tables of finished runs, read from their folders, or as `saved_runs` found them (without examples)."""
+    """The tables of finished runs, read from their folders, or as `saved_runs` found them (without examples).
+
+    Args:
+        saved: what is read from tables: of runs, and of their teachers.
+    """
     parts: dict[str, list[pd.DataFrame]] = {part: [] for part in (*PARTS, "examples")}
     for run in runs:
         folder, label = run_folder(run, results), _columns(run, results)
@@ -107,6 +124,12 @@ def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str,
         parts["runs"].append(pd.DataFrame([row]))
         slices = read_arrays(verified(folder / "slices.npz")).rename(columns={"name": "case"})
         parts["examples"].append(slices.assign(**label))
+    for teacher in masters(runs):
+        if teacher in saved:
+            parts["history"].append(saved[teacher]["history"].assign(**_columns(teacher, results)))
+        elif is_done(teacher, results):  # else its student was read from a table that lacks it
+            rows = read_csv(verified(run_folder(teacher, results) / "history.csv"))
+            parts["history"].append(rows.assign(**_columns(teacher, results)))
     if len({run.preprocessing.dimensions for run in runs}) > 1 or not parts["examples"]:
         parts["examples"] = [NO_EXAMPLES]  # slices and patches differ in size: no array holds both
     found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
@@ -166,10 +189,11 @@ def teacher_agreement(
             fold = found.folds[run.fold]
             bank = run_bank(run, results).select(fold.test).to(place)
             models = [trained(who, len(bank.classes), results, place) for who in (run, master)]
-            agreed = agreement(*models, bank, found.dataset, fold.test, run.threshold)
-            write_csv(files["agreement"], agreed.assign(patient=agreed["case"].map(fold.groups)))
-            write_csv(files["similarity"], scale_similarity(*models, bank))
-            write_csv(files["calibration"], calibration(models[0], bank))
+            with precision(run.optimisation.precision):
+                agreed = agreement(*models, bank, found.dataset, fold.test, run.threshold)
+                write_csv(files["agreement"], agreed.assign(patient=agreed["case"].map(fold.groups)))
+                write_csv(files["similarity"], scale_similarity(*models, bank))
+                write_csv(files["calibration"], calibration(models[0], bank))
         for name, path in files.items():
             tables[name].append(read_csv(path).assign(**_columns(run, results)))
     return tuple(pd.concat(parts, ignore_index=True) for parts in tables.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,15 @@ import nibabel as nib
 import numpy as np
 
 from kdlib.config import InputError
-from kdlib.files import write
+from kdlib.files import listed, write
 from kdlib.inference.backends import library
 from kdlib.inference.student import Student
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MAY_BE_EMPTY = (  # DICOM's type 2: must be there, and may be empty
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "ReferringPhysicianName",
+    "StudyID", "StudyDate", "StudyTime",
+)  # fmt: skip
 
 
 def _volume(series):
@@ -31,14 +36,15 @@ def read_series(folder: Path) -> tuple[nib.Nifti1Image, list]:
     pydicom = library("pydicom")
     library("highdicom")  # say at once that it is missing
     found = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and pydicom.misc.is_dicom(path):
-            try:
-                dataset = pydicom.dcmread(path)
-            except Exception as error:  # a damaged file raises whatever its bytes lead to
-                raise InputError(f"{path}: a damaged DICOM file ({_line(error)}); export it again") from None
-            if "PixelData" in dataset:
-                found[dataset.get("SeriesInstanceUID", "")].append(dataset)
+    for path in filter(Path.is_file, listed(folder)):
+        try:
+            dataset = pydicom.dcmread(path) if pydicom.misc.is_dicom(path) else ()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}; change that") from None
+        except Exception as error:  # a damaged file raises whatever its bytes lead to
+            raise InputError(f"{path}: a damaged DICOM file ({_line(error)}); export it again") from None
+        if "PixelData" in dataset:
+            found[dataset.get("SeriesInstanceUID", "")].append(dataset)
     if len(found) != 1:
         several = ", ".join(f"{len(some)} of {some[0].get('SeriesDescription', uid)!r}" for uid, some in found.items())
         what = f"{len(found)} DICOM series ({several}); give each a folder of its own" if found else (
@@ -64,9 +70,24 @@ def read_series(folder: Path) -> tuple[nib.Nifti1Image, list]:
 def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -> None:
     """Writes class indices XYZ as a DICOM SEG of a series, one binary segment per class.
 
-    Raises: InputError for a file that cannot be written.
+    Attributes of patient and study that a de-identified series lacks are left empty in it, too.
+
+    Raises: InputError for a series that no SEG can refer to, or a file that cannot be written.
     """
     highdicom, pydicom = library("highdicom"), library("pydicom")
+    for dataset, name in itertools.product(series, MAY_BE_EMPTY):
+        if name not in dataset:
+            setattr(dataset, name, "")
+    try:
+        file = _segmentation(highdicom, pydicom, series, mask, student)
+    except Exception as error:  # highdicom and pydicom have no common kind
+        text = f"{path}: no DICOM SEG can refer to this series: {_line(error)}; give -o mask.nii.gz alone"
+        raise InputError(text) from None
+    write(path, lambda partial: file.save_as(partial))
+
+
+def _segmentation(highdicom, pydicom, series: Sequence, mask: np.ndarray, student: Student):
+    """The DICOM SEG of `save_seg`, as highdicom makes it."""
     codes = pydicom.sr.codedict.codes
     version = next(iter(student.files.values()), student.facts.get("run", "none"))[:16]  # its weights
     how = highdicom.AlgorithmIdentificationSequence(
@@ -83,7 +104,7 @@ def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -
         )
         for value, name in enumerate(student.classes, 1)
     ]
-    file = highdicom.seg.Segmentation(
+    return highdicom.seg.Segmentation(
         source_images=list(series),
         pixel_array=_volume(series).with_array(mask.transpose(2, 1, 0)),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
@@ -98,7 +119,6 @@ def save_seg(path: Path, series: Sequence, mask: np.ndarray, student: Student) -
         device_serial_number="none",
         series_description=f"segmentation by {student.name}"[:64],
     )
-    write(path, lambda partial: file.save_as(partial))
 
 
 def _line(error: Exception) -> str:

@@ -96,6 +96,28 @@ def test_a_dicom_seg_holds_the_mask_and_refers_to_the_series(there, words):
     np.testing.assert_array_equal(whole.array, expected)
 
 
+def test_a_series_without_attributes_of_its_patient_has_a_seg_too(there):
+    for path in Path("ser").iterdir():
+        file = pydicom.dcmread(path)
+        for name in ("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyTime"):
+            delattr(file, name)
+        file.save_as(path)
+    assert main(["predict", "ct", "ser", "-o", "seg.dcm"]) == 0
+    assert highdicom.seg.segread("seg.dcm").PatientBirthDate == ""
+
+
+def test_a_series_that_no_seg_can_refer_to_keeps_its_mask_and_costs_no_other(there, capsys):
+    write_series(Path("odd"))
+    for path in Path("odd").iterdir():
+        file = pydicom.dcmread(path)
+        del file.StudyInstanceUID
+        file.save_as(path)
+    assert main(["predict", "ct", "odd", "ser", "-o", "out", "--dicom-seg"]) == 2
+    err = capsys.readouterr().err
+    assert "no DICOM SEG can refer to this series" in err and "1 of 2 scans failed; the others are done" in err
+    assert {path.name for path in Path("out").iterdir()} == {"odd.nii.gz", "ser.nii.gz", "ser.dcm"}
+
+
 def test_a_mask_without_any_voxel_is_a_dicom_seg_too(there):
     student_folder(Path("none"), "CT", ("spleen",), threshold=1.0)
     assert main(["predict", "none", "ser", "-o", "seg.dcm"]) == 0

@@ -249,7 +249,7 @@ def test_bad_scans_cost_their_own_masks_alone(there, capsys):
     assert errors == [
         "error: scans/b.nii.gz: not a gzip file; rename it, or download or export it again",
         "error: missing.nii does not exist: give a NIfTI file, a folder of them, or that of a DICOM series",
-        "error: 2 of 4 scans have no mask; the others are written",
+        "error: 2 of 4 scans failed; the others are done",
     ]
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
 

@@ -96,6 +96,9 @@ def test_study_trains_the_teacher_first_and_returns_tidy_tables(finished):
     assert found.runs["parameters"].eq(57_297).all()
     assert (run_folder(teacher_of(runs[1]), results) / "manifest.json").is_file()
     assert {"E-E", "grad/PMD", "val_dice"} <= set(found.history["name"])
+    teacher = run_key(teacher_of(runs[1]), results)
+    assert set(found.history["run"]) == {*found.runs["run"], teacher}, "a student has converged only if its teacher has"
+    assert teacher not in set(found.cases["run"])
 
 
 def test_manifest_says_where_a_number_came_from(finished):
@@ -252,6 +255,13 @@ def test_key_changes_with_all_that_changes_the_result_and_nothing_else(finished,
     ]  # fmt: skip
     keys = {run_key(run, results) for run in changed}
     assert len(keys) == len(changed) and key not in keys
+    sized = dataclasses.replace(TINY, teacher_steps=None)
+    more = dataclasses.replace(student.recipe, budget="teacher+student")
+    keys = {
+        run_key(dataclasses.replace(student, recipe=more, profile=dataclasses.replace(sized, teacher=how)), results)
+        for how in (sized.teacher, dataclasses.replace(sized.teacher, batch=2 * sized.teacher.batch))
+    }
+    assert len(keys) == 2, "the teacher's batch decides how many steps a student of its length takes"
     assert run_key(teacher_of(longer), results) == run_key(teacher_of(student), results), "its teacher is the same run"
 
 
@@ -400,6 +410,9 @@ def test_two_recipes_under_one_name_are_refused(phantom, tmp_path):
     other = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, smoothing=0.1))
     with pytest.raises(InputError, match="two runs of this study are called .* give their recipes different names"):
         study([run, other], tmp_path, "cpu")
+    for change in ({"target": "liver"}, {"profile": dataclasses.replace(TINY, student_epochs=2)}, {"group": "(.*)"}):
+        with pytest.raises(InputError, match=f"differ in {next(iter(change))}: make a study of each"):
+            study([run, dataclasses.replace(run, **change)], tmp_path, "cpu")
 
 
 def test_cohorts_share_what_can_be_shared(phantom):
@@ -571,6 +584,14 @@ def test_a_file_that_was_changed_after_its_run_is_refused(copied, name):
     content[-20] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{name} was changed after its run: delete .* to train that run again"):
+        store.trained(runs[1], 1, results, torch.device("cpu")) if "best" in name else study(runs, results, "cpu")
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "metrics.csv", "slices.npz"])
+def test_a_file_that_a_finished_run_lacks_is_named(copied, name):
+    results, runs = copied
+    (run_folder(runs[1], results) / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing: copy the run's whole folder, or delete"):
         store.trained(runs[1], 1, results, torch.device("cpu")) if "best" in name else study(runs, results, "cpu")
 
 

@@ -51,13 +51,35 @@ def test_every_comparison_stands_once_with_its_gap(tmp_path, packed):
     save(tmp_path / "two", "07_fractions", [(ALONE, 0.8), (KL, 0.79)], data="phantom")
     table = conclusion.everything([tmp_path / "one", tmp_path / "two"])
     assert list(table["study"]) == ["one"] * 3 + ["two"]
-    assert list(table["chapter"]) == ["07_fractions", "07_fractions", "08_length", "07_fractions"]
-    assert list(table["knowledge"]) == ["predictions", "pseudo-labels", "control", "predictions"]
-    assert list(table["difference"].round(6)) == [0.02, 0.05, 0.0, -0.01]
+    assert list(table["chapter"]) == ["07_fractions", "08_length", "08_length", "07_fractions"]
+    assert list(table["knowledge"]) == ["pseudo-labels", "predictions", "control", "predictions"]
+    assert list(table["difference"].round(6)) == [0.05, 0.02, 0.0, -0.01]
     assert list(table["gap"].round(6)[:3]) == [0.1] * 3 and np.isnan(table["gap"][3]), "the study's teacher, if any"
-    assert list(table["closed"]) == ["20 %", "50 %", "0 %", ""]
+    assert list(table["closed"]) == ["50 %", "20 %", "0 %", ""]
     assert list(table["gain"][:2]) == ["8 of 8"] * 2 and set(table["labels"]) == {"10 %"}
     assert list(table["verdict"][:2]) == ["better", "better"]
+
+
+def test_of_a_comparison_of_several_chapters_the_one_of_most_seeds_counts_then_the_last(tmp_path):
+    save(tmp_path / "one", "02_x", [(ALONE, 0.8), (KL, 0.81), (PSEUDO, 0.81)])
+    for part in ("cases", "history", "runs"):
+        path = tmp_path / "one" / "tables" / f"02_x_{part}.csv"
+        table = pd.read_csv(path)
+        again = table[table["method"] != PSEUDO["method"]].assign(seed=1)
+        again["run"] += "-1"
+        write_csv(path, pd.concat([table, again]))
+    save(tmp_path / "one", "04_x", [(ALONE, 0.8), (KL, 0.82), (PSEUDO, 0.82)])
+    save(tmp_path / "one", "08_x", [(ALONE, 0.8), (KL, 0.83), (PSEUDO, 0.83)])
+    table = conclusion.everything([tmp_path / "one"]).set_index("knowledge")
+    assert (table["chapter"]["predictions"], table["seeds"]["predictions"]) == ("02_x", 2)
+    assert table["chapter"]["pseudo-labels"] == "08_x" and table["difference"].round(6)["pseudo-labels"] == 0.03
+
+
+def test_a_teacher_of_another_chapter_that_still_gains_withholds_the_verdict(tmp_path):
+    save(tmp_path / "one", "01_x", [(TEACHER, 0.9)], last=0.1)
+    save(tmp_path / "one", "04_x", [(ALONE, 0.8), (KL, 0.82), (SILENT, 0.82)])
+    table = conclusion.everything([tmp_path / "one"]).set_index("knowledge")["verdict"]
+    assert table["predictions"] == "not converged" and table["control"] == "better", "zero weights: taught nothing"
 
 
 def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):

@@ -213,6 +213,14 @@ def test_covariate_of_mr_is_the_volume(tmp_path):
     assert [cases[f"c{i:02d}"]["covariate"] for i in range(12)] == pytest.approx([0.02 * (i + 2) for i in range(12)])
 
 
+def test_a_split_of_another_modality_is_refused(tmp_path):
+    splits(index(toy(tmp_path / "toy", modality="MR")), SPLEEN, 4, tmp_path / "splits.json")
+    corrected = json.loads((tmp_path / "toy" / "dataset.json").read_text()) | {"modality": {"0": "CT"}}
+    (tmp_path / "toy" / "dataset.json").write_text(json.dumps(corrected))
+    with pytest.raises(InputError, match="the split was made from something else: another modality than CT; restore"):
+        splits(index(tmp_path / "toy"), SPLEEN, 4, tmp_path / "splits.json")
+
+
 def test_a_case_without_the_target(dataset, tmp_path):
     write(dataset.case("c03").label, np.full((5, 5, 2), 2, np.uint8))
     splits(dataset, SPLEEN, 4, tmp_path / "splits.json")
