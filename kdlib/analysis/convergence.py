@@ -53,16 +53,16 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
 def _taught_by(rising: pd.Series, dice: pd.DataFrame) -> pd.Series:
     """Of each method (index of `rising`, after its protocol if any): whether a teacher of it, there, is `rising`.
 
-    A control with zero weights has a teacher that teaches it nothing.
+    A teacher has all labels: one of a part is only pruned. A control with zero weights has one that teaches it nothing.
     """
     by = list(rising.index.names)
-    columns = [*by[:-1], "dimensions", "role", "model", "teacher", "control"]  # what is missing is NaN
+    columns = [*by[:-1], "dimensions", "role", "model", "fraction", "teacher", "control"]  # what is missing is NaN
     about = dice.drop_duplicates(by).set_index(by, drop=False).loc[rising.index].reindex(columns=columns)
-    rows = list(about.fillna({"dimensions": 2}).itertuples(index=False, name=None))
+    rows = list(about.fillna({"dimensions": 2, "fraction": 1.0}).itertuples(index=False, name=None))
     unfinished = [row for row, rises in zip(rows, rising, strict=True) if rises]
-    masters = {(*at, model) for *at, role, model, _, _ in unfinished if role == "teacher"}
+    masters = {(*at, model) for *at, role, model, part, _, _ in unfinished if role == "teacher" and part == 1}
     taught = [
         control != "zero_weights" and any((*at, name) in masters for name in str(names).split("+"))
-        for *at, _, _, names, control in rows
+        for *at, _, _, _, names, control in rows
     ]
     return pd.Series(taught, rising.index)

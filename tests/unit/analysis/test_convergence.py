@@ -45,6 +45,8 @@ def test_what_a_teacher_taught_has_converged_when_the_teacher_has():
     assert not tried.loc["T1", "converged"] and tried.loc["two", "converged"]
     converged = table.set_index("method")["converged"]
     assert converged.to_dict() == dict(T1=False, T2=True, s=True, one=False, two=True, both=False, silent=True, a=True)
+    part = convergence(found.assign(fraction=found["method"].map({"T1": 0.25}).fillna(1.0))).set_index("method")
+    assert not part.loc["T1", "converged"] and part.loc["one", "converged"], "it teaches nobody: it has not all labels"
     said = convergence_sentence(table)
     assert said.startswith("1 of 8 methods") and said.count("+0.100") == 1 and "such a teacher taught: " in said
     apart = pd.concat([found.assign(protocol="x"), found[found["method"] != "T1"].assign(protocol="y")])
