@@ -356,6 +356,12 @@ def test_a_label_name_cannot_command_tex(tmp_path):
 # --------------------------------------------------------------------------------------------------------- JupyterLab
 
 
+def answers(port: int) -> bool:
+    """Whether a server listens there."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def lab(tmp_path):
     """JupyterLab as `make lab` starts it, in an environment that is said to be whole: its address and its token."""
@@ -383,7 +389,7 @@ def lab(tmp_path):
         server = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 100
-        while not (token := re.search(r"token=([0-9a-f]{20,})", (tmp_path / "log").read_text())):
+        while not ((token := re.search(r"token=([0-9a-f]{20,})", (tmp_path / "log").read_text())) and answers(port)):
             assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.1)
         yield port, token[1]
