@@ -94,9 +94,8 @@ def study(
     ]
     if others:
         print(f"{len(others)} of {len(runs)} runs were made by another version of the code and are used as they are")
-    also = {run: run_key(run, results) for run in masters(runs) if saved and not is_done(run, results)}
-    found = {run: saved[key] for run, key in ({run: keys[run] for run in read} | also).items() if key in saved}
-    return collect(runs, results, found)
+    lacking = [*read, *(run for run in masters(runs) if saved and not is_done(run, results))]
+    return collect(runs, results, {run: saved[key] for run in lacking if (key := run_key(run, results)) in saved})
 
 
 def check(runs: Iterable[Run]) -> None:

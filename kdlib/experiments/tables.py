@@ -126,10 +126,12 @@ def collect(runs: Sequence[Run], results: Path, saved: Mapping[Run, Mapping[str,
         parts["examples"].append(slices.assign(**label))
     for teacher in masters(runs):
         if teacher in saved:
-            parts["history"].append(saved[teacher]["history"].assign(**_columns(teacher, results)))
-        elif is_done(teacher, results):  # else its student was read from a table that lacks it
+            rows = saved[teacher]["history"]
+        elif is_done(teacher, results):
             rows = read_csv(verified(run_folder(teacher, results) / "history.csv"))
-            parts["history"].append(rows.assign(**_columns(teacher, results)))
+        else:  # its student was read from a table that lacks it
+            continue
+        parts["history"].append(rows.assign(**_columns(teacher, results)))
     if len({run.preprocessing.dimensions for run in runs}) > 1 or not parts["examples"]:
         parts["examples"] = [NO_EXAMPLES]  # slices and patches differ in size: no array holds both
     found = {part: pd.concat(tables, ignore_index=True) for part, tables in parts.items()}
