@@ -110,7 +110,7 @@ def packed_or_not(path: Path) -> Path | None:
     return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
-def listed(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
     """What a folder holds, by name. Raises: InputError for one that cannot be read."""
     try:
         return sorted(folder.iterdir())

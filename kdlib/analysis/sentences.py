@@ -252,10 +252,8 @@ def listed(names: Sequence[str]) -> str:
 
 def gap_sentence(means: pd.DataFrame) -> str:
     """How far the students on half of the labels stay behind the best teacher, from `statistics.summarise`."""
-    teachers, half = (
-        means[means["role"] == "teacher"],
-        means[(means["role"] == "baseline") & (means["fraction"] == 0.5)],
-    )
+    teachers = means[means["role"] == "teacher"]
+    half = means[(means["role"] == "baseline") & (means["fraction"] == 0.5)]
     if teachers.empty or half.empty:
         return means_sentence(means)
     best = teachers.loc[teachers["mean"].idxmax()]

@@ -24,7 +24,7 @@ from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
 from kdlib.data.grouping import EACH_CASE, Group, group_cases, shorten, suggest_pairs
 from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
-from kdlib.files import listed
+from kdlib.files import entries
 
 DEFECT_COLUMNS = ["case", "file", "defect", "remedy"]
 WARNING_COLUMNS = ["case", "file", "warning", "remedy"]
@@ -203,7 +203,7 @@ def _find_files(root: Path) -> dict[str, dict[str, list[Path]]]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; a data set has dataset.json, imagesTr/ and labelsTr/")
         found[part] = defaultdict(list)
-        for path in listed(folder):
+        for path in entries(folder):
             name = "" if path.name.startswith(".") else stem(path.name)
             short = name.removesuffix("_0000")
             if part == "imagesTr" and name not in found["labelsTr"] and short in found["labelsTr"]:

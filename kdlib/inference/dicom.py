@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from kdlib.config import InputError
-from kdlib.files import listed, write
+from kdlib.files import entries, write
 from kdlib.inference.backends import library
 from kdlib.inference.student import Student
 
@@ -36,7 +36,7 @@ def read_series(folder: Path) -> tuple[nib.Nifti1Image, list]:
     pydicom = library("pydicom")
     library("highdicom")  # say at once that it is missing
     found = defaultdict(list)
-    for path in filter(Path.is_file, listed(folder)):
+    for path in filter(Path.is_file, entries(folder)):
         try:
             dataset = pydicom.dcmread(path) if pydicom.misc.is_dicom(path) else ()
         except OSError as error:

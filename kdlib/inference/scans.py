@@ -12,7 +12,7 @@ import numpy as np
 
 from kdlib.config import InputError
 from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
-from kdlib.files import listed, write
+from kdlib.files import entries, write
 from kdlib.inference.dicom import read_series
 
 FEWEST = 16  # different intensities; an image with fewer is a mask
@@ -46,7 +46,7 @@ def find_scans(path: Path) -> list[Path]:
     """The scans that a path names: the NIfTI files of a folder, else the path itself (a file, or a DICOM series)."""
     if not os.path.isdir(path):
         return [path]
-    return [file for file in listed(path) if stem(file.name) and not file.name.startswith(".")] or [path]
+    return [file for file in entries(path) if stem(file.name) and not file.name.startswith(".")] or [path]
 
 
 def scan_name(path: Path) -> str:
