@@ -15,7 +15,7 @@ from kdlib.config import InputError
 from kdlib.inference.student import Student
 from kdlib.models import CHANNELS_LAST, build_model
 from kdlib.training.checkpoint import load_weights
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
 from kdlib.training.validation import inference
 
 # images [B,3,H,W] or [B,1,D,H,W] float32 in 0..1 on the CPU -> logits [B,K,...] float32 of the same grid
@@ -60,7 +60,7 @@ def _torch(folder: Path, student: Student, device: str) -> Backend:
     model = load_network(folder, student).to(pick_device(device), memory_format=layout)
 
     def run(images: Tensor) -> Tensor:
-        with inference(model, dimensions) as place:
+        with precision(student.precision), inference(model, dimensions) as place:
             images = images.to(place, memory_format=layout)
             return model(images, reconstruct=False).segmentation.float().cpu()
 

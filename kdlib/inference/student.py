@@ -47,6 +47,7 @@ class Student:
         classes: names of the foreground classes; the mask's values 1..C in this order.
         modality: "CT" (intensities in HU) or "MR".
         preprocessing: how a volume becomes slices, or patches.
+        precision: that PyTorch computes it in; see `kdlib.config.Optimisation`.
         threshold: probability above which a voxel is foreground, of one class.
         format: which library runs it; a key of `WEIGHTS`.
         facts: where it comes from (JSON values): data_set, run, method, teacher, fold, seed, training_cases, dice
@@ -64,6 +65,7 @@ class Student:
     modality: Literal["CT", "MR"]
     preprocessing: Preprocessing
     threshold: float = 0.5
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     format: Literal["torch", "onnx", "openvino", "openvino-int8"] = "torch"
     facts: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)
@@ -199,6 +201,7 @@ def student_of_run(folder: Path, data: str | Path | None = None) -> Student:
         modality=modality,
         preprocessing=run.preprocessing,
         threshold=run.threshold,
+        precision=run.optimisation.precision,
         facts=facts,
     )
 

@@ -43,8 +43,8 @@ def computes_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Networks compute in this precision within; see `kdlib.config.Optimisation`."""
-    before = PRECISION.set(name)
+    """Networks compute in this precision within ("auto": in that around it); see `kdlib.config.Optimisation`."""
+    before = PRECISION.set(PRECISION.get() if name == "auto" else name)
     try:
         yield
     finally:

@@ -41,6 +41,18 @@ def test_a_folder_gives_back_the_student_and_its_network(tmp_path):
         torch.testing.assert_close(load_backend(tmp_path / "s1", student, "cpu")(images), expected)
 
 
+@pytest.mark.parametrize("name, around", [("bf16", "fp32"), ("fp32", "bf16"), ("auto", "bf16")])
+def test_a_student_computes_in_its_own_precision(tmp_path, name, around):
+    model = written(tmp_path / "s1")
+    student = dataclasses.replace(load_student(tmp_path / "s1"), precision=name)
+    images = torch.rand(3, 3, 32, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name != "fp32"):
+        expected = model(images, reconstruct=False).segmentation.float()
+    with precision(around):
+        found = load_backend(tmp_path / "s1", student, "cpu")(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # another layout in memory
+
+
 def change(folder: Path, **fields) -> None:
     path = folder / "student.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
