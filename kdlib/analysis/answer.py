@@ -42,10 +42,12 @@ PLATEAUS = {  # verdict on the longest trainings -> what it says
 }  # fmt: skip
 
 
-def verdicts_of(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """`statistics.compare` of every distilled student and control with the same student alone; no verdict where one
-    has not converged."""
-    return withhold(compare(cases, baseline_pairs(cases)), convergence(history))
+def verdicts_of(
+    cases: pd.DataFrame, history: pd.DataFrame, pairs: Sequence[tuple[str, str]] | None = None
+) -> pd.DataFrame:
+    """`statistics.compare` of pairs of methods (None: every distilled student and control with the same student alone);
+    no verdict where one has not converged."""
+    return withhold(compare(cases, baseline_pairs(cases) if pairs is None else pairs), convergence(history))
 
 
 def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str, int]) -> pd.DataFrame:
@@ -61,7 +63,7 @@ def answer(cases: pd.DataFrame, verdicts: pd.DataFrame, parameters: Mapping[str,
         seeds, difference, low, high, interval, p_holm and smallest_p of the comparison.
     """
     table = fractions(cases, verdicts).rename(columns={"dice": "dice_distilled"})
-    table = table.assign(parameters=table["a"].map(parameters), smallest_p=verdicts["smallest_p"].to_numpy())
+    table = table.assign(parameters=table["a"].map(parameters))
     counted = ["n", "volumes", "seeds", "difference", "low", "high", "interval", "p_holm", "smallest_p"]
     return table[[*ANSWER_COLUMNS[:3], "labels", *ANSWER_COLUMNS[3:], "parameters", *counted]]
 
@@ -105,7 +107,8 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
     settled = taught[taught["verdict"] != NOT_CONVERGED]
     best = (taught if settled.empty else settled).nlargest(1, "difference").iloc[0]
     ways = f"Of {len(taught)} ways to learn from a teacher: {counted_verdicts(taught['verdict'])}"
-    said = [f"{ways}. The most is gained by {best['label_a']}: {_worth(best)}."]
+    most = "The most is gained by" if best["difference"] > 0 else "None gains on average; the least is lost by"
+    said = [f"{ways}. {most} {best['label_a']}: {_worth(best)}."]
     alone = verdicts[(about["teacher"] == "").to_numpy()]
     return [*said, f"Without a teacher: {_each_worth(alone)}."] if len(alone) else said
 
@@ -252,7 +255,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
         learns (`knowledge`), dice_alone, dice, change (text with interval), gain (patients), gap (from the student
         alone to its teacher, or to the only one that there is; NaN without one), gap_closed (share of it; NaN where it
         is less than 0.01 Dice) and closed (the same as text), teacher, dice_teacher, n, volumes, seeds, difference,
-        low, high, interval, p_holm, a and b.
+        low, high, interval, p_holm, smallest_p, a and b.
     """
     found, rows = methods(cases), []
     teachers = [_teachers(table) for table in (cases, *masters)]
@@ -272,7 +275,7 @@ def fractions(cases: pd.DataFrame, verdicts: pd.DataFrame, masters: Sequence[pd.
             gap=gap, gap_closed=closed,
             closed="" if np.isnan(closed) else signed(percent(round(closed, 2))), teacher=name, dice_teacher=reached,
             n=row.n, volumes=row.volumes, seeds=seeds, difference=row.difference, low=row.low,
-            high=row.high, interval=row.interval, p_holm=row.p_holm, a=row.a, b=row.b,
+            high=row.high, interval=row.interval, p_holm=row.p_holm, smallest_p=row.smallest_p, a=row.a, b=row.b,
         ))  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -69,10 +69,8 @@ def write_cards(folder: Path | str, manifests: Mapping[str, dict]) -> list[Path]
     pages = templates("kdlib.analysis")
     written = [folder / "protocol.md"]
     write_text(written[0], pages.get_template("protocol.md.j2").render(facts(folder, manifests, runs, cases)))
-    tested = set(cases["run"])  # without what was trained to teach alone, as the peer of a self-distilled student
-    for key, record in manifests.items():
-        student = key in tested and runs.loc[key, "role"] != "teacher"
-        if student and "best.safetensors" in record.get("files", {}):
+    for key in _students(runs, cases).index:
+        if "best.safetensors" in manifests[key]["files"]:
             name = re.sub(r"[^a-z0-9]+", "-", runs.loc[key, "label"].lower()).strip("-")
             written.append(folder / "cards" / f"{name}-{key}.md")
             text = pages.get_template("card.md.j2").render(card_facts(key, manifests, runs, cases))
@@ -168,14 +166,14 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
     """All that the protocol says."""
     records, every = list(manifests.values()), list(runs["run"])
     parts, n = _parts(folder, manifests, runs), cases.loc[cases["metric"] == "dice", "patient"].nunique()
-    by_part = list(parts.groupby(["fold", "part"], sort=False))
+    students, by_part = _students(runs, cases), list(parts.groupby(["fold", "part"], sort=False))
     flow = [(("all", "all that these runs saw"), parts), *by_part]
     finished = sorted(record["finished"] for record in records)
     budgets = ["label", "recipe", "protocol", "parameters", "optimiser", "learning rate", "batch", "epochs", "updates"]
     groups = runs.groupby(budgets, sort=False, as_index=False)
     return {
         "study": folder.name, "runs": _count(len(records), "run"), "first": finished[0], "last": finished[-1],
-        "limits": _limits(records, runs, parts, n),
+        "limits": _limits(records, runs, students, parts, n),
         "data": _listed(run.data for run in every), "target": _listed(run.target for run in every),
         "stops_at_defects": all(run.on_defect == "raise" for run in every),
         "flow": pd.DataFrame([{"fold": fold, "part": part} | _sizes(rows) for (fold, part), rows in flow]),
@@ -188,8 +186,8 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
             runs=("seconds", "size"), seconds=("seconds", lambda found: round(found.mean(), 1)),
         ),
         "seeds": {
-            name: _listed(sorted(runs.loc[(runs["role"] == "teacher") == taught, "seed"])) or "none"
-            for name, taught in (("students", False), ("teachers", True))
+            name: _listed(sorted(runs.loc[chosen, "seed"])) or "none"
+            for name, chosen in (("students", students.index), ("teachers", runs["role"] == "teacher"))
         },
         "rules": list(dict.fromkeys(map(_rule, every))),
         "metrics": _metrics(cases), "alpha": ALPHA, "same": SAME["dice"], "families": _families(folder),
@@ -243,11 +241,11 @@ def _view(run: Run) -> dict[str, object]:
     view = run.preprocessing
     spacing = "the volume's own" if view.spacing is None else f"{view.spacing:g} mm"
     seen = {
-        "slices": f"{view.size} x {view.size}", "in-plane spacing": spacing, "channels": view.channels,
+        "slice or patch": " x ".join([str(view.size)] * view.dimensions), "spacing": spacing, "channels": view.channels,
         "CT window (HU)": "{:g} to {:g}".format(*view.window),
         "MR percentiles": "{:g} to {:g}".format(*view.percentiles),
     }  # fmt: skip
-    none = {"in-plane spacing": "ignored", "CT window (HU)": "none", "MR percentiles": "none"}
+    none = {"spacing": "ignored", "CT window (HU)": "none", "MR percentiles": "none"}
     return seen | none if view.published else seen
 
 
@@ -307,7 +305,12 @@ def _code(record: dict) -> dict[str, object]:
     }
 
 
-def _limits(records: list[dict], runs: pd.DataFrame, parts: pd.DataFrame, n: int) -> list[str]:
+def _students(runs: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
+    """The runs of tested students: no teacher, nor what was trained to teach alone, as a self-distilled one's peer."""
+    return runs[(runs["role"] != "teacher") & runs.index.isin(cases["run"])]
+
+
+def _limits(records: list[dict], runs: pd.DataFrame, students: pd.DataFrame, parts: pd.DataFrame, n: int) -> list[str]:
     """What a reader must know before believing a number of `n` test patients, each line drawn from the manifests."""
     every = list(runs["run"])
     sizes = dict.fromkeys(run.profile.reduced_from_thesis for run in every)
@@ -320,7 +323,7 @@ def _limits(records: list[dict], runs: pd.DataFrame, parts: pd.DataFrame, n: int
         found.append(f"{n} test patients: intervals are wide, and only large differences can be shown at all")
     if leaks := _leaks(parts):
         found.append(f"LEAKAGE: {_count(len(leaks), 'patient')} in the test part and in another of the same fold")
-    counts = runs.groupby(["method", "protocol", "fold"])["seed"].nunique()
+    counts = students.groupby(["method", "protocol", "fold"])["seed"].nunique()
     if counts.max() == 1:
         found.append("one seed per method: intervals speak of these trainings, not of the method trained anew")
     elif counts.min() < counts.max():

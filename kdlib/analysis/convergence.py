@@ -12,7 +12,9 @@ from kdlib.config import InputError
 TOLERATED_GAIN = 0.01  # Dice that the last fifth of a training may still gain
 
 
-def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
+def convergence(
+    history: pd.DataFrame, by: Sequence[str] = ("method",), named: Sequence[pd.DataFrame] = ()
+) -> pd.DataFrame:
     """Validation Dice at 25, 50 and 100 % of the steps of every method, and what the last fifth of them gained.
 
     The Dice at a share of a training is the best of the validations until then, as the best weights are those that are
@@ -23,6 +25,7 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
         history: tidy, a row per run, epoch and name, with the validation Dice as name `val_dice`; of distilled students
             with the columns role, model and teacher.
         by: columns that make a method.
+        named: a chapter's table of cases, to name methods as there; it lacks teachers that the history has.
 
     Returns: a table with columns `by`, label (of methods), runs, dice_25, dice_50, dice_100, last_fifth (gain of Dice)
         and converged (the gain is at most 0.01, and so is that of its teachers in this history).
@@ -46,7 +49,7 @@ def convergence(history: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.Da
     rising = found["last_fifth"] > TOLERATED_GAIN
     found = found.assign(converged=~(rising | _taught_by(rising, dice))).reset_index()
     if "method" in by:
-        found.insert(len(by), "label", found["method"].map(method_labels(history)))
+        found.insert(len(by), "label", found["method"].map(method_labels(history, *named)))
     return found
 
 

@@ -80,9 +80,9 @@ def knowledge(method: pd.Series) -> tuple[str, str]:
     return "features (and predictions)" if features else "predictions", f"{what} from {method['teacher']}"
 
 
-def method_labels(table: pd.DataFrame) -> dict[str, str]:
-    """Method -> its label in this table; see `methods`."""
-    return methods(table)["label"].to_dict()
+def method_labels(*tables: pd.DataFrame) -> dict[str, str]:
+    """Method -> its label in a table, the last one that has it; see `methods`."""
+    return {method: label for table in tables for method, label in methods(table)["label"].items()}
 
 
 def percent(fraction: float) -> str:

@@ -155,7 +155,9 @@ def _facts(manifests: Iterable[Mapping], wanted: int) -> dict[str, str]:
         "runs": f"{len(records)} of {wanted}, seeds {', '.join(map(str, seeds))}",
         "time": f"{hours:.1f} hours of training and evaluation, {dates[0][:16]} to {dates[-1][:16]}",
         "code": _distinct(map(_code, records)),
-        "versions": "; ".join(f"{name} {text}" for name, text in records[0]["versions"].items()),
+        "versions": _distinct(
+            ", ".join(f"{name} {text}" for name, text in record["versions"].items()) for record in records
+        ),
         "device": _distinct(f"{record['device']}, {record['precision']}" for record in records),
     }
 

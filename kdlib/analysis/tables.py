@@ -31,8 +31,8 @@ HEADINGS = {  # column -> heading of a printed table
     "projector_change": "projector change", "share": "share of the gradient", "n": "patients", "mean": "mean Dice",
     "sd": "SD", "dice": "Dice", "dice_25": "Dice at 25 % of the steps", "dice_50": "at 50 %", "dice_100": "at 100 %",
     "last_fifth": "gain in the last fifth", "effect": "effect (rank-biserial)", "first": "share of first places",
-    "beats": "share above the reference", "inference_parameters": "parameters", "gflops": "GFLOP per slice",
-    "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice)",
+    "beats": "share above the reference", "inference_parameters": "parameters", "gflops": "GFLOP per slice or patch",
+    "receptive_field": "receptive field (px)", "latency_ms": "CPU latency (ms per slice or patch)",
     "items": "slices or windows of a volume", "volume_gflops": "GFLOP per volume",
     "volume_ms": "CPU latency (ms per volume)", "slower": "latency, times",
     "dice_alone": "Dice alone", "dice_distilled": "Dice distilled",
@@ -154,8 +154,12 @@ def _with_interval(row: tuple, usual: int) -> str:
     return text if row.n == usual else f"{text} (n = {row.n})"
 
 
-def gradient_diagnostics(history: pd.DataFrame) -> pd.DataFrame:
+def gradient_diagnostics(history: pd.DataFrame, named: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
     """What each distillation term did in the last epoch, one row per (method, term), mean over runs.
+
+    Args:
+        history: tidy, a row per run, epoch and name.
+        named: see `kdlib.analysis.convergence.convergence`.
 
     Returns: method, label, term, value (unweighted), share (of the gradient on the student), cosine (of its gradients
         of two successive steps; NaN where a gradient is 0), infonce_over_chance (InfoNCE over ln N; NaN for others),
@@ -165,7 +169,7 @@ def gradient_diagnostics(history: pd.DataFrame) -> pd.DataFrame:
     last = history[history["epoch"] == history.groupby("run")["epoch"].transform("max")]
     wide = last.pivot_table(index="method", columns="name", values="value", sort=False)
     terms = [name.removeprefix("share/") for name in wide if name.startswith("share/")]
-    labels, rows = method_labels(history), []
+    labels, rows = method_labels(history, *named), []
     kinds = ("share", "cosine", "infonce_over_chance", "projector_change")
     for (method, values), term in itertools.product(wide.iterrows(), terms):
         found = {kind: values.get(f"{kind}/{term}", np.nan) for kind in kinds}

@@ -68,7 +68,7 @@ def parser() -> Parser:
     site.add_argument("--output", type=Path, default=Path("docs/site"), help="folder of the pages")
     site.add_argument(
         "--block", nargs=3, action="append", default=[], metavar=("PAGE", "BLOCK", "STUDY"),
-        help="write a study's 'answer', 'worth' or 'when' into a page, between its two comments; repeatable",
+        help="write <STUDY>/<BLOCK>.md, e.g. its 'answer', into a page, between its two comments; repeatable",
     )  # fmt: skip
     return line
 

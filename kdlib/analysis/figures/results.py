@@ -17,7 +17,7 @@ from kdlib.analysis.tables import HEADINGS, THESIS_TABLE, expected_calibration_e
 from kdlib.config import InputError
 
 COSTS = {  # column of the cost table -> (label, its unit)
-    "inference_parameters": ("parameters (millions)", 1e6), "latency_ms": ("CPU latency (ms per slice)", 1),
+    "inference_parameters": ("parameters (millions)", 1e6), "latency_ms": (HEADINGS["latency_ms"], 1),
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | N
     Args:
         table: tidy, with the identity columns.
         cost: one row per (model, size): model, size ("study" as trained here, or "thesis": full width, 256 x 256),
-            inference_parameters, latency_ms of a slice and threads.
+            inference_parameters, latency_ms of a slice or patch, and threads.
         thesis: `THESIS_TABLE`, drawn in a panel of its own; None leaves it out.
 
     Raises: InputError: a missing column, or a model without its cost.
@@ -137,15 +137,13 @@ def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | N
     axes[0].set_ylabel("Dice")
     roles = {"teacher": ("s", means["role"] == "teacher")}
     roles |= {"student alone, all labels": ("o", (means["role"] == "baseline") & (means["fraction"] == 1))}
-    roles |= {"alone, half of the labels": ("d", (means["role"] == "baseline") & (means["fraction"] < 1))}
+    roles |= {"alone, half of the labels": ("d", (means["role"] == "baseline") & (means["fraction"] == 0.5))}
     roles |= {f"distilled from {name}": (mark, means["teacher"] == name) for name, mark in (("T1", "P"), ("T2", "X"))}
     looks = {name: dict(color=style.DARK, marker=marker) for name, (marker, here) in roles.items() if here.any()}
     style.legend_below(figure, style.legend_lines(looks, **style.NO_LINE))
     threads = " or ".join(map(str, sorted(cost["threads"].unique())))
     note = f"Points: mean over patients ({patients_text(means['n'], means['volumes'])}) at the network's true cost; "
-    note += (
-        "intervals stand in the table. Costs are of one slice, without a teacher's reconstruction decoder; latency: "
-    )
+    note += "intervals stand in the table. Costs are without a teacher's reconstruction decoder; latency: "
     note += f"median, batch 1, {threads} thread{'s' * (threads != '1')}."
     if thesis is not None:
         note += " Right: single runs of the thesis at full width, pixels of its test set pooled."

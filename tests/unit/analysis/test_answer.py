@@ -73,6 +73,9 @@ def test_losses_stand_beside_what_needs_no_teacher(cases):
         "The most is gained by KL: +0.004 [+0.001, +0.007] Dice (better)."
     )
     assert second == "Without a teacher: longer training +0.008 Dice (better)."
+    (least,) = loss_sentences(table, verdicts[1:2])
+    assert least.endswith("None gains on average; the least is lost by AT: \N{MINUS SIGN}0.010 "
+                          "[\N{MINUS SIGN}0.020, \N{MINUS SIGN}0.001] Dice (worse).")  # fmt: skip
     (only,) = loss_sentences(table, verdicts[2:4])
     assert only.endswith("gained by DKD: +0.020 [+0.010, +0.030] Dice (not converged).")
 

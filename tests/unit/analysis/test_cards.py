@@ -204,7 +204,10 @@ def test_a_random_teacher_is_no_run(toy):
 def test_a_student_that_only_teaches_another_gets_no_card(toy):
     written = toy.write()
     records = toy.manifests()
-    assert write_cards(toy.folder, records | {"peer": records["s1"]}) == written
+    peer = toy.manifest("s1", dataclasses.replace(toy.runs["s1"], seed=99))
+    assert write_cards(toy.folder, records | {"peer": peer}) == written
+    text = written[0].read_text(encoding="utf-8")
+    assert "one seed per method" in text and "- seeds of the students: 0; of the teachers: 0" in text
 
 
 def test_runs_without_a_manifest_and_studies_without_tables_are_named(toy, tmp_path):

@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from analysis_tables import identity
 
 from kdlib import InputError
 from kdlib.analysis.convergence import convergence
@@ -27,6 +28,14 @@ def test_methods_are_means_over_their_runs_and_judged_each_alone():
     table = convergence(history(a=[still_rising, flat], b=[flat])).set_index("method")
     assert table.loc["a", "last_fifth"] == pytest.approx(0.05) and not table.loc["a", "converged"]
     assert table.loc["b", "converged"] and table["runs"].to_dict() == {"a": 2, "b": 1}
+
+
+def test_methods_are_named_as_in_a_chapters_cases():
+    """The history has the teacher, the cases do not: there S1 alone is "no distillation"."""
+    rows = [identity(name) for name in ("S1 (50 %)", "KD(T1, S1)")]
+    found = pd.DataFrame([*rows, identity("T1")]).assign(run=lambda table: table["method"], epoch=1)
+    table = convergence(found.assign(name="val_dice", value=0.8), named=[pd.DataFrame(rows)])
+    assert table["label"].tolist() == ["no distillation", "KD(T1, S1)", "T1"]
 
 
 def test_what_a_teacher_taught_has_converged_when_the_teacher_has():

@@ -209,6 +209,20 @@ def diagnostics(method="KD(T1, S1)", kinds=None, terms=TERMS, epochs=12, runs=2)
     return pd.concat([pd.DataFrame(rows), trainings([method], epochs, runs)])
 
 
+def test_each_loss_is_compared_with_itself_and_a_shuffled_teacher_alone():
+    """KL twice, balanced and of the tuned weight: only the former has a shuffled control."""
+    kinds = [distilled(loss, recipe=loss) for loss in ("kl", "sp")]
+    shuffled = [
+        row | dict(method=f"{row['method']}, shuffled", role="control", control="shuffled_teacher") for row in kinds
+    ]
+    about = [*kinds, distilled("kl", recipe="predictions", method="tuned"), *shuffled, identity("S1 (50 %)")]
+    cases = pd.concat([tidy({row["method"]: np.linspace(0.6, 0.9, 8)}).assign(**row) for row in about])
+    history = pd.DataFrame(about).assign(run=range(len(about)), epoch=1, name="val_dice", value=0.8)
+    found = gallery.against_shuffled(Results(cases, history, pd.DataFrame(about), NO_EXAMPLES))
+    pairs = set(zip(found["a"], found["b"], strict=True))
+    assert pairs == {("kl:PMD", "kl:PMD, shuffled"), ("sp:PMD", "sp:PMD, shuffled")}
+
+
 def test_gradient_diagnostics():
     figure = gradient_diagnostics(diagnostics())
     check(figure, DOUBLE)

@@ -30,6 +30,12 @@ def test_a_student_without_a_teacher_is_no_distillation_where_all_rows_are_of_on
     assert labels(*rows, identity("T1"))[0] == "S1 (50 %)"
 
 
+def test_a_history_with_teachers_names_the_others_as_the_cases_do():
+    rows = [identity(name) for name in ("S1 (50 %)", "KD(T1, S1)")]
+    found = method_labels(pd.DataFrame([*rows, identity("T1")]), pd.DataFrame(rows))
+    assert found == {"S1 (50 %)": "no distillation", "KD(T1, S1)": "KD(T1, S1)", "T1": "T1"}
+
+
 def test_an_ablation_is_named_by_terms_and_a_comparison_of_losses_by_losses():
     alone = identity("S1 (50 %)")
     assert labels(alone, *(distilled("sp", terms) for terms in ("E-E", "E-E+PMD"))) == [
