@@ -28,12 +28,12 @@ from kdlib.data.description import read_description
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
-from kdlib.experiments.source import TrainingData, run_source
+from kdlib.experiments.source import TrainingData, run_source, training_part
 from kdlib.experiments.store import run_key, trained, untrained
 from kdlib.files import read_csv
 from kdlib.models import MODELS
 from kdlib.record import read_manifest
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
 from kdlib.training.loop import train_cohort
 
 PHANTOM = "Phantom"  # name of the built-in data set, which every results folder can make by itself
@@ -190,7 +190,8 @@ def metrics_of(finished: Finished) -> pd.DataFrame:
 def predict_case(finished: Finished, case: str) -> np.ndarray:
     """What a run says of a case, in the grid of the case's own files: XYZ uint8, 0 background, 1..C the classes."""
     bank = case_slices(finished, (case,))
-    scores = predict_cases(network(finished), bank)[case]
+    with precision(finished.run.optimisation.precision):
+        scores = predict_cases(network(finished), bank)[case]
     return on_file_grid(scores, bank, case, finished.run.threshold).astype(np.uint8)
 
 
@@ -351,10 +352,13 @@ def train_small(
     recipe = dataclasses.replace(run.recipe, terms=tuple(terms.values()))
     profile = dataclasses.replace(run.profile, student_epochs=epochs, student_steps=steps)
     run = dataclasses.replace(run, recipe=recipe, profile=profile)
-    train, val = (case_slices(student, cases) for cases in (student.fold.subset(run.fraction), student.fold.val))
+    fold = student.fold
+    seen = fold.train if run.recipe.unlabelled else fold.subset(run.fraction)
+    train, val = training_part(run, fold, case_slices(student, seen)), case_slices(student, fold.val)
     heard = None if on_epoch is None else lambda arms: on_epoch(pd.DataFrame(arms[0].history))
     networks = teacher_networks(run, teachers) if run.teacher else {}
-    (arm,) = train_cohort([run], train, val, steps, student.device, networks, epochs, on_epoch=heard)
+    with precision(run.optimisation.precision):
+        (arm,) = train_cohort([run], train, val, steps, student.device, networks, epochs, on_epoch=heard)
     if arm.failure is not None:
         raise arm.failure
     return pd.DataFrame(arm.history)

@@ -18,7 +18,7 @@ from kdlib.data import SliceBank
 from kdlib.data.sampling import batch_indices
 from kdlib.record import verified
 from kdlib.training.checkpoint import load_weights
-from kdlib.training.device import autocast
+from kdlib.training.device import autocast, precision
 from kdlib.training.frozen import FrozenTeachers
 from kdlib.training.state import RunState, new_state
 
@@ -51,6 +51,8 @@ class Gradients:
 def _prepared(student: Finished, teachers: tuple[Finished, ...]) -> tuple[RunState, SliceBank, FrozenTeachers]:
     """The frozen student with the projectors of its run, some of its training slices, and its teachers."""
     run, device = distillation_run(student, teachers, only=("PMD",)), student.device
+    if run.teacher == "self" or not run.effective_recipe.terms:
+        raise InputError(f"{run.method} is compared with no teacher as it trains: choose a distilled student")
     bank = case_slices(student, student.fold.subset(run.fraction)[:OTHERS])
     networks = teacher_networks(run, teachers)
     state = new_state(run, len(student.classes), 1, device, networks, bank.patients)
@@ -133,7 +135,8 @@ def term_gradients(
     parts = zip(own.batch(here), bank.batch(others), strict=True)
     images, labels = (torch.cat(part) for part in parts)
     patients = torch.cat([torch.full_like(here, patient), bank.patient_of(others)])
-    losses, features = _terms(state, taught, images, labels, patients)
+    with precision(state.run.optimisation.precision):
+        losses, features = _terms(state, taught, images, labels, patients)
 
     weights, maps, rows = _weights(student, state), {}, []
     for name, module in state.distiller.terms.items():

@@ -10,8 +10,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from kdlib.config import InputError
+from kdlib.files import write_folder
 
 LABELS = {"spleen": 1, "liver": 2, "right kidney": 3, "left kidney": 4, "stomach": 5}
 SHAPE = (80, 80, 24)
@@ -64,11 +63,10 @@ def make_phantom(folder: str | Path, patients: int = 20, seed: int = 0) -> Path:
     }  # fmt: skip
     if _is_there(folder, about):
         return folder
-    # written beside its place and renamed when complete, so that a stopped or a second job does no harm
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
+
+    def fill(draft: Path) -> None:
         for part in ("imagesTr", "labelsTr"):
-            (draft / part).mkdir(parents=True)
+            (draft / part).mkdir()
 
         def save_patient(number: int) -> None:
             image, label = make_patient(np.random.default_rng([seed, number]), contrast=number % 5 != 4)
@@ -78,13 +76,12 @@ def make_phantom(folder: str | Path, patients: int = 20, seed: int = 0) -> Path:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter
             list(pool.map(save_patient, range(patients)))
         (draft / "dataset.json").write_text(json.dumps(about, indent=1))
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not _is_there(folder, about):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+    try:
+        write_folder(folder, fill)
+    except InputError:
+        if not _is_there(folder, about):  # a second job was faster
+            raise
     return folder
 
 

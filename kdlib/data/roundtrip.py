@@ -13,7 +13,7 @@ import torch
 
 from kdlib.config import Preprocessing
 from kdlib.data.decathlon import DEFECT_COLUMNS, Case, Dataset, DataWarning, raise_defects
-from kdlib.data.slices import Geometry, place_slices, read_case_file, restore
+from kdlib.data.slices import Geometry, place_case, place_slices, read_case_file, restore
 from kdlib.data.volumes import build_bank
 
 LEAST_KEPT = 0.95  # of each class of a case; less is a defect
@@ -61,7 +61,7 @@ def check_view(dataset: Dataset, classes: dict[str, int], preprocessing: Preproc
     spacing = "the volume's own spacing" if preprocessing.spacing is None else f"{preprocessing.spacing:g} mm"
     extent = f"{' x '.join(map(str, size))} {'pixels' if len(size) == 2 else 'voxels'} of {spacing}"
     for case in dataset.cases:
-        geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
+        geometry = place_case(case, preprocessing)
         if text := too_small(geometry, preprocessing):
             half = 16 * (2 * min(geometry.resampled) // 16)
             remedy = f"give a smaller patch: CHANGES='{{\"size\": {half}}}'" if half else "give a smaller spacing"
@@ -103,5 +103,5 @@ def too_small(geometry: Geometry, preprocessing: Preprocessing) -> str:
 
 def whole_size(case: Case, preprocessing: Preprocessing) -> int:
     """Side of slices, a multiple of 16, that show every pixel of the case's resampled volume."""
-    geometry = place_slices(case.shape, read_case_file(case.label, np.int64)[0], preprocessing)
+    geometry = place_case(case, preprocessing)
     return 16 * math.ceil(max(geometry.size - 2 * start for start in geometry.start) / 16)

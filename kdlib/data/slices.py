@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import nibabel as nib
 import numpy as np
 import torch
 from nibabel import orientations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlib.config import UNLABELLED, InputError, Preprocessing
-from kdlib.data.decathlon import Dataset
+from kdlib.data.decathlon import Case, Dataset
 from kdlib.data.nifti import read_again
 
 SLICE_AXES = ("S", "P", "L")  # where the axes of [slices, rows, columns] point: superior, posterior, left
@@ -298,6 +299,11 @@ def place_slices(shape: Sequence[int], affine: np.ndarray, preprocessing: Prepro
         placed = dataclasses.replace(placed, factor=tuple((size / voxels).tolist()))
     start = tuple((side - pixels) // 2 for side, pixels in zip(placed.grid[-dims:], placed.resampled, strict=True))
     return dataclasses.replace(placed, start=start)
+
+
+def place_case(case: Case, preprocessing: Preprocessing) -> Geometry:
+    """How a case's volume becomes slices, or a volume, by the header of its file alone."""
+    return place_slices(case.shape, nib.load(case.label).affine, preprocessing)
 
 
 def image_slices(

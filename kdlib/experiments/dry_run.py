@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 from kdlib.config import Run, from_json
+from kdlib.data.slices import place_case
 from kdlib.evaluation.cases import evaluate
 from kdlib.experiments.designs import requested_runs
 from kdlib.experiments.runner import cohorts
-from kdlib.experiments.source import run_bank, run_source
+from kdlib.experiments.source import run_bank, run_source, training_part
 from kdlib.experiments.store import is_done, read_manifest, run_key, untrained
 from kdlib.training.device import one_thread, pick_device, precision
 from kdlib.training.loop import train_cohort
@@ -37,7 +38,7 @@ def slices_of(run: Run, results: Path) -> int:
     train = set(found.folds[run.fold].train)
     if run.preprocessing.dimensions == 3:
         return len(run_bank(run, results).select(list(train)))
-    return sum(case.shape[2] for case in found.dataset.cases if case.name in train)
+    return sum(place_case(case, run.preprocessing).depth for case in found.dataset.cases if case.name in train)
 
 
 def _kind(run: Run, device: str) -> dict[str, object]:
@@ -82,9 +83,8 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
     a cohort: measured on its own data with networks that have learned nothing, on a CPU with one core."""
     run = group[0]
     fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
-    train, val = bank.select(fold.train).to(device), bank.select(fold.val[:1]).to(device)  # a case stands for all
-    if run.recipe.unlabelled:
-        train = train.hide_labels(set(fold.train) - set(fold.subset(run.fraction)))
+    train = training_part(run, fold, bank).to(device)
+    val = bank.select(fold.val[:1]).to(device)  # a case stands for all
     teachers = {name: untrained(teacher, len(bank.classes), device) for name, teacher in run.teacher_runs().items()}
 
     def train_for(count: int) -> float:

@@ -11,11 +11,11 @@ import torch
 from kdlib.config import InputError, Run, derive_seed
 from kdlib.data.sampling import batch_indices
 from kdlib.evaluation.similarity import sample_features
-from kdlib.experiments.source import run_bank, run_source
+from kdlib.experiments.source import run_bank, run_source, training_part
 from kdlib.experiments.store import trained
 from kdlib.losses import LOSSES
 from kdlib.losses.base import resize_labels
-from kdlib.training.device import pick_device
+from kdlib.training.device import pick_device, precision
 from kdlib.training.hooks import probe, scales_of, split_scale
 from kdlib.training.state import new_model
 
@@ -29,7 +29,8 @@ def features(runs: Sequence[Run], results: Path | str = "results", device: str =
     fold = run_source(runs[0], results).folds[runs[0].fold]
     bank = run_bank(runs[0], results).select(fold.test).to(place)
     models = {run.method: trained(run, len(bank.classes), results, place) for run in runs}
-    return sample_features(models, bank)
+    with precision(runs[0].optimisation.precision):
+        return sample_features(models, bank)
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
@@ -60,7 +61,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         raise InputError(f"{run.method} is a run of volumes, and pairs are shown on slices: give a run of a 2D profile")
     results = Path(results).resolve()
     fold = run_source(run, results).folds[run.fold]
-    bank = run_bank(run, results).select(fold.subset(run.fraction))
+    bank = training_part(run, fold, run_bank(run, results))
     model = new_model(run, len(bank.classes))
     names = scales_of([run.effective_recipe])
     shapes = probe(model, model.scales, names, size=run.preprocessing.size)

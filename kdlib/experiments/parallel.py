@@ -12,6 +12,7 @@ each process alone. A network that a notebook adds to `MODELS` is not known to t
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from kdlib.experiments.runner import check, study, train_group
 from kdlib.training.device import pick_device
 from kdlib.training.fabric import Processes, launch
 from kdlib.training.interrupt import InterruptHandler
+
+HEAD = "Traceback (most recent call last):\n"
 
 
 def train(runs: Sequence[Run], results: Path | str = "results", processes: int = 2, device: str = "auto") -> None:
@@ -56,12 +59,12 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
     try:
         with InterruptHandler():
             launch(_work, processes, place, [to_json(run) for run in runs], str(Path(results).resolve()))
-    except ProcessRaisedException as error:  # the last line of its text is that of a traceback
-        kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
-        for own in (InputError, TrainingError):
-            if kind.endswith(own.__name__):
-                raise own(text) from None
-        raise
+    except ProcessRaisedException as error:  # its text is a traceback, at whose end stands the error, of several lines
+        ends = re.search(r"^(?:\w+\.)*(\w+): ((?s:.*))", str(error).rpartition(HEAD)[2].strip(), re.MULTILINE)
+        kinds = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
+        if ends is None or ends[1] not in kinds:
+            raise
+        raise kinds[ends[1]](ends[2]) from None
     except ProcessExitedException as error:
         cause = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
         found = f"process {error.error_index} of {processes} {cause}, and the others were ended"

@@ -17,7 +17,7 @@ import torch
 from kdlib.config import InputError, Run, TrainingError, lookup
 from kdlib.data import Bank
 from kdlib.evaluation.cases import evaluate
-from kdlib.experiments.source import TrainingData, run_bank, run_source
+from kdlib.experiments.source import TrainingData, run_bank, run_source, training_part
 from kdlib.experiments.store import (
     checkpoint_of,
     fail,
@@ -179,8 +179,8 @@ def _train_free(
             (run_folder(run, results) / "checkpoint.safetensors").unlink()
     if not missing:
         return [], []
-    if lost := [needed.model for needed in group[0].needed_runs() if not is_done(needed, results)]:
-        return [f"{run.method}: its teacher {'+'.join(lost)} has no result" for run in missing.values()], []
+    if lost := dict.fromkeys(needed.method for needed in group[0].needed_runs() if not is_done(needed, results)):
+        return [f"{run.method}: what it needs ({', '.join(lost)}) has no result" for run in missing.values()], []
     with ExitStack() as locks:
         mine = {key for key in sorted(missing) if locks.enter_context(locked(missing[key], results))}
         busy = [run for key, run in missing.items() if key not in mine]
@@ -228,10 +228,7 @@ def train_group(
     """
     run = group[0]
     fold, bank = run_source(run, results).folds[run.fold], run_bank(run, results)
-    labelled, slices = fold.subset(run.fraction), len(bank.select(fold.train))
-    train = bank.select(labelled)
-    if run.recipe.unlabelled:
-        train = bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
+    train, slices = training_part(run, fold, bank), len(bank.select(fold.train))
     val = bank.select(fold.test if run.protocol.test_selection else fold.val)
     teachers = {
         name: untrained(teacher, len(bank.classes), device) if run.recipe.teacher == "random"

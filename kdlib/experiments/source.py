@@ -54,6 +54,15 @@ def run_bank(run: Run, results: Path | str) -> Bank:
     return _bank(run.preprocessing, *_source_of(run, results))
 
 
+def training_part(run: Run, fold: Fold, bank: Bank) -> Bank:
+    """What a run trains on: the patients whose labels it has; where its recipe has unlabelled images, also the others
+    of the training part, without theirs."""
+    labelled = fold.subset(run.fraction)
+    if not run.recipe.unlabelled:
+        return bank.select(labelled)
+    return bank.select(fold.train).hide_labels(set(fold.train) - set(labelled))
+
+
 def _source_of(run: Run, results: Path | str) -> tuple:
     # the profile's slices, also where the protocol keeps a fault of theirs: all runs of a study have the same cases
     asked = run.data, run.target, run.profile.folds, run.on_defect, run.group

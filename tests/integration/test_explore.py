@@ -18,6 +18,7 @@ from kdlib.apps import drawing, explore, gradients, panels
 from kdlib.apps.notebooks import NOTEBOOKS, execute
 from kdlib.data.slices import Geometry
 from kdlib.evaluation.cases import case_metrics
+from kdlib.experiments.recipes import consistency, pseudo_labels, unlabelled
 
 TINY = {"width": 0.125, "folds": 3, "teacher_epochs": 2, "student_epochs": 2, "teacher_steps": 4, "student_steps": 4}
 FULL, ONLY_PMD = "supcon:E-E+B-B+D-D+PMD", "PMD"
@@ -288,6 +289,24 @@ def test_what_cannot_be_trained_is_refused(find):
     teacher, _ = find("T1")
     with pytest.raises(InputError, match="T1 is a teacher"):
         explore.train_small(teacher)
+
+
+@pytest.mark.parametrize(
+    "teacher, recipe, terms", [("T1", pseudo_labels(), 0), ("T1", unlabelled(), 1), ("self", consistency(), 0)]
+)
+def test_what_learns_from_unlabelled_images_does_so_in_place_too(small_study, table, teacher, recipe, terms):
+    tiny = override_profile("quick", TINY)
+    run = Run("phantom", "spleen", "S1", fraction=0.5, teacher=teacher, recipe=recipe, profile=tiny)
+    student = explore.load_run(small_study, study([run], small_study, "cpu").runs["run"].item(), device="cpu")
+    teachers = explore.teachers_of(student, table, "phantom", "cpu")
+    history = explore.train_small(student, teachers, epochs=2, steps=4)
+    pd.testing.assert_frame_equal(history, pd.read_csv(student.folder / "history.csv"), rtol=1e-6)
+    try:
+        found = gradients.term_gradients(student, teachers, student.fold.test[0], 8)
+    except InputError as error:
+        assert not terms and "is compared with no teacher as it trains: choose a distilled student" in str(error)
+    else:
+        assert len(found.table) == terms
 
 
 # ------------------------------------------------------------------------------------------------- several classes

@@ -20,9 +20,22 @@ import safetensors.torch
 import torch
 from small_training import blobs
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from kdlib.apps.cli import main
-from kdlib.config import PROFILES, PROTOCOLS, InputError, Preprocessing, Profile, Recipe, Run, Term, from_json, to_json
+from kdlib.config import (
+    PROFILES,
+    PROTOCOLS,
+    InputError,
+    Preprocessing,
+    Profile,
+    Recipe,
+    Run,
+    Term,
+    TrainingError,
+    from_json,
+    to_json,
+)
 from kdlib.data import SliceBank
 from kdlib.evaluation.cases import METRICS
 from kdlib.experiments import parallel
@@ -227,6 +240,26 @@ def test_two_processes_of_which_one_is_killed_say_so_in_one_line_and_go_on_to_th
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        ("kdlib.data.decathlon.DefectError: mine: 1 of 9 cases\n\ncase  defect\na: b  empty\n", InputError,
+         "mine: 1 of 9 cases\n\ncase  defect\na: b  empty"),
+        ("kdlib.strict.TrainingError: S1: a loss is not finite\nTypeError: x", TrainingError,
+         "S1: a loss is not finite\nTypeError: x"),
+        ("RuntimeError: InputError: none of ours", ProcessRaisedException, "none of ours"),
+    ],
+)  # fmt: skip
+def test_what_a_process_says_is_said_whole_and_without_its_traceback(error, kind, said, tmp_path):
+    head = "Traceback (most recent call last):\n"
+    text = f"\n\n-- Process 1 terminated with the following error:\n{head}  File 'a', line 1\n    a.b: c()\n"
+    text += f"OSError: first\n\nDuring handling of the above exception:\n\n{head}  File 'b', line 2\n    d()\n{error}"
+    broken = mock.patch.object(parallel, "launch", side_effect=ProcessRaisedException(text, 1, 2))
+    with broken, pytest.raises(kind) as caught:
+        parallel.train([taught()], tmp_path / "results", 2, "cpu")
+    assert str(caught.value) == said if kind is not ProcessRaisedException else said in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from kdlib.config import InputError, Preprocessing
 from kdlib.data.decathlon import Case, Dataset
-from kdlib.data.slices import SliceBank, build, restore
+from kdlib.data.slices import SliceBank, build, place_case, restore
 
 ORIENTATIONS = [
     "".join(code)
@@ -96,7 +96,7 @@ def test_every_orientation_gives_one_bank_and_comes_back_as_it_was(tmp_path, axe
     case = _save(tmp_path, "a", image, label, zooms, axes)
     bank = build(_dataset(case), CLASSES, view)
     assert torch.equal(bank.images, reference.images) and torch.equal(bank.labels, reference.labels)
-    assert len(bank) == 5
+    assert len(bank) == 5 == place_case(case, view).depth and place_case(case, view) == bank.geometry["a"]
     stored = np.asarray(nib.load(case.label).dataobj)
     back = restore(_one_hot(bank.labels, 3), bank.geometry["a"]).argmax(0).numpy()
     assert back.shape == stored.shape == case.shape
