@@ -22,7 +22,7 @@ from kdlib.inference.backends import Backend, library, load_network, openvino_ba
 from kdlib.inference.card import licence_text, model_card
 from kdlib.inference.predict import mask_of, segment
 from kdlib.inference.scans import read_scan
-from kdlib.inference.student import WEIGHTS, Student, load_student, write_student
+from kdlib.inference.student import WEIGHTS, Student, check_replaceable, load_student, write_student
 from kdlib.training.checkpoint import save_tensors
 
 CALIBRATION = 300  # slices that ranges of activations are measured on, NNCF's default
@@ -62,8 +62,7 @@ def export(folder: Path, to: str, out: Path, data: str | Path | None = None, ove
     student = load_student(folder, data)
     if student.format != "torch":
         raise InputError(f"{folder} is an export itself ({student.format}): export the student or run that it is of")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists: give --overwrite to replace it, or choose another folder")
+    check_replaceable(out, overwrite)
     network = load_network(folder, student)
     model = openvino_model(network, student) if to.startswith("openvino") else None
     if to == "openvino-int8":

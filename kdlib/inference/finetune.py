@@ -70,6 +70,7 @@ def finetune(
     train: Bank,
     steps: int,
     teachers: Mapping[str, nn.Module] | None = None,
+    projectors: Mapping[str, Tensor] | None = None,
     slowdown: float = 100.0,
 ) -> nn.Module:
     """A trained student after `steps` more steps of its own training, with int8's rounding.
@@ -79,6 +80,7 @@ def finetune(
         network: the trained student; it is not changed.
         train: slices of the run's training subset, on the network's device.
         teachers: by name, frozen, in eval mode; of a distilled student those that it learned from.
+        projectors: what its run keeps beside the weights (`projectors.safetensors`); None where it has no learned ones.
         slowdown: what the learning rate is divided by.
 
     Returns:
@@ -89,6 +91,8 @@ def finetune(
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, student=slow))
     state = new_state(run, len(train.classes), steps, device, teachers, train.patients)
     state.model.load_state_dict(network.state_dict())
+    if projectors is not None:
+        state.distiller.load_state_dict(projectors)
     taught, how = FrozenTeachers(teachers, [run.effective_recipe]), run.optimisation
     batches = batch_indices(train.holds_target.cpu(), how.batch, derive_seed(run.seed, "int8"), how.target_share)
     with rounded(state.model):

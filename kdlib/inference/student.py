@@ -136,6 +136,13 @@ def load_student(folder: Path, data: str | Path | None = None) -> Student:
     return student
 
 
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raises: InputError: there is a folder, and not one of a student that may be replaced."""
+    if folder.exists() and not (overwrite and (folder / "student.json").is_file()):
+        what = "give --overwrite to replace it" if (folder / "student.json").is_file() else "choose another folder"
+        raise InputError(f"{folder} exists: {what}")
+
+
 def write_student(student: Student, folder: Path, make: Callable[[Path], object], overwrite: bool = False) -> None:
     """Writes a student's folder whole or not at all.
 
@@ -147,9 +154,7 @@ def write_student(student: Student, folder: Path, make: Callable[[Path], object]
     Raises:
         InputError: the folder exists, or cannot be written.
     """
-    if folder.exists() and not (overwrite and (folder / "student.json").is_file()):
-        what = "give --overwrite to replace it" if (folder / "student.json").is_file() else "choose another folder"
-        raise InputError(f"{folder} exists: {what}")
+    check_replaceable(folder, overwrite)
 
     def fill(partial: Path) -> None:
         make(partial)

@@ -193,7 +193,8 @@ signal.raise_signal(signal.SIGTERM)
     [
         (["--to", "tflite"], "invalid choice: 'tflite'"),
         (["--to", "openvino-int8"], "int8 is calibrated on training slices: give --data"),
-        (["--to", "onnx", "-o", "there"], "there exists: give --overwrite"),
+        (["--to", "onnx", "-o", "there"], "there exists: choose another folder"),
+        (["--to", "onnx", "-o", "there", "--overwrite"], "there exists: choose another folder"),  # it is no student's
         (["--to", "onnx", "--results", "nowhere", "student"], "'nothing' does not exist"),
     ],
 )

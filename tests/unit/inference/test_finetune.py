@@ -11,7 +11,7 @@ from torch import nn
 
 from kdlib.inference.finetune import finetune, rounded
 from kdlib.models import build_model
-from kdlib.training.state import new_model
+from kdlib.training.state import new_model, new_state
 from kdlib.training.validation import volume_dice
 
 
@@ -70,4 +70,13 @@ def test_a_distilled_student_hears_its_teacher():
     with torch.no_grad():
         louder["T1"].get_submodule(louder["T1"].scales["logits"]).bias += 5
     a, b = (finetune(run, network, blobs(), 3, teachers, slowdown=1) for teachers in (frozen_teacher(), louder))
+    assert not same(a.state_dict(), b.state_dict())
+
+
+def test_a_distilled_student_learns_on_through_the_projectors_of_its_run():
+    run, network, teachers = distilled(("B-B",)), new_model(distilled(), 1), frozen_teacher()
+    kept = new_state(run, 1, 3, torch.device("cpu"), teachers, blobs().patients).distiller.state_dict()
+    other = {name: value + 0.1 * value.is_floating_point() for name, value in kept.items()}
+    a, b, fresh = (finetune(run, network, blobs(), 3, teachers, given, 1) for given in (kept, other, None))
+    assert same(a.state_dict(), fresh.state_dict()), "fresh ones of the run's seed, like those kept here"
     assert not same(a.state_dict(), b.state_dict())
