@@ -10,7 +10,7 @@ import pandas as pd
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import SHAPES, methods, percent, way_of_learning
-from kdlib.analysis.sentences import NOT_CONVERGED, interval_of, withhold
+from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, interval_of, withhold
 from kdlib.config import InputError
 
 RUNTIMES = {  # a library that runs a network -> how figures call it
@@ -149,10 +149,8 @@ def worth_sentences(table: pd.DataFrame) -> list[str]:
             continue
         ends = known.loc[list(dict.fromkeys([known["difference"].idxmin(), known["difference"].idxmax()]))]
         changes = [f"{interval_of(row.difference, row.low, row.high)} ({row.model})" for row in ends.itertuples()]
-        counts = known["verdict"].value_counts(sort=False)
-        decided = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         of = f"of {len(known)} comparison{'s' * (len(known) > 1)}"
-        text = f"{begin}: Dice changes by {' to '.join(changes)}; {of}: {decided}"
+        text = f"{begin}: Dice changes by {' to '.join(changes)}; {of}: {counted_verdicts(known['verdict'])}"
         text += f"; left out: {left_out} that have not converged" if left_out else ""
         sentences.append(f"{text}. n = {int(known['n'].min())} patients.")
     return sentences

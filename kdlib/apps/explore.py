@@ -25,7 +25,7 @@ from kdlib.analysis.report import runs_of
 from kdlib.config import TEACHERS, InputError, Run, from_json, lookup
 from kdlib.data import Fold, SliceBank, build_bank
 from kdlib.data.description import read_description
-from kdlib.data.slices import Geometry
+from kdlib.data.slices import Geometry, intensity_range
 from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
 from kdlib.experiments.source import TrainingData, run_source, training_part
@@ -241,10 +241,8 @@ def look(finished: Finished, teachers: tuple[Finished, ...], case: str) -> CaseV
     masks |= {f"teacher {teacher.run.model}": predict_case(teacher, case) for teacher in teachers}
     role = "teacher" if finished.run.model in TEACHERS else "student"
     masks[f"{role} {finished.run.model}"] = predict_case(finished, case)
-    voxels, view = np.asarray(image.dataobj, np.float32), finished.run.preprocessing
-    low, high = (0.0, 255.0) if view.published else view.window
-    if dataset.modality == "MR" and not view.published:
-        low, high = np.percentile(voxels[voxels != 0], view.percentiles)
+    voxels = np.asarray(image.dataobj, np.float32)
+    low, high = intensity_range(voxels, dataset.modality, finished.run.preprocessing)
     return CaseView(case, voxels, image.affine, (float(low), float(high)), masks, finished.classes, bank.geometry[case])
 
 

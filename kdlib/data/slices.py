@@ -326,15 +326,22 @@ def read_case_file(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     return file.affine, np.rint(voxels).astype(dtype) if dtype is np.int64 else voxels.astype(dtype)
 
 
+def intensity_range(image: np.ndarray, modality: str, preprocessing: Preprocessing) -> tuple[float, float]:
+    """What becomes 0 and what 1: the ends of the window (HU), or of MR the percentiles of its own non-zero voxels."""
+    if preprocessing.published:
+        return 0.0, 255.0
+    if modality == "CT":
+        return preprocessing.window
+    body = image[image != 0]
+    return tuple(np.percentile(body, preprocessing.percentiles)) if body.size else (0.0, 0.0)
+
+
 def _unit_range(image: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path) -> np.ndarray:
-    """The image clipped to the preprocessing's window or percentiles, as 0..1."""
-    low, high = (0.0, 255.0) if preprocessing.published else preprocessing.window
-    if modality == "MR" and not preprocessing.published:
-        body = image[image != 0]
-        low, high = np.percentile(body, preprocessing.percentiles) if body.size else (0.0, 0.0)
-        if low == high:
-            constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
-            raise InputError(f"{path}: {constant}; leave it out")
+    """The image clipped to its `intensity_range`, as 0..1."""
+    low, high = intensity_range(image, modality, preprocessing)
+    if low == high:
+        constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
+        raise InputError(f"{path}: {constant}; leave it out")
     return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 
