@@ -49,11 +49,11 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   TARGET    spleen      label names joined by ",", or all
   PROFILE   quick       size of slices, networks and trainings: quick, hippocampus, hippocampus3d, ct96, ct128, thesis
   PROTOCOL  corrected   corrected, or thesis: with the faults of the published study
-  CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"spacing": 2.0}'
+  CHANGES   {}          fields of the profile to change, as JSON, e.g. CHANGES='{"size": 64, "spacing": 5.0}'
   ON_DEFECT raise       raise: stop at defective cases; drop: leave them out and list them
   GROUP     auto        how cases are grouped into patients: a regular expression, or a CSV of case and patient
   FOLDS     0           outer folds to train
-  SEEDS     0           seeds to train
+  SEEDS     0           seeds of the students; teachers have seed 0
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
   STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
