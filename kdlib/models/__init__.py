@@ -1,4 +1,4 @@
-"""The networks of the study: teachers T1 and T2, students S1, S2 and E1 and their variants, networks from elsewhere, and what each costs."""
+"""The networks of the study: teachers, students, variants of both, networks from elsewhere, and what each costs."""
 
 # ruff: noqa: F401
 from kdlib.models.cost import cost, cost_of, count_parameters, gflops, receptive_field

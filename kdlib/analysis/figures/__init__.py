@@ -1,6 +1,6 @@
 """One function per figure: tables or arrays in, a matplotlib Figure out, in one style and at printed size.
 
-Every figure of results carries a note on n and its intervals as its label, which `save_figure` writes after the caption.
+A figure of results has a note on n and its intervals as its label, which `save_figure` writes after the caption.
 """
 
 # ruff: noqa: F401
