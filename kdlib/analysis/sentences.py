@@ -18,14 +18,14 @@ VERDICTS = {
 }  # fmt: skip
 
 
-def withhold(verdicts: pd.DataFrame, convergence: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+def withhold(verdicts: pd.DataFrame, convergence: pd.DataFrame) -> pd.DataFrame:
     """The verdicts, with "not converged" wherever one of the two methods has not: nothing is compared before it has.
 
     Args:
         verdicts: from `statistics.compare`, with columns a, b and verdict.
         convergence: from `kdlib.analysis.convergence.convergence`.
     """
-    rising = set(convergence.loc[~convergence["converged"], by])
+    rising = set(convergence.loc[~convergence["converged"], "method"])
     unfinished = verdicts["a"].isin(rising) | verdicts["b"].isin(rising)
     return verdicts.assign(verdict=verdicts["verdict"].mask(unfinished, NOT_CONVERGED))
 
