@@ -192,12 +192,14 @@ def capacity(
     students: Sequence[str] = (),
     teacher: str = "T1",
     fractions: Sequence[float] = (1.0, 0.25),
+    repeated: Sequence[str] = (),
 ) -> list[Run]:
     """What are network, labels and teacher worth? Networks of several sizes and receptive fields, each alone and
     distilled on every label fraction, and the teacher.
 
     Args:
         students: names in `STUDENTS` and `VARIANTS` of `kdlib.config`; none: all.
+        repeated: those of them that have all seeds of the setting, the others its first; none: all have all.
 
     Raises: InputError: another name, one given twice, or a study of volumes.
     """
@@ -208,13 +210,16 @@ def capacity(
     for model in students:
         lookup("student", model, known)
     lookup("teacher", teacher, dict.fromkeys(TEACHERS))
+    for model in repeated:
+        lookup("repeated student", model, dict.fromkeys(students))
     for name, given in (("students", students), ("fractions", fractions)):
         if not given or len(set(given)) < len(given):
             raise InputError(f"{name} {list(given)}: give at least one, and each once")
-    runs = teachers(setting, [teacher])
+    runs, once = teachers(setting, [teacher]), dataclasses.replace(setting, seeds=setting.seeds[:1])
     for model, fraction in product(students, fractions):
-        runs += setting.everywhere(model, fraction=fraction)
-        runs += setting.everywhere(model, prediction_recipe(), fraction=fraction, teacher=teacher)
+        own = setting if model in (repeated or students) else once
+        runs += own.everywhere(model, fraction=fraction)
+        runs += own.everywhere(model, prediction_recipe(), fraction=fraction, teacher=teacher)
     return runs
 
 

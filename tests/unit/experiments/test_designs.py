@@ -137,6 +137,8 @@ def test_capacity_trains_every_network_alone_and_distilled_on_every_share_of_lab
     asked = requested_runs("10_capacity", {"results": tmp_path, "students": ["T1-pruned"], "fractions": [0.25]})
     assert [run.method for run in asked] == ["T1@25", "T1", "T1-pruned@25", "KD(T1,T1-pruned)@25:predictions"]
     assert len({run_key(run, tmp_path) for run in runs}) == len(runs)
+    some = capacity(setting, ["S1", "E1"], repeated=["E1"])
+    assert {(run.model, run.seed) for run in some if not run.is_teacher} == {("S1", 0), ("E1", 0), ("E1", 1)}
     other = dataclasses.replace(pruned[0], teacher_seed=1)
     assert run_key(other, tmp_path) != run_key(pruned[0], tmp_path), "another T1 is another start"
 
@@ -149,6 +151,7 @@ def test_capacity_trains_every_network_alone_and_distilled_on_every_share_of_lab
         ({"fractions": []}, "fractions ..: give at least one, and each once"),
         ({"fractions": [2.0]}, "fraction 2.0"),
         ({"teacher": "E1"}, "teacher 'E1' does not exist: choose from T1, T2"),
+        ({"students": ["S1"], "repeated": ["E1"]}, "repeated student 'E1' does not exist: choose from S1"),
     ],
 )
 def test_capacity_refuses_in_one_line_what_it_cannot_train(tmp_path, given, message):
