@@ -199,6 +199,10 @@ class Run:
         check_fields(self)
         if (self.teacher is None) != (not self.recipe.terms and not self.recipe.pseudo_labels):
             raise InputError(f"recipe {self.recipe.name!r}, teacher {self.teacher}: distillation needs both or neither")
+        alike = all(term.teacher_layers == term.student_layers for term in self.recipe.terms)
+        if self.teacher == "self" and (self.recipe.pseudo_labels or self.recipe.teacher != "trained" or not alike):
+            asked = "neither pseudo-labels, nor another teacher, nor other layers of it"
+            raise InputError(f"recipe {self.recipe.name!r}, teacher 'self': the student itself has {asked}")
         if self.recipe.unlabelled and self.fraction == 1:
             raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
         if not 0 <= self.fold < self.profile.folds:
@@ -377,7 +381,8 @@ _CONVERTER = _converter()
 
 
 def override_profile(name: str, changes: dict[str, object] | None = None) -> Profile:
-    """The profile called `name` with fields of it or its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`.
+    """The profile called `name` with fields of it or its `Preprocessing` changed, e.g. `{"spacing": 2.0, "folds": 3}`;
+    of teacher and student also single fields of their `Optimisation`, e.g. `{"student": {"lr": 0.004}}`.
 
     Raises: InputError: no such profile, or a field that neither has.
     """
@@ -389,11 +394,15 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     changes = dict(changes or {})
     for field in changes:
         lookup("field of a profile", field, known)
-    # JSON and papermill know lists, not tuples, and only tuples can be part of a frozen key
-    changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
     if changes:
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
         changes = {"reduced_from_thesis": f"{profile.reduced_from_thesis}; here {said}"} | changes
+    for whose in ("teacher", "student"):
+        if isinstance(own := changes.get(whose), Mapping):
+            known = dict.fromkeys(field.name for field in dataclasses.fields(Optimisation))
+            for field in own:
+                lookup(f"field of the {whose}'s optimisation", field, known)
+            changes[whose] = dataclasses.replace(getattr(profile, whose), **own)
     of_view = {field: changes.pop(field) for field in view if field in changes}
     return dataclasses.replace(profile, preprocessing=dataclasses.replace(profile.preprocessing, **of_view), **changes)
 

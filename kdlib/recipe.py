@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from kdlib.strict import AtLeastOne, InputError, NotNegative, Positive, Range, check_fields, either
 
 UNLABELLED = 255  # label of every pixel of a slice whose labels a student may not use
+RESERVED = ("segmentation", "reconstruction", "loss", "lr", "val_dice")  # what a history calls the rest of a training
 # where the thesis's terms read; "/2" pools by 2 as the next stage would: E-E at 1/4 resolution is the second encoder
 # stage after its pooling (teacher 128 channels, S1 32, S2 64)
 SCALES = {"E-E": ("encoder2/2",), "B-B": ("bottleneck",), "D-D": ("decoder1",), "PMD": ("logits",)}
@@ -18,7 +19,7 @@ class Term:
     """One distillation term.
 
     Args:
-        name: unique in its recipe; "E-E", "B-B", "D-D" and "PMD" are the thesis's.
+        name: unique in its recipe, without dots and none of `RESERVED`; "E-E", "B-B", "D-D" and "PMD" are the thesis's.
         loss: a name in `kdlib.losses.LOSSES`.
         weight: factor in the total loss.
         temperature: of the contrast or of the softened maps; None leaves the loss's own default.
@@ -50,6 +51,10 @@ class Term:
             if isinstance(given := getattr(self, field), str):
                 object.__setattr__(self, field, (given,))
         check_fields(self)
+        if not self.name or "." in self.name or self.name in RESERVED:
+            raise InputError(f"distillation term {self.name!r}: choose a name without dots, and not {either(RESERVED)}")
+        if self.temperature is not None and "temperature" in dict(self.options):
+            raise InputError(f"term {self.name}: its temperature is given twice, by itself and among the options")
         if not self.student_layers and self.name not in SCALES:
             where = f"say where it reads (student_layers=...), or name it {either(SCALES)}"
             raise InputError(f"distillation term {self.name!r}: {where}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ from kdlib.config import STUDENTS, TEACHERS, InputError, Run, TrainingError, loo
 from kdlib.experiments.identity import identity
 from kdlib.experiments.source import TrainingData, run_source
 from kdlib.files import sha256, write_error, write_json
+from kdlib.losses import LOSSES
 from kdlib.models import CHANNELS_LAST, MODELS
 from kdlib.record import FORMAT, read_manifest
 from kdlib.training.checkpoint import CODE, CODE_HASH, Checkpoint, load_weights
@@ -69,6 +71,8 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
     recipe = _chosen(run.effective_recipe, warmup=0.0) | {"name": "", "control": ""}
     if run.effective_recipe.smoothing:  # a key of its own: before, the labels of Dice were smoothed, too
         recipe["smoothing"] = ["cross entropy", run.effective_recipe.smoothing]
+    named = {term.loss: lookup("distillation loss", term.loss, LOSSES) for term in run.effective_recipe.terms}
+    texts = {name: text for name, loss in sorted(named.items()) if (text := _text_from_outside(loss))}
     return {
         "data": run_source(run, results).digest,
         "run": [run.model, run.fold, run.fraction, run.seed],
@@ -76,11 +80,13 @@ def key_facts(run: Run, results: Path) -> dict[str, object]:
         "preprocessing": _chosen(run.preprocessing, dimensions=2),
         "length": length if run.length == 1 else [*length, run.length],
         "width": profile.width if run.model in TEACHERS else None,
-        "network": _architecture(run.model),
+        "network": _architecture(run),
         "optimisation": _chosen(run.optimisation, precision="auto", kernels="plain", replay=None),
         "faults": [protocol.test_selection, protocol.pooled_dice, run.threshold],
         "teacher": [run_key(teacher, results) for teacher in run.teacher_runs().values()] if run.is_taught else [],
-    } | ({"origin": run_key(run.origin, results)} if run.origin else {})
+        **({"losses": texts} if texts else {}),
+        **({"origin": run_key(run.origin, results)} if run.origin else {}),
+    }
 
 
 def _chosen(description: object, **later: object) -> dict[str, object]:
@@ -89,12 +95,27 @@ def _chosen(description: object, **later: object) -> dict[str, object]:
     return {name: value for name, value in fields.items() if (name, value) not in later.items()}
 
 
-def _architecture(model: str) -> list | None:
+def _text_from_outside(loss: type) -> str:
+    """Hash of the code of a loss, as far as it is not kdlib's or torch's own: its name alone says nothing of it.
+
+    Raises: InputError: there is no text, as of a class typed at a prompt.
+    """
+    kinds = [kind for kind in loss.__mro__ if kind.__module__.partition(".")[0] not in ("kdlib", "torch", "builtins")]
+    try:
+        text = "\n".join(map(inspect.getsource, kinds))
+    except (OSError, TypeError):
+        asked = f"loss {loss.name!r}: its code cannot be read, and so its results not be told from those of other code"
+        raise InputError(f"{asked}; define it in a file, or in a cell of a notebook") from None
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def _architecture(run: Run) -> list | None:
     """The layers of a network from outside, in words, and its scales: its name alone says nothing of them."""
-    if model in TEACHERS + STUDENTS:
+    if run.model in TEACHERS + STUDENTS:
         return None
+    view = run.preprocessing
     with torch.device("meta"):  # no weights: they come from the seed
-        network = lookup("model", model, MODELS)(2, 3, 1)
+        network = lookup("model", run.model, MODELS)(view.dimensions, view.input_shape[0], 1)
     return [str(network), network.scales]
 
 

@@ -60,7 +60,9 @@ class DistillationLoss(nn.Module):
         family: "prediction", "feature", "relation" or "contrast".
         reads: "logits" or "features".
         adapt: channels that the loss needs: "none" (as they come), "student" (the student is projected to the
-            teacher's), "both" (both are projected to a common width) or "own" (the loss has its own projections).
+            teacher's), "both" (both are projected to a common width) or "own" (the loss has its own projections: it is
+            made with the channels of both sides and the dimensions first, and overrides `forward`, which then takes
+            lists of maps, one for each scale; see `ReviewKD`).
         needs_labels: whether it cannot do without labels.
     """
 
@@ -78,6 +80,8 @@ class DistillationLoss(nn.Module):
         for field, known in (("family", FAMILIES), ("reads", ("logits", "features")), ("adapt", ADAPTS)):
             if getattr(cls, field, None) not in known:
                 raise InputError(f"loss {cls.__name__}: give its {field}, one of {', '.join(known)}")
+        if not getattr(cls, "label", ""):
+            raise InputError(f"loss {cls.__name__}: give its label, for tables and figures")
         other = LOSSES.get(cls.name)
         # a cell of a notebook, or a module, that is run again defines its class again
         if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -110,12 +114,12 @@ class DistillationLoss(nn.Module):
             if context.patients is not None and len(context.patients) == len(images):
                 context = replace(context, patients=context.patients[images.to(context.patients.device)])
         with torch.autocast(student.device.type, enabled=False):
-            return self.compare(student, teacher, labels, kept, context)
+            return self.compare(as_float(student), as_float(teacher), labels, kept, context)
 
     def compare(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, kept: Tensor | None, context: Context
     ) -> Tensor:
-        """The loss of checked maps, with autocast off.
+        """The loss of checked maps in at least single precision, with autocast off.
 
         Args:
             labels: on the maps' grid, -1 at ignored positions; as given, hence perhaps None, where not needed.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kdlib.models.unet import Output
+from kdlib.strict import InputError
 
 
 class ExternalModel(nn.Module):
@@ -21,6 +22,8 @@ class ExternalModel(nn.Module):
     Args:
         network: takes images BNH[WD], returns logits of the same grid.
         scales: scale name -> path of the layer in the network (see `torch.nn.Module.named_modules`).
+
+    Raises: InputError: at a pass, a network that returns anything but a tensor.
     """
 
     def __init__(self, network: nn.Module, scales: dict[str, str]):
@@ -29,4 +32,8 @@ class ExternalModel(nn.Module):
         self.scales = {name: f"network.{path}" for name, path in scales.items()}
 
     def forward(self, images: torch.Tensor, reconstruct: bool = False) -> Output:
-        return Output(self.network(images), None)
+        logits = self.network(images)
+        if not isinstance(logits, torch.Tensor):
+            given = f"{type(self.network).__name__} returns a {type(logits).__name__}"
+            raise InputError(f"{given}: let it return its logits alone (no deep supervision)")
+        return Output(logits, None)

@@ -105,11 +105,10 @@ class EpochDiagnostics:
             fault = "was exactly zero"
         elif norm == 0:
             fault = "passed no gradient to the student"
-        pairs = list(zip(self.distiller.learned(name), self.projectors[name], strict=True))
-        if pairs:
-            # biases are left out: a loss may be invariant to a shift, as CWD is
+        pairs = zip(self.distiller.learned(name), self.projectors[name], strict=True)
+        # biases are left out: a loss may be invariant to a shift, as CWD is
+        if moves := [(now.detach(), then) for now, then in pairs if now.dim() > 1]:
             kept = math.exp(-self.decay)
-            moves = [(now.detach(), then) for now, then in pairs if now.dim() > 1]
             found[f"projector_change/{name}"] = min(float((now - then).norm() / then.norm()) for now, then in moves)
             if weight and min(float((now - kept * then).norm() / then.norm()) for now, then in moves) < UNMOVED:
                 fault = fault or "did not change one of its learned projectors"

@@ -28,11 +28,14 @@ def _arguments(term: Term) -> tuple[type[nn.Module], dict[str, object]]:
     for name, value in term.arguments.items():
         if isinstance(parameters[name].default, bool) and not isinstance(value, bool):
             raise InputError(f"term {term.name}: option {name} is {value!r}: give true or false")
-    if {scale == "logits" for scale in term.student_layers + term.teacher_layers} != {loss.reads == "logits"}:
+    read = [split_scale(scale) for scale in term.student_layers + term.teacher_layers]
+    if {layer == "logits" for layer, _ in read} != {loss.reads == "logits"}:
         kind = "logits: let it read at 'logits'" if loss.reads == "logits" else "features: let it read at scales"
         raise InputError(f"term {term.name}: loss {term.loss!r} compares {kind}")
     if len(term.student_layers) > 1 and loss.adapt != "own":
         raise InputError(f"term {term.name}: loss {term.loss!r} takes one scale; write a term for each")
+    if any(factor > 1 for _, factor in read) and (loss.adapt == "own" or loss.reads == "logits"):
+        raise InputError(f"term {term.name}: loss {term.loss!r} reads whole maps: name its scales without a factor")
     if term.projector != "learned" and loss.adapt in ("none", "own"):
         raise InputError(f"term {term.name}: loss {term.loss!r} has no projector that could be {term.projector}")
     return loss, term.arguments
@@ -44,6 +47,8 @@ _SHAPES = ("student_channels", "teacher_channels", "dims")
 def check_recipe(recipe: Recipe) -> None:
     """Raises InputError where a term names a loss, an option or a scale that cannot be."""
     for term in recipe.terms:
+        if hasattr(nn.ModuleDict(), term.name):
+            raise InputError(f"distillation term {term.name!r}: PyTorch has this word for itself; choose another name")
         loss, arguments = _arguments(term)
         shapes = ([8] * len(term.student_layers), [8] * len(term.student_layers), 2) if loss.adapt == "own" else ()
         loss(*shapes, **arguments)

@@ -26,12 +26,15 @@ def teacher_forward(hooks: FeatureHooks, images: Tensor, processes: Processes = 
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy of a network in eval mode with each batch norm folded into the convolution before it, where the two follow
-    each other in an `nn.Sequential`: the same numbers to rounding, and one pass less over every map."""
+    each other in an `nn.Sequential` and no scale is read between them: the same numbers to rounding, and one pass less
+    over every map."""
     model = copy.deepcopy(model)
+    read = [model.get_submodule(path) for path in model.scales.values()]
     for stage in model.modules():
         if isinstance(stage, nn.Sequential):
             for (first, conv), (second, norm) in pairwise(list(stage.named_children())):
-                if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d):
+                pair = isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d)
+                if pair and all(conv is not layer for layer in read):
                     setattr(stage, first, fuse_conv_bn_eval(conv, norm))
                     setattr(stage, second, nn.Identity())
     return model.requires_grad_(False)

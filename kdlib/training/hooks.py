@@ -20,12 +20,12 @@ class FeatureHooks:
         names: the scales to read.
 
     Raises: InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
-        layer that does not give one tensor.
+        layer that does not give one tensor, or whose tensor the next one changes in place.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
         self.model = model
-        self.features: dict[str, Tensor] = {}
+        self.features: dict[str, tuple[str, int, Tensor]] = {}  # scale -> its layer, and when it was read, and the maps
         self.names = list(names)
         modules = dict(model.named_modules())
         self._handles = []
@@ -40,13 +40,17 @@ class FeatureHooks:
         if not isinstance(output, Tensor):
             given = f"layer {path!r} (scale {name!r}) gives a {type(output).__name__}"
             raise InputError(f"{given}: name a layer that gives a tensor")
-        self.features[name] = output
+        self.features[name] = path, output._version, output
 
     def __call__(self, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
         """The model's output, and the features of this pass."""
         output = self.model(*args, **kwargs)
         features, self.features = self.features, {}
-        return output, features
+        for name, (layer, version, maps) in features.items():
+            if maps._version != version:
+                asked = f"layer {layer!r} (scale {name!r}) is changed in place by the one after it"
+                raise InputError(f"{asked}: name that one, or let it not work in place")
+        return output, {name: maps for name, (_, _, maps) in features.items()}
 
     def close(self) -> None:
         """Takes the hooks off the model again."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib.config import Run, TrainingError, derive_seed
+from kdlib.config import InputError, Run, TrainingError, derive_seed
 from kdlib.data import Bank
 from kdlib.data.augment import per_image
 from kdlib.data.sampling import batch_indices
@@ -100,7 +100,7 @@ def training_step(state: RunState, batch: Batch, processes: Processes = ALONE) -
     backward one after the other; losses that look at several images then see those of a part alone.
     """
     diagnostics = state.diagnostics or state.begin_epoch()
-    measured, parameters = diagnostics.unmeasured(), list(state.model.parameters())
+    measured, parameters = diagnostics.unmeasured(), [p for p in state.model.parameters() if p.requires_grad]
     balances = state.run.effective_recipe.balance is not None
     mean_losses, mean_gradients = defaultdict(float), defaultdict(float)
     state.optimiser.zero_grad()
@@ -228,7 +228,10 @@ def train_cohort(
                     batch = load_batch(train, index, seed, step, taught)
                     for state in due:
                         with interrupts.deferred(), seeded_rng(derive_seed(seed, "layers", step), device):
-                            training_step(state, batch, processes)
+                            try:
+                                training_step(state, batch, processes)
+                            except InputError as error:  # a loss that cannot be of such a batch
+                                state.failure = error
                     progress.bar.update()
                     clock.share(due)
                     clock.save(due, every=CHECKPOINT_SECONDS)

@@ -11,6 +11,7 @@ from small_training import CPU, TINY, blobs, distilled, frozen_teacher, same
 from kdlib.config import Optimisation, Run
 from kdlib.experiments.runner import cohorts
 from kdlib.experiments.store import run_key
+from kdlib.models import ExternalModel
 from kdlib.training import frozen
 from kdlib.training import loop as training
 from kdlib.training.checkpoint import Checkpoint
@@ -42,6 +43,18 @@ def test_a_folded_network_gives_the_same_numbers_to_rounding(model):
         torch.testing.assert_close(quick[name], maps)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in each.modules()) for each in (network, folded(network))]
     assert norms[1] < norms[0]
+
+
+def test_a_convolution_that_is_a_scale_is_not_folded():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 1, 1))
+    torch.nn.init.uniform_(net[1].weight)
+    images = torch.rand(2, 3, 8, 8)
+    for layer, norms in (("0", 1), ("1", 0)):
+        network = ExternalModel(net, {"bottleneck": layer}).eval()
+        each = network, folded(network)
+        plain, quick = (teacher_forward(FeatureHooks(m, m.scales, ["bottleneck"]), images) for m in each)
+        torch.testing.assert_close(quick, plain)
+        assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in each[1].modules()) == norms
 
 
 def test_fused_kernels_train_as_plain_ones_to_rounding():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -44,6 +46,7 @@ from kdlib.experiments.runner import cohorts, study
 from kdlib.experiments.store import run_folder, run_key
 from kdlib.experiments.tables import Results
 from kdlib.files import write, write_arrays, write_csv
+from kdlib.losses import LOSSES
 from kdlib.models import MODELS, ExternalModel, build_model
 from kdlib.training import checkpoint as keeping
 from kdlib.training import loop as training
@@ -344,6 +347,40 @@ def test_the_key_of_an_outside_network_changes_with_its_layers_and_taps(phantom,
         return run_key(Run(str(phantom), "spleen", "Net", profile=TINY), tmp_path)
 
     assert len({add(8, "0"), add(16, "0"), add(8, "1")}) == 3 and add(8, "0") == add(8, "0")
+
+
+def test_a_network_from_outside_may_be_of_volumes_alone(phantom, tmp_path, monkeypatch):
+    def build(spatial_dims, in_channels, out_channels, width=8):
+        assert (spatial_dims, in_channels) == (3, 1)
+        return ExternalModel(torch.nn.Conv3d(1, width, 1), {})
+
+    deep = dataclasses.replace(TINY, preprocessing=dataclasses.replace(TINY.preprocessing, dimensions=3, size=16))
+    run, keys = Run(str(phantom), "spleen", "Deep", profile=deep), set()
+    for width in (8, 16):
+        monkeypatch.setitem(MODELS, "Deep", functools.partial(build, width=width))
+        keys.add(run_key(run, tmp_path))
+    assert len(keys) == 2
+
+
+def test_the_key_of_a_loss_from_outside_changes_with_its_code(phantom, tmp_path, monkeypatch):
+    def key() -> str:
+        recipe = Recipe("r", terms=(Term("B-B", "mine", 0.2),))
+        return run_key(dataclasses.replace(runs_on(phantom)[1], recipe=recipe), tmp_path)
+
+    keys = []
+    for number in (1, 1, 2):
+        path = tmp_path / f"mine_{len(keys)}.py"
+        path.write_text(f"from kdlib.losses import LOSSES\nclass Mine(LOSSES['fitnet']):\n    number = {number}\n")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(LOSSES, "mine", module.Mine)
+        keys.append(key())
+    assert keys[0] == keys[1] != keys[2]
+    monkeypatch.setitem(LOSSES, "mine", type("Typed", (LOSSES["fitnet"],), {"__module__": "__main__"}))
+    with pytest.raises(InputError, match="its code cannot be read.*define it in a file, or in a cell"):
+        key()
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from small_training import CPU, TINY, blobs, distilled, frozen_teacher, run_of, 
 
 from kdlib.config import PROTOCOLS, InputError, Recipe, Run, Term, TrainingError
 from kdlib.data.sampling import batch_indices
-from kdlib.experiments.recipes import thesis_recipe, unused_images
+from kdlib.experiments.recipes import pseudo_labels, thesis_recipe, unused_images
 from kdlib.losses import LOSSES
+from kdlib.models import MODELS, ExternalModel
 from kdlib.training import batch
 from kdlib.training import loop as training
 from kdlib.training.batch import Batch
@@ -143,6 +144,44 @@ def test_a_term_that_passes_no_gradient_stops_its_arm_and_no_other(monkeypatch):
     arms = train_cohort([distilled(("B-B",), "infonce"), distilled()], blobs(), blobs(1), 3, CPU, frozen_teacher())
     assert "B-B (infonce) passed no gradient" in str(arms[0].failure) and "epoch 1" in str(arms[0].failure)
     assert arms[1].failure is None and arms[1].best
+
+
+def test_a_loss_that_cannot_be_of_such_a_batch_stops_its_run_and_no_other():
+    one = dataclasses.replace(TINY, student=dataclasses.replace(TINY.student, batch=1))
+    runs = [dataclasses.replace(distilled(("B-B",), loss), profile=one) for loss in ("infonce", "fitnet")]
+    arms = train_cohort(runs, blobs(), blobs(1), 3, CPU, frozen_teacher())
+    assert "needs at least two images" in str(arms[0].failure)
+    assert arms[1].failure is None and arms[1].step == 6
+
+
+def test_a_student_with_a_frozen_layer_can_be_distilled(monkeypatch):
+    def build(dims, channels, classes):
+        net = torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 1), torch.nn.Conv2d(4, classes, 1))
+        net[0].requires_grad_(False)
+        return ExternalModel(net, {"bottleneck": "0", "decoder1": "1"})
+
+    monkeypatch.setitem(MODELS, "Frozen", build)
+    recipe = Recipe("r", terms=(Term("x", "fitnet", 1.0, student_layers="decoder1"),))
+    run = run_of("Frozen", teacher="T1", recipe=recipe, fraction=0.5)
+    arm = train_one(run, frozen_teacher())
+    assert arm.failure is None and arm.best_epoch
+    assert torch.equal(arm.model.network[0].weight, new_model(run, 1).network[0].weight)
+
+
+def test_a_loss_may_learn_a_number(monkeypatch):
+    class Scaled(LOSSES["fitnet"]):
+        adapt = "student"
+
+        def __init__(self):
+            super().__init__()
+            self.log = torch.nn.Parameter(torch.zeros(()))
+
+        def compare(self, *parts):
+            return super().compare(*parts) * self.log.exp()
+
+    monkeypatch.setitem(LOSSES, "fitnet", Scaled)
+    arm = train_one(distilled(("B-B",), "fitnet"), frozen_teacher())
+    assert arm.failure is None and arm.distiller.terms["B-B"].loss.log != 0
 
 
 def test_infonce_is_logged_against_chance():
@@ -380,6 +419,31 @@ def test_images_that_are_not_used_teach_nothing_by_themselves():
         gradients.append([parameter.grad for parameter in state.model.parameters()])
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert any(gradient.abs().sum() for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_pseudo_labels_teach_as_the_masks_of_the_mean_teacher_would(teachers):
+    """A baseline whose missing labels are these masks gets the same gradient; the true labels stay."""
+    images, labels = blobs().batch(torch.arange(8))
+    certain = torch.zeros(8, 1, 32, 32)
+    certain[:, :, :10], certain[:, :, 10:20] = 8.0, -8.0  # of a second, unsure teacher: the first one decides there
+    logits = [certain - 1, torch.full_like(certain, 0.5)][:teachers]
+    given = {f"T{i}": {"logits": maps} for i, maps in enumerate(logits, 1)}
+    masks = torch.zeros_like(labels)
+    masks[:, :10] = 1  # below, -1 and 0.5 mean 0.27 and 0.62, so 0.45 on average: background
+    unlabelled, patients = labels.clone(), torch.zeros(8, dtype=torch.long)
+    unlabelled[4:] = 1 - masks[4:]  # must not be read
+    whole, first = torch.ones(8, dtype=torch.bool), torch.arange(8) < 4
+    taught = run_of("S1", teacher="+".join(given), recipe=pseudo_labels(), fraction=0.5)
+    gradients = []
+    for run, target, labelled, teaching in (
+        (taught, unlabelled, first, given),
+        (run_of("S1"), torch.where(first[:, None, None], labels, masks), whole, {}),
+    ):
+        state = new_state(run, 1, 10, CPU, {})
+        training_step(state, Batch(images, target, labelled, patients, 0, teaching))
+        gradients.append([parameter.grad for parameter in state.model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_a_split_batch_gives_the_gradient_of_the_mean_of_its_parts(monkeypatch):

@@ -219,8 +219,11 @@ def test_errors_show_as_one_line_in_jupyter():
         ({"teacher_epochs": 2.5}, "teacher_epochs 2.5: give a whole number"),
         ({"width": -1}, "width -1: give a number above 0"),
         ({"size": True}, "size True: give a whole number of 16 or more"),
-        ({"window": [1]}, "window \\(1,\\): give 2 values, each a number"),
+        ({"window": [1]}, "window \\[1\\]: give 2 values, each a number"),
         ({"published": True}, "field of a profile 'published' does not exist"),
+        ({"student": {"rate": 1}}, "field of the student's optimisation 'rate' does not exist: choose from optimiser"),
+        ({"student": {"lr": -1}}, "optimisation, lr -1: give a number above 0"),
+        ({"student": 3}, "student 3: give a Optimisation"),
         ([3], "changes \\[3\\] of profile 'quick': give fields and values"),
     ],
 )
@@ -228,6 +231,37 @@ def test_changes_of_a_profile_are_read_strictly(changes, message):
     with pytest.raises(InputError, match=message) as caught:
         override_profile("quick", changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "segmentation", "loss", "val_dice", "L1.5"])
+def test_a_term_is_not_called_as_the_rest_of_a_training(name):
+    with pytest.raises(InputError, match=f"distillation term {name!r}: choose a name without dots"):
+        Term(name, "fitnet", 1.0, student_layers="bottleneck")
+
+
+def test_a_temperature_is_given_once():
+    with pytest.raises(InputError, match="term PMD: its temperature is given twice"):
+        Term("PMD", "kl", 1.0, 4.0, options={"temperature": 2.0})
+
+
+def test_single_fields_of_an_optimisation_can_be_changed():
+    quick = PROFILES["quick"]
+    changed = override_profile("quick", {"student": {"lr": 0.004, "betas": [0.9, 0.99]}, "folds": 3})
+    assert changed.student == dataclasses.replace(quick.student, lr=0.004, betas=(0.9, 0.99))
+    assert changed.teacher == quick.teacher and changed.folds == 3
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("r", unlabelled=True, pseudo_labels=True),
+        Recipe("r", terms=(Term("B-B", "fitnet", 1.0),), teacher="random"),
+        Recipe("r", terms=(Term("x", "fitnet", 1.0, student_layers="encoder1", teacher_layers="encoder2"),)),
+    ],
+)
+def test_what_a_student_cannot_teach_itself_is_refused(recipe):
+    with pytest.raises(InputError, match="teacher 'self': the student itself has neither pseudo-labels"):
+        Run("phantom", "spleen", "S1", fraction=0.5, teacher="self", recipe=recipe)
 
 
 @pytest.mark.parametrize("kind", [Preprocessing, Term, Recipe, Optimisation, Protocol, Profile, Run])

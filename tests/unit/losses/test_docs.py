@@ -17,8 +17,10 @@ def table() -> str:
     for name, loss in LOSSES.items():
         text = " ".join(kind.__doc__ or "" for kind in loss.__mro__ if kind.__module__ == loss.__module__)
         text += " ".join(kind.__doc__ or "" for kind in loss.__mro__ if kind.__module__.startswith("kdlib"))
-        paper = re.search(r"arXiv \d{4}\.\d{4,5}|\d{4}, ECCV", text).group()
-        link = f"[{paper}](https://arxiv.org/abs/{paper[6:]})" if paper.startswith("arXiv") else "ECCV 2020"
+        paper = re.search(r"arXiv (\S+\d)|\d{4}, ECCV", text)
+        link = "own" if paper is None else "ECCV 2020"
+        if paper and paper[1]:
+            link = f"[{paper[0]}](https://arxiv.org/abs/{paper[1]})"
         needs = "needed" if loss.needs_labels else ""
         rows.append(f"| {name} | {loss.label} | {loss.family} | {loss.reads} | {loss.adapt} | {needs} | {link} |\n")
     return HEAD + "".join(rows) + "\n"

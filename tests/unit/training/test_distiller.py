@@ -76,6 +76,21 @@ def test_a_layer_that_gives_no_tensor_is_named():
         taps(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_layer_that_the_next_one_changes_in_place_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    with pytest.raises(InputError, match="layer '0' .scale 'body'. is changed in place by the one after it"):
+        FeatureHooks(net, {"body": "0"}, ["body"])(torch.rand(1, 3, 8, 8))
+    output, features = FeatureHooks(net, {"body": "1"}, ["body"])(torch.rand(1, 3, 8, 8))
+    assert features["body"] is output
+
+
+def test_a_network_that_returns_several_maps_is_named():
+    net = nn.Conv2d(3, 1, 1)
+    net.forward = lambda x: [x, x]
+    with pytest.raises(InputError, match="Conv2d returns a list: let it return its logits alone"):
+        ExternalModel(net, {})(torch.rand(1, 3, 8, 8))
+
+
 def test_layers_that_cannot_be_tapped_are_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Unflatten(2, (64, 64)))
     net.unused = nn.Conv2d(4, 4, 1)
@@ -257,6 +272,9 @@ def test_redrawn_projectors_depend_on_the_seed_alone():
             "compares features: let it read at scales",
         ),
         (Term("x", "reviewkd", 1.0, student_layers=("encoder1", "logits")), "compares features: let it read at scales"),
+        (Term("E-E", "reviewkd", 1.0), "reads whole maps: name its scales without a factor"),
+        (Term("PMD", "kl", 1.0, student_layers="logits/2"), "reads whole maps: name its scales without a factor"),
+        (Term("keys", "fitnet", 1.0, student_layers="bottleneck"), "PyTorch has this word for itself; choose another"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_clear_line(term, message):
