@@ -19,6 +19,7 @@ from kdlib.analysis.sentences import (
     gains_sentence,
     interval_of,
     listed,
+    many,
     signed,
     withhold,
 )
@@ -85,7 +86,9 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     for name, verdicts in compared.groupby("class", sort=False):
         of = cases[cases["class"] == name]
         size = of.loc[of["metric"] == "truth_volume", "value"].mean()
-        best = of[of["metric"] == "dice"].groupby(["method", "fold", "seed"])["value"].max()
+        place = ["method", "fold", "seed", "case"]
+        wide = of.pivot_table(index=place, columns="metric", values="value")
+        best = wide.loc[wide["truth_volume"] > 0, "dice"].groupby(place[:3]).max()  # where there is something to find
         lost = (best == 0).groupby("method").sum()  # trainings without a right voxel of the class in any test case
         never_alone, never = (lost[verdicts[name]].to_numpy() for name in ("b", "a"))
         found = answer(of, verdicts, {}).assign(volume=size, never_alone=never_alone, never=never)
@@ -106,7 +109,7 @@ def loss_sentences(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
     taught = verdicts[(about["role"] == "distilled").to_numpy()]
     settled = taught[taught["verdict"] != NOT_CONVERGED]
     best = (taught if settled.empty else settled).nlargest(1, "difference").iloc[0]
-    ways = f"Of {len(taught)} ways to learn from a teacher: {counted_verdicts(taught['verdict'])}"
+    ways = f"Of {many(len(taught), 'way')} to learn from a teacher: {counted_verdicts(taught['verdict'])}"
     most = "The most is gained by" if best["difference"] > 0 else "None gains on average; the least is lost by"
     said = [f"{ways}. {most} {best['label_a']}: {_worth(best)}."]
     alone = verdicts[(about["teacher"] == "").to_numpy()]
@@ -152,6 +155,10 @@ def class_sentence(table: pd.DataFrame) -> str:
         for verdict in ("better", "worse"):
             names = list(rows.loc[rows["verdict"] == verdict, "class"])
             parts.append(f"{verdict} in {listed(names) if names else 'none'}")
+        if rising := (rows["verdict"] == NOT_CONVERGED).sum():
+            parts.append(
+                f"{'in each' if rising == len(rows) else f'in {rising} of them'} without a verdict, not converged"
+            )
         half = rows["volume"] < rows["volume"].median()
         means = [signed(f"{rows.loc[part, 'difference'].mean():+.3f}") for part in (half, ~half)]
         said.append(
@@ -211,10 +218,11 @@ def answer_sentences(table: pd.DataFrame) -> list[str]:
 
 def terms_sentence(table: pd.DataFrame) -> str:
     """What the numbers of `answer_sentences` are of, and what their verdicts mean."""
-    n, seeds = int(table["n"].max()), int(table["seeds"].iloc[0])
+    fewest, most = (int(table["seeds"].agg(end)) for end in ("min", "max"))
+    of = f"{many(int(table['n'].max()), 'test patient')}, {f'{fewest} to ' * (fewest < most)}{many(most, 'seed')}"
     text = (
-        f"Mean Dice of {n} test patients, {seeds} seed{'s' * (seeds > 1)}; changes are paired by patient, with 95 % "
-        f"intervals{' of patients: one seed does not show how much trainings differ' * (seeds == 1)}. "
+        f"Mean Dice of {of}; changes are paired by patient, with 95 % "
+        f"intervals{' of patients: one seed does not show how much trainings differ' * (fewest == 1)}. "
         f'"Equivalent": neither better nor worse, and less than {SAME["dice"]:g} Dice either way.'
     )
     if (table["verdict"] == "inconclusive").any():
@@ -288,11 +296,14 @@ def _teachers(table: pd.DataFrame) -> pd.DataFrame:
 
 def _teacher(student: pd.Series, patients: pd.Index, tables: Sequence[pd.DataFrame]) -> tuple[str, float]:
     """The name of a student's teacher (a row of `methods`) and its mean Dice over these patients, by the first table
-    of `_teachers` that has it of all of them; the only teacher of the first table where no such teacher is there, and
-    "" and NaN where it has none or several. Teachers of other dimensions are no teachers of it."""
+    of `_teachers` that has it of all of them, else NaN. Of a student that has no teacher but itself, the only
+    teacher of the first table; "" and NaN where that has none or several. Teachers of other dimensions are no teachers
+    of it."""
     name = student["teacher"]
     teachers = [table[table["dimensions"] == student["dimensions"]] for table in tables]
     known = {model for table in teachers for model in table["model"]}
+    if name not in known | {"", "self", student["model"]}:
+        return name, np.nan
     if name not in known:
         models = set(teachers[0]["model"])
         (name,) = models if len(models) == 1 else ("",)
@@ -319,7 +330,8 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
             continue
         best = known.loc[known["difference"].idxmax()]
         closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
-        reached = f"{student} (alone {best['dice_alone']:.3f}, {best['teacher']} {best['dice_teacher']:.3f})"
+        known = f", {best['teacher']} {best['dice_teacher']:.3f}" * pd.notna(best["dice_teacher"])
+        reached = f"{student} (alone {best['dice_alone']:.3f}{known})"
         most = "gains most by" if best["difference"] > 0 else "gains by nothing, and loses least by"
         said.append(
             f"With {labels} of the labels {reached} {most} {best['learns']}: {best['change']} Dice, "
@@ -381,7 +393,7 @@ def fractions_markdown(table: pd.DataFrame, images: pd.DataFrame | None = None) 
     """
     said = [f"**{' '.join(fraction_sentences(table))}**", terms_sentence(table)]
     if images is not None:
-        compared = [f"- {sentence}" for sentence in comparison_sentences(images, int(table["seeds"].max()))]
+        compared = [f"- {sentence}" for sentence in comparison_sentences(images, table.set_index("a")["seeds"])]
         said += ["Is it the teacher, or the unlabelled images?", "\n".join(compared)]
     return "\n\n".join([*said, verdicts_markdown(table, FRACTION_COLUMNS)])
 

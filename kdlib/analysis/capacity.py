@@ -10,7 +10,7 @@ import pandas as pd
 from kdlib.analysis.comparisons import baseline_pairs, compare
 from kdlib.analysis.convergence import convergence
 from kdlib.analysis.labels import SHAPES, methods, percent, way_of_learning
-from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, interval_of, withhold
+from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, interval_of, many, withhold
 from kdlib.config import InputError
 
 RUNTIMES = {  # a library that runs a network -> how figures call it
@@ -149,8 +149,8 @@ def worth_sentences(table: pd.DataFrame) -> list[str]:
             continue
         ends = known.loc[list(dict.fromkeys([known["difference"].idxmin(), known["difference"].idxmax()]))]
         changes = [f"{interval_of(row.difference, row.low, row.high)} ({row.model})" for row in ends.itertuples()]
-        of = f"of {len(known)} comparison{'s' * (len(known) > 1)}"
+        of = f"of {many(len(known), 'comparison')}"
         text = f"{begin}: Dice changes by {' to '.join(changes)}; {of}: {counted_verdicts(known['verdict'])}"
         text += f"; left out: {left_out} that have not converged" if left_out else ""
-        sentences.append(f"{text}. n = {int(known['n'].min())} patients.")
+        sentences.append(f"{text}. n = {many(int(known['n'].min()), 'patient')}.")
     return sentences

@@ -19,6 +19,7 @@ from kdlib.analysis.comparisons import ALPHA, SAME
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import method_labels, percent
 from kdlib.analysis.metrics import METRICS
+from kdlib.analysis.sentences import many
 from kdlib.analysis.tables import markdown_table, summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
 from kdlib.files import read_csv, write_text
@@ -104,10 +105,6 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" + ("" if number == 1 else "s")
-
-
 def _grouped(rows: Iterable[dict]) -> pd.DataFrame:
     """Equal rows as one, with how many runs they stand for."""
     table = pd.DataFrame(rows).fillna(UNKNOWN)
@@ -172,7 +169,7 @@ def facts(folder: Path, manifests: Mapping[str, dict], runs: pd.DataFrame, cases
     budgets = ["label", "recipe", "protocol", "parameters", "optimiser", "learning rate", "batch", "epochs", "updates"]
     groups = runs.groupby(budgets, sort=False, as_index=False)
     return {
-        "study": folder.name, "runs": _count(len(records), "run"), "first": finished[0], "last": finished[-1],
+        "study": folder.name, "runs": many(len(records), "run"), "first": finished[0], "last": finished[-1],
         "limits": _limits(records, runs, students, parts, n),
         "data": _listed(run.data for run in every), "target": _listed(run.target for run in every),
         "stops_at_defects": all(run.on_defect == "raise" for run in every),
@@ -318,16 +315,16 @@ def _limits(records: list[dict], runs: pd.DataFrame, students: pd.DataFrame, par
     folds = max(run.profile.folds for run in every)
     if (tested := sorted(parts["fold"].unique())) != list(range(folds)):
         tested = f"only fold {_listed(tested)} of {folds} was tested"
-        found.append(f"{tested}: {_count(n, 'patient')}, not the whole data set")
+        found.append(f"{tested}: {many(n, 'patient')}, not the whole data set")
     if n < 24:
         found.append(f"{n} test patients: intervals are wide, and only large differences can be shown at all")
     if leaks := _leaks(parts):
-        found.append(f"LEAKAGE: {_count(len(leaks), 'patient')} in the test part and in another of the same fold")
+        found.append(f"LEAKAGE: {many(len(leaks), 'patient')} in the test part and in another of the same fold")
     counts = students.groupby(["method", "protocol", "fold"])["seed"].nunique()
     if counts.max() == 1:
         found.append("one seed per method: intervals speak of these trainings, not of the method trained anew")
     elif counts.min() < counts.max():
-        found.append(f"methods have {counts.min()} to {_count(counts.max(), 'seed')} per fold")
+        found.append(f"methods have {counts.min()} to {many(counts.max(), 'seed')} per fold")
     found += _unequal(runs)
     for switch in SWITCHES:
         kept = list(dict.fromkeys(run.protocol.name for run in every if getattr(run.protocol, switch)))
@@ -338,7 +335,7 @@ def _limits(records: list[dict], runs: pd.DataFrame, students: pd.DataFrame, par
     if dirty:
         found.append(f"{dirty} of {len(records)} runs were made with uncommitted changes, or outside a checkout")
     if split := sum(record.get("micro_batches", 1) > 1 for record in records):
-        found.append(f"the batches of {_count(split, 'run')} were split to fit the memory")
+        found.append(f"the batches of {many(split, 'run')} were split to fit the memory")
     for name, section, values in (
         ("versions of the code", "Code", {record["git"]["commit"] for record in records}),
         ("devices", "Hardware and versions", {record["device"] for record in records}),
@@ -386,7 +383,7 @@ def card_facts(key: str, manifests: Mapping[str, dict], runs: pd.DataFrame, case
         "teacher": f"{run.teacher} with random weights" if random else
         f"{run.teacher} ({run.effective_recipe.teacher}), run {_listed(teachers)}" if run.teacher else "none",
         "code": _code(record), "classes": _listed(own["class"]),
-        "patients": _count(own["patient"].nunique(), "patient"),
+        "patients": many(own["patient"].nunique(), "patient"),
         "interval": interval_text(summarise(own, ["run"])["interval"]), "performance": performance(own),
         "beside": pd.DataFrame([
             {"model": role, "method": runs.loc[other, "label"], "run": other} | _cells(cases[cases["run"] == other])

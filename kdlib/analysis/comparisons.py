@@ -146,7 +146,9 @@ def baseline_pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     same = ["model", "fraction", "length", "dimensions"]
     pairs = others.merge(alone.drop_duplicates(same, keep="last"), on=same)
     if pairs.empty:
-        raise InputError("no distilled student or control with itself alone on the same labels: run notebook 02")
+        raise InputError(
+            "no distilled student or control beside the same student alone, on the same labels: train both"
+        )
     return list(zip(pairs["method_x"], pairs["method_y"], strict=True))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kdlib.analysis.answer import fractions, verdicts_markdown, verdicts_of
 from kdlib.analysis.labels import CONTROL, KNOWLEDGE, knowledge, methods
-from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, listed, signed
+from kdlib.analysis.sentences import NOT_CONVERGED, counted_verdicts, listed, many, signed
 from kdlib.config import InputError
 from kdlib.files import packed_or_not, read_csv
 
@@ -25,8 +26,9 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
 
     Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters
     make stands once: that of most seeds, of these the last, since the last chapters train it beside their other label
-    fractions and lengths; one that several studies make of the same trainings, under the first. Left out: the
-    cumulative correction, whose protocols differ, and the sweep, which is of validation patients.
+    fractions and lengths; one that several studies make of the same trainings, under the first, or under that which has
+    more seeds of it. Left out: the
+    cumulative correction, whose protocols differ.
 
     Args:
         folders: of studies, with their `tables`.
@@ -46,14 +48,19 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
             raise InputError(f"{folder} holds no comparison with a student alone: run its chapters first")
         trained = pd.concat([cases[["method", "run"]] for _, cases, _, _ in chapters]).drop_duplicates()
         own = trained.loc[~trained["run"].isin(known), "method"]
+        made = trained.groupby("method")["run"].agg(frozenset)
         known.update(trained["run"])
         table = pd.concat(rows, ignore_index=True)
         ranked = table[::-1].sort_values("seeds", ascending=False, kind="stable")
         table = table.loc[sorted(ranked.drop_duplicates(["a", "b"]).index)]
         if not table["a"].isin(own).any():
             raise InputError(f"{folder} holds only trainings of the studies named before it: leave it out")
-        found.append(table[table["a"].isin(own)].assign(study=folder.name))
-    return pd.concat(found, ignore_index=True)
+        table = table[table["a"].isin(own)]
+        found.append(table.assign(study=folder.name, made=table["a"].map(made)))
+    table = pd.concat(found, ignore_index=True)
+    rows = list(zip(table["a"], table["b"], table["made"], strict=True))
+    within = [any((a, b) == other[:2] and made < other[2] for other in rows) for a, b, made in rows]
+    return table[~np.array(within)].drop(columns="made").reset_index(drop=True)
 
 
 def _with_teachers(chapters: Sequence[tuple]) -> list[tuple]:
@@ -69,10 +76,10 @@ def _with_teachers(chapters: Sequence[tuple]) -> list[tuple]:
 
 
 def _read(path: Path) -> tuple[str, pd.DataFrame, pd.DataFrame, pd.DataFrame] | None:
-    """A chapter's name, cases, history and runs; None where its rows are not of one protocol and of test patients."""
+    """A chapter's name, cases, history and runs; None where its rows are not of one protocol."""
     name = path.name.partition("_cases.csv")[0]
     files = [packed_or_not(path.with_name(f"{name}_{part}.csv")) for part in ("history", "runs")]
-    if None in files or name.endswith("sweep"):
+    if None in files:
         return None
     cases, history, runs = map(read_csv, (path, *files))
     return None if cases["protocol"].nunique() > 1 else (name, cases, history, runs)
@@ -162,10 +169,10 @@ def _along(rows: pd.DataFrame) -> str:
 
 def _count_sentence(rows: pd.DataFrame, rising: int) -> str:
     decided = counted_verdicts(rows["verdict"])
-    data = listed([f"{name} ({part['n'].max()} patients)" for name, part in rows.groupby("data", sort=False)])
-    many = f"{len(rows)} comparison{'s' * (len(rows) > 1)}"
+    data = listed([f"{name} ({many(part['n'].max(), 'patient')})" for name, part in rows.groupby("data", sort=False)])
     more = f" {rising} more {'has' if rising == 1 else 'have'} not converged and do{'es' * (rising == 1)} not count."
-    said = f"Of {many} of a student taught by a teacher with the same student alone, on {data}: {decided}."
+    of = f"{many(len(rows), 'comparison')} of a student taught by a teacher with the same student alone"
+    said = f"Of {of}, on {data}: {decided}."
     return said + more * bool(rising)
 
 
@@ -195,7 +202,7 @@ def _span(rows: pd.DataFrame) -> str:
     """From the least to the largest change of Dice, and of how many comparisons."""
     ends = [signed(f"{rows['difference'].agg(end):+.3f}") for end in ("min", "max")]
     text = " to ".join(dict.fromkeys(ends))
-    return f"{text} ({len(rows)} comparison{'s' * (len(rows) > 1)})"
+    return f"{text} ({many(len(rows), 'comparison')})"
 
 
 def conclusion_markdown(table: pd.DataFrame, picture: str) -> str:

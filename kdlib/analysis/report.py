@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.analysis import answer, show
+from kdlib.analysis.capacity import worth_sentences
 from kdlib.analysis.sentences import (
     comparison_sentences,
     convergence_sentence,
@@ -43,10 +44,15 @@ def _picture(folder: Path, name: str) -> list[show.Shown]:
     return [show.picture(path.read_bytes(), caption, caption.partition(". ")[0])]
 
 
-def runs_of(folder: Path, prefix: str = "") -> pd.DataFrame:
-    """One row per run of a study's tables, packed or not; of one chapter's, where its prefix is given ("02b_")."""
+def _rows(folder: Path, prefix: str = "") -> pd.DataFrame:
+    """A study's tables of runs, packed or not; of one chapter, where its prefix is given ("02b_")."""
     paths = sorted(folder.glob(f"tables/{prefix}*_runs.csv*"))
-    return pd.concat(map(read_csv, paths)).drop_duplicates("run") if paths else pd.DataFrame(columns=["run", "seed"])
+    return pd.concat(map(read_csv, paths)) if paths else pd.DataFrame(columns=["run", "method", "seed"])
+
+
+def runs_of(folder: Path) -> pd.DataFrame:
+    """One row per run of a study's tables; one that stands for two methods (zero weights and none) under the first."""
+    return _rows(folder).drop_duplicates("run")
 
 
 def opening(folder: Path) -> show.Shown:
@@ -83,8 +89,8 @@ def findings(folder: Path) -> show.Shown:
     for name, (question, figure) in COMPARED.items():
         found = _table(folder, name)
         if found is not None:
-            runs = runs_of(folder, name.partition("_")[0] + "_")
-            lines = comparison_sentences(found, runs.loc[runs["method"].isin(found["a"]), "seed"].nunique())
+            runs = _rows(folder, name.partition("_")[0] + "_")
+            lines = comparison_sentences(found, runs.groupby("method")["seed"].nunique())
             about = _sentences(folder, name, found)
             if name in ("03_comparisons", "04_comparisons"):
                 losses += about
@@ -120,6 +126,8 @@ def _sentences(folder: Path, name: str, found: pd.DataFrame) -> list[str]:
     if name == "08_comparisons" and (lengths := _table(folder, "08_answer")) is not None:
         write_text(folder / "length.md", answer.lengths_markdown(lengths))
         return answer.length_sentences(lengths)
+    if name in ("10_comparisons", "11_comparisons"):
+        return worth_sentences(found)
     return []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,11 @@ def withhold(verdicts: pd.DataFrame, convergence: pd.DataFrame) -> pd.DataFrame:
     return verdicts.assign(verdict=verdicts["verdict"].mask(unfinished, NOT_CONVERGED))
 
 
+def many(number: int, word: str) -> str:
+    """How many there are of something that takes a plain s in the plural, e.g. "1 patient" or "3 patients"."""
+    return f"{number} {word if number == 1 else f'{word}s'}"
+
+
 def signed(text: str) -> str:
     """With a minus that is one."""
     return text.replace("-", "\N{MINUS SIGN}")
@@ -41,17 +46,19 @@ def interval_of(value: float, low: float, high: float, sign: str = "+") -> str:
     return signed(text if np.isnan(low) else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def comparison_sentences(verdicts: pd.DataFrame, seeds: int) -> list[str]:
+def comparison_sentences(verdicts: pd.DataFrame, seeds: Mapping[str, int]) -> list[str]:
     """One sentence per comparison: methods, effect with its interval, patients, seeds, adjusted p and verdict.
 
     Args:
-        verdicts: columns label_a, label_b, n, difference, low, high, p_holm and verdict.
-        seeds: trainings per method and fold that the means are over.
+        verdicts: columns a, b, label_a, label_b, n, difference, low, high, p_holm and verdict.
+        seeds: method -> trainings per fold that its mean is over.
     """
     sentences = []
     for row in verdicts.itertuples():
         effect = interval_of(row.difference, row.low, row.high)
-        trained = f"{row.n} patients, {seeds} seed{'s' if seeds > 1 else ''}"
+        ours, theirs = int(seeds[row.a]), int(seeds[row.b])
+        against = f" against {theirs}" * (ours != theirs)
+        trained = f"{many(row.n, 'patient')}, {many(ours, 'seed')}{against}"
         p = "" if pd.isna(row.p_holm) else f", p {row.p_holm:.3f}" if row.p_holm >= 0.001 else ", p < 0.001"
         sentences.append(f"{row.label_a} {VERDICTS[row.verdict]} {row.label_b}: Dice {effect} ({trained}{p}).")
     return sentences
@@ -74,10 +81,11 @@ def verdict_sentence(verdicts: pd.DataFrame) -> str:
     for word in VERDICTS:
         rows = verdicts[verdicts["verdict"] == word]
         names = rows["label_a"] if verdicts["label_a"].nunique() > 1 else "than " + rows["label_b"]
-        named = f" ({listed(names)})" if word in ("better", "worse") and 0 < len(rows) <= 6 else ""
+        one = "question" not in verdicts or verdicts["question"].nunique() == 1  # else: better than what?
+        named = f" ({'; '.join(names)})" if one and word in ("better", "worse") and 0 < len(rows) <= 6 else ""
         if len(rows):
             parts.append(f"{len(rows)} {word}{named}")
-    text = f"Of {count} comparison{'s' * (count != 1)}: {', '.join(parts)}."
+    text = f"Of {many(count, 'comparison')}: {', '.join(parts)}."
     if (verdicts["verdict"] == "inconclusive").any():
         least = verdicts["minimum_detectable"].median()
         unseen = "no difference, whatever its size" if np.isinf(least) else f"differences of about {least:.3f} or more"
@@ -110,12 +118,17 @@ def worst_patient_sentence(patients: pd.DataFrame) -> str:
 
 
 def non_inferiority_sentence(table: pd.DataFrame) -> str:
-    """Which students are not worse than their teachers by the margin of `statistics.non_inferiority`."""
-    good = table.loc[table["verdict"] == "non-inferior", "label_a"]
-    margin = f"{table['margin'].iloc[0]:g} Dice"
-    open_ = f"the other {len(table) - len(good)}" if len(good) else f"all {len(table)}"
-    parts = [f"Not worse than the teacher by {margin}: {listed(good)}."] if len(good) else []
-    return " ".join([*parts, *([f"Not shown for {open_}."] if len(good) < len(table) else [])])
+    """Which students are not worse than their teachers by the margin of `statistics.non_inferiority`, which are, and
+    which have not converged."""
+    margin, said = f"{table['margin'].iloc[0]:g} Dice", []
+    texts = {
+        "non-inferior": f"Not worse than the teacher by {margin}", "inferior": f"Worse than it by more than {margin}",
+        "inconclusive": "Not decided", NOT_CONVERGED: "Not converged, so no verdict",
+    }  # fmt: skip
+    for verdict, text in texts.items():
+        if len(names := table.loc[table["verdict"] == verdict, "label_a"]):
+            said.append(f"{text}: {'; '.join(names)}.")
+    return " ".join(said)
 
 
 def ranks_sentence(ranks: pd.DataFrame) -> str:
@@ -133,7 +146,7 @@ def diagnostics_sentence(signal: pd.DataFrame) -> str:
         low, high = signal["share"].min(), signal["share"].max()
         return f"Every term is active: its share of the gradient on the student is {low:.0%} to {high:.0%}."
     named = [f"{row.term} of {row.label} ({row.active})" for row in idle.itertuples()]
-    return f"{len(idle)} of {len(signal)} terms pass no gradient: {listed(named)}."
+    return f"{len(idle)} of {many(len(signal), 'term')} pass{'es' * (len(idle) == 1)} no gradient: {listed(named)}."
 
 
 def agreement_sentence(means: pd.DataFrame, student: str, distilled: str) -> str:
@@ -184,7 +197,7 @@ def correction_sentence(changes: pd.DataFrame) -> str:
     steps = changes.iloc[1:-1] if several else changes.iloc[1:]
     decided = steps[steps["verdict"].isin(["better", "worse"])]
     most = steps.loc[steps["difference"].abs().idxmax()]
-    largest = f"{interval_of(*most[['difference', 'low', 'high']])}, by: {most['step']}"
+    largest = f"{interval_of(*most[['difference', 'low', 'high']])} ({most['verdict']}), by: {most['step']}"
     text += f"; the largest single change is {largest}."
     if single:
         text = f"Put back alone into the corrected protocol, the fault that changes Dice most changes it by {largest}."
@@ -209,7 +222,8 @@ def gains_sentence(gains: pd.DataFrame) -> str:
         ]
         parts.append(f"{where} by {listed(said)}")
     n = int(gains["n"].iloc[0])
-    return f"Distillation changes the student's Dice {'; '.join(parts)}. {n} patient{'s' * (n > 1)}, 95 % intervals."
+    of = f"{many(n, 'patient')}; 95 % intervals are of patients, not of trainings"
+    return f"Distillation changes the student's Dice {'; '.join(parts)}. {of}."
 
 
 def convergence_sentence(convergence: pd.DataFrame) -> str:
@@ -220,9 +234,11 @@ def convergence_sentence(convergence: pd.DataFrame) -> str:
         each = "on average over its trainings no method gained more than"
         return f"All {len(convergence)} methods have converged: {each} {most} in the last fifth."
     parts = [f"{row.label} ({row.last_fifth:+.3f})" for row in rising.itertuples()]
+    one = len(rising) == 1
     text = (
-        f"{len(rising)} of {len(convergence)} methods have not converged, and get no verdict: the last fifth of the "
-        f"training still gained more than {TOLERATED_GAIN:g} Dice for {', '.join(parts)}."
+        f"{len(rising)} of {many(len(convergence), 'method')} {'has' if one else 'have'} not converged, and "
+        f"get{'s' * one} no verdict: the last fifth of the training still gained more than {TOLERATED_GAIN:g} Dice for "
+        f"{', '.join(parts)}."
     )
     taught = convergence.loc[~convergence["converged"] & (convergence["last_fifth"] <= TOLERATED_GAIN), "label"]
     return f"{text} Nor does what such a teacher taught: {listed(taught)}." if len(taught) else text

@@ -87,6 +87,7 @@ def agreement_runs(setting: Setting) -> list[Run]:
 
 def negative_controls(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
     """Baseline, the thesis's recipe and its negative controls, on half of the labels."""
+    _check_students(student)
     runs = setting.everywhere(student, fraction=0.5)
     runs += setting.everywhere(student, thesis_recipe(student), prediction_recipe(), fraction=0.5, teacher=teacher)
     for fold, seed in setting.places:
@@ -102,6 +103,7 @@ def controls_and_agreement(setting: Setting) -> list[Run]:
 
 def ablation(setting: Setting, student: str = "S1", teacher: str = "T1") -> list[Run]:
     """Every subset of the thesis's terms, on half of the labels, beside the baseline."""
+    _check_students(student)
     recipes = [thesis_recipe(student, only=only) for size in range(1, 5) for only in combinations(WEIGHTS, size)]
     alone = setting.everywhere(student, fraction=0.5)
     return alone + setting.everywhere(student, *recipes, fraction=0.5, teacher=teacher)
@@ -163,6 +165,8 @@ def label_fractions(
 ) -> list[Run]:
     """With how few labels does distillation help? Of each student: baseline, distilled, distilled with unlabelled
     images and its three controls at every label fraction; and the teacher, which has all labels."""
+    _check_given(students=students, fractions=fractions)
+    _check_students(*students)
     runs = teachers(setting, [teacher])
     for fraction, student in product(fractions, students):
         ways: list[tuple[str | None, Recipe | None]] = [(None, None), (teacher, prediction_recipe())]
@@ -179,12 +183,27 @@ def training_length(
 ) -> list[Run]:
     """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own; the teacher
     has its usual one."""
+    _check_given(lengths=lengths)
+    _check_students(student)
     runs = teachers(setting, [teacher])
     for length in lengths:
         half = dict(fraction=0.5, length=length)
         runs += setting.everywhere(student, **half)
         runs += setting.everywhere(student, prediction_recipe(), unlabelled(), teacher=teacher, **half)
     return runs
+
+
+def _check_given(**lists: Sequence[object]) -> None:
+    """Raises InputError for an empty list, or one that names something twice."""
+    for name, given in lists.items():
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"{name} {list(given)}: give at least one, and each once")
+
+
+def _check_students(*models: str) -> None:
+    """Raises InputError for a name that is no network, or a teacher's."""
+    for model in models:
+        lookup("student", model, {name: None for name in MODELS if name not in TEACHERS})
 
 
 def capacity(
@@ -212,9 +231,9 @@ def capacity(
     lookup("teacher", teacher, dict.fromkeys(TEACHERS))
     for model in repeated:
         lookup("repeated student", model, dict.fromkeys(students))
-    for name, given in (("students", students), ("fractions", fractions)):
-        if not given or len(set(given)) < len(given):
-            raise InputError(f"{name} {list(given)}: give at least one, and each once")
+    _check_given(students=students, fractions=fractions)
+    if len(fractions) > 2:
+        raise InputError(f"fractions {list(fractions)}: give one or two, most labels are compared with fewest")
     runs, once = teachers(setting, [teacher]), dataclasses.replace(setting, seeds=setting.seeds[:1])
     for model, fraction in product(students, fractions):
         own = setting if model in (repeated or students) else once

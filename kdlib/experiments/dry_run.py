@@ -25,6 +25,8 @@ from kdlib.training.schedule import epochs_of, steps_per_epoch
 from kdlib.training.state import RunState
 from kdlib.training.validation import volume_dice
 
+TIMED = 4  # steps that a step is timed by
+
 
 def steps_of(run: Run, results: Path) -> int:
     """Steps of a training; where the profile fixes none, slices are counted by the headers of the scans."""
@@ -45,7 +47,7 @@ def _kind(run: Run, device: str) -> dict[str, object]:
     """What the time of a step depends on."""
     view, distilled = run.preprocessing, run.teacher is not None
     return {"model": run.model, "distilled": distilled, "width": run.profile.width, "size": view.size,
-            "dims": view.dimensions, "device": device}  # fmt: skip
+            "dims": view.dimensions, "batch": run.optimisation.batch, "device": device}  # fmt: skip
 
 
 def past_runs(results: Path) -> pd.DataFrame:
@@ -78,7 +80,7 @@ def seconds_of(run: Run, past: pd.DataFrame, steps: int, device: str) -> float |
     return None if like.empty else float(like["pace"].median() * steps + like["evaluation"].median())
 
 
-def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int = 4) -> tuple[float, float, float]:
+def timed(group: Sequence[Run], results: Path, device: torch.device) -> tuple[float, float, float]:
     """Seconds of one training step, of one validation, and of the evaluation of the test patients, each of one run of
     a cohort: measured on its own data with networks that have learned nothing, on a CPU with one core."""
     run = group[0]
@@ -94,7 +96,7 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
     states: list[RunState] = []
     with one_thread(), precision(run.optimisation.precision), contextlib.redirect_stderr(io.StringIO()):
         train_for(1)  # the first pass chooses kernels and allocates
-        short, long = min(train_for(1), train_for(1)), train_for(1 + steps)  # whatever else runs only adds time
+        short, long = min(train_for(1), train_for(1)), train_for(1 + TIMED)  # whatever else runs only adds time
         begin = time.perf_counter()
         volume_dice(states[0].model, val)
         validation = (time.perf_counter() - begin) * len(fold.val)
@@ -102,7 +104,7 @@ def timed(group: Sequence[Run], results: Path, device: torch.device, steps: int 
         one = bank.select(fold.test[:1])
         evaluate(states[0].model, one.to(device), run_source(run, results).dataset, one.cases)
         evaluation = (time.perf_counter() - begin) * len(fold.test)
-    return (long - short) / steps / len(group), validation, evaluation
+    return (long - short) / TIMED / len(group), validation, evaluation
 
 
 def foretell(runs: Sequence[Run], past: pd.DataFrame, results: Path, device: torch.device) -> dict[Run, float]:

@@ -18,7 +18,7 @@ from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import KNOWLEDGE
 from kdlib.analysis.patients import patients_text
-from kdlib.analysis.sentences import interval_of, signed
+from kdlib.analysis.sentences import interval_of, many, signed
 from kdlib.analysis.tables import small_sample_note
 from kdlib.config import InputError
 from kdlib.protocol import is_single
@@ -209,7 +209,7 @@ def _difference_note(differences: pd.DataFrame) -> str:
     counts = patients_text(differences["n"], differences.get("volumes", ()))
     note = f"mean paired difference ({counts}) and {interval_text(differences['interval'])}, higher is better; "
     note += "hollow: not decided by Wilcoxon's signed-rank test after Holm's correction for "
-    return f"{note}{len(differences)} comparisons. {small_sample_note(differences)}".strip()
+    return f"{note}{many(len(differences), 'comparison')}. {small_sample_note(differences)}".strip()
 
 
 @plt.rc_context(style.STYLE)

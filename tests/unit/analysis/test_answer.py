@@ -104,14 +104,15 @@ def test_the_report_says_which_loss_and_which_term_is_worth_something(tmp_path):
     tables = {
         "03_comparisons": row, "03_terms": row | dict(label_a="with B-B"), "04_comparisons": row,
         "04_loss_comparison": dict(method="kl", role="distilled", teacher="T1"),
-        **dict.fromkeys(("03_ablation_runs", "04_loss_comparison_runs"), dict(run="r", method="kl", seed=0)),
     }  # fmt: skip
     for name, one in tables.items():
         write_csv(tmp_path / "tables" / f"{name}.csv", pd.DataFrame([one]))
+    for name in ("03_ablation_runs", "04_loss_comparison_runs"):
+        write_csv(tmp_path / "tables" / f"{name}.csv", pd.DataFrame(dict(run=["r", "s"], method=["kl", "S1"], seed=0)))
     page = report.findings(tmp_path).text
     term, loss = (tmp_path / "losses.md").read_text(encoding="utf-8").splitlines()
     assert term.endswith("Dice with a term minus without it: with B-B +0.004 [+0.001, +0.007] Dice (better).")
-    assert loss.startswith("- Of 1 ways to learn from a teacher: 1 better. The most is gained by KL: +0.004")
+    assert loss.startswith("- Of 1 way to learn from a teacher: 1 better. The most is gained by KL: +0.004")
     assert term.removeprefix("- ") in page and loss.removeprefix("- ") in page
 
 
@@ -145,6 +146,15 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
     assert "Trainings that find the adrenal in no test case: 1 of S1 distilled from T1, 0 of S1 alone." in (
         class_sentence(missed)
     )
+    without = both["metric"].isin(["dice", "truth_volume"]) & both["class"].eq("adrenal") & both["patient"].eq("case_0")
+    assert without.any()
+    none = both.assign(value=both["value"].mask(lost, 0.0))  # a patient without adrenals, in whom nothing is right
+    none.loc[without, "value"] = none.loc[without, "metric"].eq("dice").astype(float)
+    assert by_class(none, history)["never"].tolist() == missed["never"].tolist()
+    late = (history["epoch"] == 5) & (history["run"] == "KD(T1, S1)")
+    rising = history.assign(value=history["value"].mask(late, 0.8))
+    said_less = class_sentence(by_class(both, rising))
+    assert "of 2 classes, better in none, worse in none and in each without a verdict, not converged;" in said_less
     page = classes_markdown(table)
     assert page.startswith(said) and "| **worse** | adrenal | 5.0 | S1 | T1 | 0.735 | 0.705 |" in page
 
@@ -162,12 +172,13 @@ def test_the_report_of_several_classes_says_where_it_helps(several, tmp_path):
 def test_the_report_counts_the_seeds_of_each_chapter_alone(tmp_path):
     row = dict(a="KD", b="S1", label_a="KD", label_b="S1", n=8, difference=0.1, low=0.0, high=0.2, p_holm=0.01,
                verdict="better", minimum_detectable=0.1)  # fmt: skip
-    for chapter, table, seeds in (("02", "distillation", 3), ("02b", "controls", 1)):
+    for chapter, table, seeds, alone in (("02", "distillation", 3, 1), ("02b", "controls", 1, 1)):
         write_csv(tmp_path / "tables" / f"{chapter}_{'comparisons' if seeds > 1 else table}.csv", pd.DataFrame([row]))
-        runs = pd.DataFrame([dict(run=f"{chapter}{seed}", method="KD", seed=seed) for seed in range(seeds)])
+        trained = [("KD", seed) for seed in range(seeds)] + [("S1", seed) for seed in range(alone)]
+        runs = pd.DataFrame([dict(run=f"{chapter}{key}{seed}", method=key, seed=seed) for key, seed in trained])
         write_csv(tmp_path / "tables" / f"{chapter}_{table}_runs.csv", runs)
     said = report.findings(tmp_path).text
-    assert said.count("8 patients, 3 seeds") == said.count("8 patients, 1 seed,") == 1
+    assert said.count("8 patients, 3 seeds against 1,") == said.count("8 patients, 1 seed,") == 1
 
 
 def test_sentences_and_markdown_say_what_the_table_says(cases):
@@ -209,9 +220,13 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     assert lines[0].startswith("**With 50 %") and lines[6].startswith(
         "| **better** | S1 | 50 % | the thesis's terms from T1 | 0.735 | 0.785 |"
     )
-    compared = compare(chosen, [("KD(T1, S1)", "S1 (50 %)")])
-    asked = f"Is it the teacher, or the unlabelled images?\n\n- {comparison_sentences(compared, 1)[0]}\n\n| verdict |"
-    assert asked in fractions_markdown(table, compared)
+    compared, seeds = compare(chosen, [("KD(T1, S1)", "S1 (50 %)")]), {"KD(T1, S1)": 1, "S1 (50 %)": 1}
+    (sentence,) = comparison_sentences(compared, seeds)
+    asked = f"Is it the teacher, or the unlabelled images?\n\n- {sentence}\n\n| verdict |"
+    both = pd.concat([table, table.assign(a="S1 (50 %)")], ignore_index=True)
+    assert asked in fractions_markdown(both, compared)
+    mixed = fractions_markdown(both.assign(seeds=[1, 3]))
+    assert "Mean Dice of 8 test patients, 1 to 3 seeds; changes" in mixed and "one seed does not show" in mixed
     lost = fraction_sentences(table.assign(difference=-0.01, gap_closed=-0.06))
     assert "gains by nothing, and loses least by the thesis's terms" in lost[0] and "gap" not in lost[0]
     rising = pd.concat([table, table.assign(difference=0.2, verdict="not converged")])
@@ -220,6 +235,14 @@ def test_a_fraction_says_what_share_of_the_gap_to_the_teacher_is_closed(cases):
     weak = chosen.assign(value=chosen["value"].mask(chosen["method"] == "T1", 0.5))
     row = fractions(weak, compare(weak, [("KD(T1, S1)", "S1 (50 %)")])).iloc[0]
     assert np.isnan(row["gap_closed"]) and row["closed"] == ""
+
+
+def test_a_teacher_that_is_not_in_the_tables_is_not_taken_for_another(cases):
+    chosen = cases[cases["model"] != "S2"]
+    other = chosen.assign(teacher=chosen["teacher"].replace("T1", "T2"))
+    row = fractions(other, compare(other, [("KD(T1, S1)", "S1 (50 %)")]))
+    assert row["teacher"].item() == "T2" and row[["dice_teacher", "gap"]].isna().all(axis=None)
+    assert "(alone 0.735) gains most by" in fraction_sentences(row)[0]
 
 
 def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
@@ -245,7 +268,7 @@ def test_unlabelled_images_are_compared_with_what_lacks_them_or_the_teacher():
     found = compare(table, pairs)
     assert len(pairs) == 8 and found["difference"].tolist() == pytest.approx([0.04, 0.02, 0.08, 0.01] * 2)
     assert image_pairs(whole) == []
-    said = comparison_sentences(found[found["a"].str.startswith("E1")], 1)
+    said = comparison_sentences(found[found["a"].str.startswith("E1")], dict.fromkeys(table["method"], 1))
     assert (
         said[0].endswith("Dice +0.040 [+0.040, +0.040] (10 patients, 1 seed, p 0.016).") and " does better " in said[0]
     )
@@ -289,7 +312,7 @@ def test_a_report_judges_each_stage_of_the_correction_for_itself(tmp_path):
     write_csv(tmp_path / "tables" / "05_convergence.csv", staged)
     write_csv(tmp_path / "tables" / "02_convergence.csv", staged[1:].drop(columns="stage"))
     said = report.opening(tmp_path).text
-    assert "1 of 3 methods have not converged" in said and "thesis, S1 (50 %) (+0.040)" in said
+    assert "1 of 3 methods has not converged, and gets no verdict" in said and "thesis, S1 (50 %) (+0.040)" in said
 
 
 def test_seeds_are_those_of_the_students(cases):
@@ -303,5 +326,5 @@ def test_seeds_are_those_of_the_students(cases):
 
 
 def test_a_student_alone_has_no_answer(cases):
-    with pytest.raises(InputError, match="run notebook 02"):
+    with pytest.raises(InputError, match="no distilled student or control beside the same student alone"):
         baseline_pairs(cases[cases["role"] != "distilled"])

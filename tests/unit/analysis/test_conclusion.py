@@ -75,6 +75,19 @@ def test_of_a_comparison_of_several_chapters_the_one_of_most_seeds_counts_then_t
     assert table["chapter"]["pseudo-labels"] == "08_x" and table["difference"].round(6)["pseudo-labels"] == 0.03
 
 
+def test_of_two_studies_that_share_trainings_the_one_of_more_seeds_counts(tmp_path):
+    save(tmp_path / "one", "02_x", [(ALONE, 0.8), (KL, 0.81), (PSEUDO, 0.81)])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for part in ("cases", "history", "runs"):
+        path = tmp_path / "two" / "tables" / f"02_x_{part}.csv"
+        table = pd.read_csv(path)
+        table = table[table["method"] != PSEUDO["method"]]
+        write_csv(path, pd.concat([table, table.assign(seed=1, run=table["run"] + "-1")]))
+    table = conclusion.everything([tmp_path / "one", tmp_path / "two"]).set_index("knowledge")
+    assert table["study"].to_dict() == {"pseudo-labels": "one", "predictions": "two"}
+    assert table["seeds"].to_dict() == {"pseudo-labels": 1, "predictions": 2}
+
+
 def test_a_teacher_of_another_chapter_that_still_gains_withholds_the_verdict(tmp_path):
     save(tmp_path / "one", "01_x", [(TEACHER, 0.9)], last=0.1)
     save(tmp_path / "one", "04_x", [(ALONE, 0.8), (KL, 0.82), (SILENT, 0.82)])
@@ -192,8 +205,7 @@ def test_what_a_study_reuses_of_another_stands_once_and_volumes_stand_apart(tmp_
 def test_what_cannot_be_concluded_is_one_line(tmp_path):
     save(tmp_path / "teachers", "01_baseline", [(TEACHER, 0.9), (ALONE, 0.8)])
     save(tmp_path / "corrected", "05_correction", [(ALONE, 0.8), (KL, 0.8)], protocols=("thesis", "corrected"))
-    save(tmp_path / "tuned", "09_sweep", [(ALONE, 0.8), (KL, 0.8)])
-    for name in ("teachers", "corrected", "tuned", "nothing"):
+    for name in ("teachers", "corrected", "nothing"):
         with pytest.raises(InputError, match=f"{name} holds no comparison with a student alone"):
             conclusion.everything([tmp_path / name])
     save(tmp_path / "one", "07_x", [(ALONE, 0.8), (KL, 0.78)])

@@ -10,6 +10,7 @@ from kdlib.analysis.sentences import (
     interval_of,
     listed,
     means_sentence,
+    non_inferiority_sentence,
     sweep_sentence,
     verdict_sentence,
     withhold,
@@ -26,9 +27,10 @@ VERDICTS = VERDICTS.assign(label_a=VERDICTS["a"].map(LABELS), label_b=VERDICTS["
 
 
 def test_a_sentence_says_effect_interval_patients_seeds_and_p():
-    assert comparison_sentences(VERDICTS, 3) == [
+    assert comparison_sentences(VERDICTS, {"d": 3, "s": 3, "t": 1}) == [
         "KD(T1, S1) does better than S1 (50 %): Dice +0.012 [+0.004, +0.021] (72 patients, 3 seeds, p < 0.001).",
-        "KD(T1, S1) differs inconclusively from T1: Dice −0.020 [−0.030, +0.001] (72 patients, 3 seeds, p 0.310).",
+        "KD(T1, S1) differs inconclusively from T1: Dice −0.020 [−0.030, +0.001] (72 patients, 3 seeds against 1, "
+        "p 0.310).",
     ]
 
 
@@ -38,8 +40,10 @@ def test_a_method_that_has_not_converged_gets_no_verdict():
     )
     withheld = withhold(VERDICTS, table)
     assert withheld["verdict"].tolist() == ["not converged", "inconclusive"]
-    assert comparison_sentences(withheld, 1)[0].startswith("KD(T1, S1) cannot be compared yet with S1 (50 %):")
-    assert "1 of 3 methods have not converged" in convergence_sentence(table)
+    assert comparison_sentences(withheld, dict.fromkeys("dst", 1))[0].startswith(
+        "KD(T1, S1) cannot be compared yet with S1 (50 %):"
+    )
+    assert "1 of 3 methods has not converged, and gets no verdict" in convergence_sentence(table)
     assert "S1 (50 %) (+0.020)" in convergence_sentence(table)
     assert convergence_sentence(table[table["converged"]]).startswith("All 2 methods have converged")
 
@@ -55,6 +59,19 @@ def test_a_table_of_comparisons_is_summed_up_without_calling_open_ones_equal():
     assert said.startswith("Of 3 comparisons: 1 better (than zero), 1 worse (than shuffled), 1 inconclusive.")
     assert "differences of about 0.020 or more" in said and "inconclusive is not equal" in said
     assert "inconclusive is not equal" not in verdict_sentence(judged(verdict=["better"] * 3))
+    several = judged(verdict=["better", "better", "worse"], question=["labels", "labels", "teacher"])
+    assert verdict_sentence(several) == "Of 3 comparisons: 2 better, 1 worse.", "than what differs by question"
+
+
+def test_a_margin_says_who_is_within_it_who_is_not_and_of_whom_nothing_is_known():
+    table = pd.DataFrame(dict(
+        label_a=["KD(T1, S1), 50 %", "KD(T1, S2), 50 %", "KD(T2, S1), 50 %", "E1"], margin=0.05,
+        verdict=["non-inferior", "inferior", "not converged", "non-inferior"],
+    ))  # fmt: skip
+    assert non_inferiority_sentence(table) == (
+        "Not worse than the teacher by 0.05 Dice: KD(T1, S1), 50 %; E1. Worse than it by more than 0.05 Dice: "
+        "KD(T1, S2), 50 %. Not converged, so no verdict: KD(T2, S1), 50 %."
+    )
 
 
 def test_a_gain_that_a_control_shares_is_not_the_teacher_s():
@@ -76,7 +93,7 @@ def test_means_and_gaps():
 
 def test_inactive_terms_and_shrunk_teachers_are_named():
     signal = pd.DataFrame(dict(label="KD", term=["PMD", "B-B"], active=["always 0", "yes"], share=[0.0, 0.3]))
-    assert diagnostics_sentence(signal) == "1 of 2 terms pass no gradient: PMD of KD (always 0)."
+    assert diagnostics_sentence(signal) == "1 of 2 terms passes no gradient: PMD of KD (always 0)."
     assert "30% to 30%" in diagnostics_sentence(signal[1:])
     costs = pd.DataFrame(dict(
         model=["T1", "T2", "S1", "S2"], size="study", inference_parameters=[1000, 900, 50, 200],

@@ -150,6 +150,7 @@ def test_capacity_trains_every_network_alone_and_distilled_on_every_share_of_lab
         ({"students": ["E1", "E1"]}, "students .'E1', 'E1'.: give at least one, and each once"),
         ({"fractions": []}, "fractions ..: give at least one, and each once"),
         ({"fractions": [2.0]}, "fraction 2.0"),
+        ({"fractions": [1.0, 0.5, 0.25]}, "fractions .1.0, 0.5, 0.25.: give one or two"),
         ({"teacher": "E1"}, "teacher 'E1' does not exist: choose from T1, T2"),
         ({"students": ["S1"], "repeated": ["E1"]}, "repeated student 'E1' does not exist: choose from S1"),
     ],
@@ -158,6 +159,23 @@ def test_capacity_refuses_in_one_line_what_it_cannot_train(tmp_path, given, mess
     with pytest.raises(InputError, match=message) as caught:
         requested_runs("10_capacity", {"results": tmp_path} | given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "given", "message"),
+    [
+        ("03_ablation", {"student": "T1"}, "student 'T1' does not exist: choose from S1"),
+        ("04_loss_comparison", {"student": "T2"}, "student 'T2' does not exist: choose from S1"),
+        ("07_fractions", {"students": ["S1", "T1"]}, "student 'T1' does not exist: choose from S1"),
+        ("07_fractions", {"students": []}, "students ..: give at least one, and each once"),
+        ("07_fractions", {"fractions": [0.5, 0.5]}, "fractions .0.5, 0.5.: give at least one, and each once"),
+        ("08_length", {"student": "T1"}, "student 'T1' does not exist: choose from S1"),
+        ("08_length", {"lengths": []}, "lengths ..: give at least one, and each once"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_it_is_trained(tmp_path, notebook, given, message):
+    with pytest.raises(InputError, match=message):
+        requested_runs(notebook, {"results": tmp_path} | given)
 
 
 def test_slices_or_volumes_is_the_same_study_twice(tmp_path):
