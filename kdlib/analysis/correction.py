@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.analysis.comparisons import smallest_p, verdict
-from kdlib.analysis.intervals import canonical_order, studentised
+from kdlib.analysis.intervals import canonical_order, resample, studentised, taken_together
 from kdlib.analysis.labels import method_labels
 from kdlib.analysis.patients import per_patient, volumes
 from kdlib.analysis.sentences import NOT_CONVERGED
@@ -41,29 +41,48 @@ def overlap_weights(table: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     return pd.DataFrame({"dice": dice, "weight": found["weight"]})
 
 
-def _aligned(groups: Sequence[pd.DataFrame]) -> np.ndarray:
-    """Dice and weight of the same patients in each of some groups: [groups, 2, patients], patients in a fixed order."""
+def training_deviations(table: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
+    """How far each training moves a patient's influence on the weighted mean of `overlap_weights` from what it is over
+    all trainings: one row per patient, one column per fold and seed; 0 where there is one training per fold."""
+    of = overlap_weights(table, pooled)
+    (mean,), _ = _weighted(of[["dice"]].to_numpy().T, of[["weight"]].to_numpy().T)
+    scale = len(of) / max(of["weight"].sum(), 1e-12)
+    parts = {}
+    for place, rows in table.groupby(["fold", "seed"]):
+        own = overlap_weights(rows, pooled)
+        parts[place] = scale * own["weight"] * (own["dice"] - mean)
+    wide = pd.DataFrame(parts)
+    return wide.sub(wide.mean(axis=1), axis=0)
+
+
+def _aligned(groups: Sequence[pd.DataFrame]) -> tuple[np.ndarray, pd.Index]:
+    """Dice and weight of the same patients in each of some groups, [groups, 2, patients], and the patients' order."""
     first = groups[0].index
     for group in groups:
         if other := set(first) ^ set(group.index):
             raise InputError(f"patients {', '.join(sorted(map(str, other)))} are not in both: run their folds")
     values = np.stack([group.loc[first].to_numpy(float).T for group in groups])
-    return values[..., canonical_order(values.reshape(-1, len(first)).T)]
+    order = canonical_order(values.reshape(-1, len(first)).T)
+    return values[..., order], first[order]
 
 
-def paired_changes(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
+def paired_changes(
+    values: np.ndarray, pairs: Sequence[tuple[int, int]], noise: Sequence[pd.DataFrame] = ()
+) -> pd.DataFrame:
     """Paired differences of weighted means of the same patients.
 
     Args:
         values: Dice and weight, [groups, 2, patients].
         pairs: groups (a, b) to compare.
+        noise: of each pair what trainings add to the spread of patients, [patients, trainings] (`taken_together` of
+            `training_deviations`, that of b with the opposite sign); none: every patient was seen by one training.
 
-    Returns: one row per pair: n, dice of a, difference a - b, low, high, interval, p_adjusted (`paired_permutation`),
-        smallest_p and verdict.
+    Returns: one row per pair: n, dice of a, difference a - b, low, high, interval (of patients and of trainings),
+        p_adjusted (`paired_permutation`), smallest_p and verdict.
     """
     n, rows = values.shape[-1], []
-    drawn = np.random.default_rng(0).integers(n, size=(9999, n))
-    for pair in pairs:
+    drawn = np.random.default_rng(0).integers(n, size=(9999, n))  # as `resample` does
+    for number, pair in enumerate(pairs):
         dice, weight = values[list(pair)].transpose(1, 0, 2)
         means, shares = _weighted(dice, weight)
         difference, share = means[0] - means[1], shares[0] - shares[1]
@@ -71,8 +90,10 @@ def paired_changes(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> pd.D
         kind = ""
         if np.ptp(share) > 1e-12:
             several, parts = _weighted(dice[:, drawn], weight[:, drawn])
-            spreads = (parts[0] - parts[1]).std(axis=1)
-            low, high, kind = studentised(difference, share.std(), several[0] - several[1], spreads, n)
+            shift = resample(np.zeros(n), noise[number], len(drawn)) if noise else np.zeros((1, 1))
+            resampled = several[0] - several[1] + shift.mean(axis=1)
+            spreads = (parts[0] - parts[1] + shift).std(axis=1)
+            low, high, kind = studentised(difference, share.std(), resampled, spreads, n)
             low, high = np.clip((low, high), -1, 1)  # a difference of two Dice is no larger
         rows.append(dict(n=n, dice=means[0], difference=difference, low=low, high=high, interval=kind))
     found = pd.DataFrame(rows).assign(p_adjusted=paired_permutation(values, pairs), smallest_p=smallest_p(n))
@@ -111,11 +132,20 @@ def paired_permutation(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> 
     return np.array([np.mean(largest >= size[0] - 1e-9) for size in sizes])
 
 
-def _of_stage(table: pd.DataFrame, stage: str, pooled: Sequence[str]) -> pd.DataFrame:
-    rows = table[table["protocol"] == stage]
-    if rows.empty:
-        raise InputError(f"no stage {stage!r} in the table: it has {', '.join(table['protocol'].unique())}")
-    return overlap_weights(rows, stage in pooled)
+def _changes_between(
+    parts: Sequence[tuple[pd.DataFrame, str]], pairs: Sequence[tuple[int, int]], pooled: Sequence[str]
+) -> pd.DataFrame:
+    """`paired_changes` of tidy tables, each with the stage whose rows of it count."""
+    means, trainings = [], []
+    for table, stage in parts:
+        rows = table[table["protocol"] == stage]
+        if rows.empty:
+            raise InputError(f"no stage {stage!r} in the table: it has {', '.join(table['protocol'].unique())}")
+        means.append(overlap_weights(rows, stage in pooled))
+        trainings.append(training_deviations(rows, stage in pooled))
+    values, patients = _aligned(means)
+    noise = [taken_together([trainings[a], -trainings[b]]).loc[patients] for a, b in pairs]
+    return paired_changes(values, pairs, noise)
 
 
 def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[str]) -> pd.DataFrame:
@@ -134,12 +164,11 @@ def step_changes(table: pd.DataFrame, stages: Sequence[str], pooled: Sequence[st
 
     Raises: InputError: a stage is missing, or has other patients than the one before.
     """
-    values = _aligned([_of_stage(table, stage, pooled) for stage in stages])
     steps, numbers = [*stages], range(1, len(stages))
     pairs = [(0, 0), *((number, 0 if is_single(stages) else number - 1) for number in numbers)]
     if has_steps(stages):
         steps, pairs = [*steps, "corrected"], [*pairs, (len(stages) - 1, 0)]
-    found = paired_changes(values, pairs)
+    found = _changes_between([(table, stage) for stage in stages], pairs, pooled)
     # the first stage is no change
     found.loc[0, ["difference", "low", "high", "interval", "p_adjusted", "verdict"]] = *[np.nan] * 3, "", *[np.nan] * 2
     found.insert(0, "step", steps)
@@ -163,14 +192,14 @@ def gains(
 
     Raises: InputError: as `step_changes`.
     """
-    groups, pairs, names = [], [], []
+    parts, pairs, names = [], [], []
     labels = method_labels(table[table["protocol"] == stages[0]])
     for stage in stages:
-        own = len(groups)
-        groups += [_of_stage(table[table["method"] == name], stage, pooled) for name in (method, *references)]
+        own = len(parts)
+        parts += [(table[table["method"] == name], stage) for name in (method, *references)]
         pairs += [(own, own + number) for number in range(1, len(references) + 1)]
         names += [dict(stage=stage, reference=name, label_b=labels.get(name, name)) for name in references]
-    return pd.DataFrame(names).join(paired_changes(_aligned(groups), pairs))
+    return pd.DataFrame(names).join(_changes_between(parts, pairs, pooled))
 
 
 def withhold_stages(

@@ -149,6 +149,11 @@ def seed_noise(*tables: pd.DataFrame, metric: str = "dice") -> pd.DataFrame | No
         own = per_patient(table, metric, ["fold", "seed"])
         wide = sign * own.pivot(index="patient", columns=["fold", "seed"], values="value")
         parts.append(wide.sub(wide.mean(axis=1), axis=0))
+    return taken_together(parts)
+
+
+def taken_together(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Deviations of the trainings of one or two groups, added up where both have the same folds and seeds."""
     if len(parts) == 2 and set(parts[0]) == set(parts[1]):
         return parts[0] + parts[1]
     return pd.concat(parts, axis=1, keys=range(len(parts)))

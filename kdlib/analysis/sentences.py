@@ -222,7 +222,7 @@ def gains_sentence(gains: pd.DataFrame) -> str:
         ]
         parts.append(f"{where} by {listed(said)}")
     n = int(gains["n"].iloc[0])
-    of = f"{many(n, 'patient')}; 95 % intervals are of patients, not of trainings"
+    of = f"{many(n, 'patient')}; 95 % intervals of patients and, where there are several, of seeds"
     return f"Distillation changes the student's Dice {'; '.join(parts)}. {of}."
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kdlib.analysis.answer import correction_markdown
 from kdlib.analysis.sentences import correction_sentence, gains_sentence
-from kdlib.analysis.statistics import convergence, gains, overlap_weights, step_changes, withhold_stages
+from kdlib.analysis.statistics import compare, convergence, gains, overlap_weights, step_changes, withhold_stages
 from kdlib.config import InputError
 
 
@@ -17,7 +17,7 @@ def stages(values: dict[str, list[float]], volumes: list[float] | None = None) -
     rows = []
     for stage, dice in values.items():
         for number, value in enumerate(dice):
-            row = dict(run=stage, method="KD", protocol=stage, seed=0, patient=f"p{number}", case=f"c{number}")
+            row = dict(run=stage, method="KD", protocol=stage, fold=0, seed=0, patient=f"p{number}", case=f"c{number}")
             truth = (volumes or [1.0] * len(dice))[number]
             metrics = {"dice": value, "truth_volume": truth, "volume_error": 0.0}
             rows += [row | {"class": "spleen", "metric": name, "value": found} for name, found in metrics.items()]
@@ -108,6 +108,27 @@ def test_a_patient_without_target_or_prediction_is_right_and_weighs_nothing():
     dice = {"thesis": [0.5, 1.0], "b": [0.5, 1.0]}
     found = step_changes(stages(dice, [10.0, 0.0]), list(dice), ["thesis"])
     assert found["dice"].tolist() == pytest.approx([0.5, 0.75])
+
+
+def test_intervals_are_of_trainings_too_where_there_are_several():
+    """By the Dice of volumes as `compare` has them; pooled, with equal volumes, the same."""
+    generator = np.random.default_rng(0)
+    parts = []
+    for seed in range(3):
+        alone = generator.uniform(0.6, 0.8, 24)
+        taught = alone + 0.02 + 0.03 * (seed - 1) + generator.normal(0, 0.01, 24)
+        for method, dice in (("alone", alone), ("KD", taught)):
+            parts.append(stages({"thesis": dice.tolist()}).assign(method=method, seed=seed, run=f"{method}{seed}"))
+    table = pd.concat(parts, ignore_index=True)
+    ours = gains(table, "KD", ["alone"], ["thesis"], []).iloc[0]
+    theirs = compare(table.assign(model="S1", teacher="", fraction=1.0, role="baseline"), [("KD", "alone")]).iloc[0]
+    for name in ("difference", "low", "high"):
+        assert ours[name] == pytest.approx(theirs[name], abs=0.004), name
+    pooled = gains(table, "KD", ["alone"], ["thesis"], ["thesis"]).iloc[0]
+    assert pooled[["low", "high"]].tolist() == pytest.approx(ours[["low", "high"]].tolist())
+    mean = table.assign(value=table.groupby(["method", "patient", "metric"])["value"].transform("mean"))
+    narrow = gains(mean[mean["seed"] == 0], "KD", ["alone"], ["thesis"], []).iloc[0]
+    assert ours["high"] - ours["low"] > 2 * (narrow["high"] - narrow["low"]), "patients alone differ less"
 
 
 def test_swaps_by_hand():
