@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdlib.apps.jobs import recorded
+from kdlib.apps.jobs import recorded, warnings_said
 from kdlib.apps.notebooks import NOTEBOOKS, NotebookError, Stopped, execute, render
 from kdlib.apps.study import plan, run_study
 from kdlib.config import PROFILES, InputError, TrainingError, from_json
@@ -136,7 +136,7 @@ def _train(options: argparse.Namespace) -> int:
         runs = [from_json(record) for record in (found if isinstance(found, list) else [found])]
     except InputError as error:
         raise InputError(f"{options.file}: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{options.file} cannot be read as JSON: {error}") from None
     if not runs:
         raise InputError(f"{options.file} holds no run: give one, or a list of runs, with the fields of kdlib.Run")
@@ -150,7 +150,8 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     found = plan(options)
     parameters = {name: found["parameters"][name] for name in found["experiments"]}
-    print(describe(found | {"parameters": parameters}))
+    with warnings_said():
+        print(describe(found | {"parameters": parameters}))
     return 0
 
 

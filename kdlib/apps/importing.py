@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,9 +21,10 @@ import pandas as pd
 from kdlib.apps.jobs import warnings_said
 from kdlib.config import PROFILES, InputError
 from kdlib.data import DefectError, check_view, index
+from kdlib.data.grouping import shorten
 from kdlib.data.nifti import Defect, read, stem
 from kdlib.data.roundtrip import whole_size
-from kdlib.files import write_folder, write_json
+from kdlib.files import entries, write_folder, write_json
 
 PATTERNS = (  # of images and masks, tried in this order; relative to the folder and without .nii.gz
     ("*_image", "*_label"), ("*_image", "*_mask"), ("*_img", "*_seg"), ("images/*", "labels/*"),
@@ -45,12 +47,13 @@ def run_import(options: argparse.Namespace) -> int:
         InputError: no pairs; a defective case; the output exists or cannot be written. Nothing is left then.
     """
     out = options.output
-    if out.exists():
+    if os.path.exists(out):  # Path.exists raises where a name is too long
         raise InputError(f"{out} exists: choose another folder")
     if (options.images is None) != (options.masks is None):
         raise InputError("--images and --masks belong together: give both, or none for the usual names")
-    pairs = _from_csv(options.pairs) if options.pairs.is_file() else _from_folder(options)
-    labels = _labels(options.labels) if options.labels else _values(pairs)
+    labels = _labels(options.labels) if options.labels else {}
+    pairs = _from_csv(options.pairs) if os.path.isfile(options.pairs) else _from_folder(options)
+    labels = labels or _values(pairs)
     write_folder(out, lambda partial: _write(partial, out.name, pairs, labels, options))
     try:
         command = _check(out, pairs, labels, options)
@@ -75,6 +78,8 @@ def _from_csv(path: Path) -> dict[str, Pair]:
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise InputError(f"{path}, line {number}: {missing[0]} does not exist; give paths relative to the table")
+        if other := [file for file in files if not stem(file.name)]:
+            raise InputError(f"{path}, line {number}: {other[0]} is not NIfTI (.nii or .nii.gz); convert it first")
         _add(pairs, stem(files[0].name), Pair(*files, row.get("patient")), path)
     return pairs
 
@@ -82,7 +87,7 @@ def _from_csv(path: Path) -> dict[str, Pair]:
 def _from_folder(options: argparse.Namespace) -> dict[str, Pair]:
     """Case -> pair, of files whose names match the patterns; what * stands for is the case."""
     folder = options.pairs
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} does not exist: give a folder of images and masks, or a CSV of them")
     files = [file for file in sorted(folder.rglob("*")) if stem(file.name) and not file.name.startswith(".")]
     for patterns in [(options.images, options.masks)] if options.images else PATTERNS:
@@ -95,6 +100,9 @@ def _from_folder(options: argparse.Namespace) -> dict[str, Pair]:
         raise InputError(
             f"{folder}: {len(files)} NIfTI files, no images and masks named {named}; give --images GLOB --masks GLOB"
         )
+    if left := [str(file.relative_to(folder)) for file in files if file not in images and file not in found[1]]:
+        named = f"{patterns[0]} or {patterns[1]}"
+        print(f"not imported: {len(left)} of {len(files)} files, not named {named}: {shorten(left)}", file=sys.stderr)
     sides = ({}, {})
     for side, matched in zip(sides, (images, found[1]), strict=True):
         for file, case in matched.items():
@@ -155,7 +163,7 @@ def _write(
     if any(pair.patient for pair in pairs.values()):
         table = pd.DataFrame({"case": list(pairs), "patient": [pair.patient for pair in pairs.values()]})
         table.to_csv(folder / "patients.csv", index=False, quoting=csv.QUOTE_ALL)
-    _describe(folder, name, list(pairs), labels, options.modality)
+    _describe(folder, name, labels, options.modality)
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
@@ -165,8 +173,17 @@ def _place(source: Path, target: Path, copy: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def _describe(folder: Path, name: str, cases: list[str], labels: dict[str, int], modality: str) -> None:
-    listed = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases]
+def _describe(folder: Path, name: str, labels: dict[str, int], modality: str) -> None:
+    """Writes dataset.json, which lists the cases of which both files are there."""
+    files = [{stem(file.name): file for file in entries(folder / part)} for part in ("imagesTr", "labelsTr")]
+    cases = sorted(files[0].keys() & files[1].keys())
+    listed = [
+        {
+            side: f"./{part[case].parent.name}/{part[case].name}"
+            for side, part in zip(("image", "label"), files, strict=True)
+        }
+        for case in cases
+    ]
     named = {"0": "background"} | {str(value): label for label, value in labels.items()}
     record = {"name": name, "modality": {"0": "MRI" if modality == "MR" else "CT"}, "labels": named}
     write_json(folder / "dataset.json", record | {"numTraining": len(cases), "training": listed})
@@ -186,10 +203,11 @@ def _check(out: Path, pairs: dict[str, Pair], labels: dict[str, int], options: a
         advice = "fix them, or leave these cases out by --on-defect drop" if cases < len(pairs) else "fix them"
         headline = f"{options.pairs}: defects in {cases} of {len(pairs)} cases, so nothing is imported; {advice}"
         raise DefectError(headline, error.table) from None
-    for case in {*pairs} - {case.name for case in dataset.cases}:
-        for file in out.glob(f"*Tr/{case}.nii*"):
+    kept = {case.name for case in dataset.cases}
+    for file in [*entries(out / "imagesTr"), *entries(out / "labelsTr")]:
+        if stem(file.name) not in kept:
             file.unlink()
-    _describe(out, out.name, [case.name for case in dataset.cases], labels, options.modality)
+    _describe(out, out.name, labels, options.modality)
     for row in dataset.defects.itertuples():
         print(f"left out: {row.case}, {row.defect}", file=sys.stderr)
     print(f"{out}: {len(dataset.cases)} cases, {dataset.grouping}, labels {', '.join(labels)}")
@@ -197,7 +215,7 @@ def _check(out: Path, pairs: dict[str, Pair], labels: dict[str, int], options: a
     words = ["kdlib", "study", "--data", str(out), "--target", "all", "--profile", profile, "--only", "00_data"]
     words += ["--group", "patients.csv"] if grouped else []
     try:
-        check_view(dataset, labels, PROFILES[profile].preprocessing)
+        check_view(dataclasses.replace(dataset, on_defect="raise"), labels, PROFILES[profile].preprocessing)
     except DefectError:  # the slices of that profile cut the target
         size = max(whole_size(case, PROFILES[profile].preprocessing) for case in dataset.cases)
         words += ["--changes", json.dumps({"size": size})]

@@ -125,9 +125,15 @@ class Picker(Panel):
         """Fills the lists below the one that was changed, then tells the panels; an error is said in one line."""
         if self._filling:
             return
+        before = vars(self).copy()
         with self.errors_said():
-            for step in steps:
-                step()
+            try:
+                for step in steps:
+                    step()
+            except BaseException:  # the panels go on showing what was chosen before
+                for name in ("table", "labels", "run", "teachers"):
+                    setattr(self, name, before[name])
+                raise
             self.chosen += 1
 
     def _fill(self, chooser: widgets.Dropdown, labels: Mapping[str, str], key: str) -> None:

@@ -52,7 +52,7 @@ def run_predict(options: argparse.Namespace) -> int:
 def _outputs(scans: list[Path], options: argparse.Namespace) -> dict[Path, dict[str, Path]]:
     """Scan -> what is written of it ("mask", "probabilities", "seg") -> the file."""
     out, jobs = options.output, {}
-    name = "" if out.is_dir() else out.name.lower()
+    name = "" if os.path.isdir(out) else out.name.lower()  # Path.is_dir raises where a name is too long
     suffix = next((end for end in (".nii.gz", ".nii", ".dcm") if name.endswith(end)), "")
     if suffix and len(scans) > 1:
         raise InputError(f"{out}: the masks of {len(scans)} scans need a folder; give -o FOLDER")

@@ -177,7 +177,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
     table = pd.DataFrame(defects, columns=DEFECT_COLUMNS)
     if defects and (on_defect == "raise" or not scans):
         raise_defects(root, table, len(names), len(scans))
-    patients, grouping = group_cases(list(scans), group, root, about.name)
+    patients, grouping = group_cases(list(scans), group, root)
     cases = tuple(replace(scan.case, group=patients[name]) for name, scan in scans.items())
     odd = _warnings(scans, about, {*files["imagesTr"]}, grouping if group == "auto" else "")
     for _, rows in odd.groupby(["warning", "remedy"], sort=False):
@@ -290,7 +290,10 @@ def _inspect(
             try:
                 volumes.append(_read(paths[0]))
                 if part == "imagesTr":
-                    check_intensities(*volumes[-1].extremes())
+                    low, high = volumes[-1].extremes()
+                    check_intensities(low, high)
+                    if low == high:
+                        raise Defect(f"the same intensity everywhere ({low:g})", "export it again, or remove the case")
                 else:
                     voxels = volumes[-1].counts()
                     rows += [(file, *defect) for defect in _label_defects(voxels, values)]

@@ -15,7 +15,7 @@ Group = str | Callable[[str], str]
 EACH_CASE = "each case is a patient"
 
 
-def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) -> tuple[dict[str, str], str]:
+def group_cases(cases: Sequence[str], group: Group, root: Path) -> tuple[dict[str, str], str]:
     """Case name -> patient, and in a few words how the patients were recognised.
 
     Args:
@@ -23,8 +23,7 @@ def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) ->
         group: "auto" (the pairs of the Decathlon's Hippocampus task, else each case is a patient); a regular
             expression that finds the patient in a case name, as its groups or as its whole match; a CSV file with
             columns case and patient; or a function from case name to patient.
-        root: folder of the data set, where a CSV file is looked for as well.
-        dataset: name of the data set.
+        root: folder of the data set, where a CSV file is looked for first.
 
     Raises: InputError for an expression or a table that leaves a case without a patient.
     """
@@ -34,7 +33,7 @@ def group_cases(cases: Sequence[str], group: Group, root: Path, dataset: str) ->
         kinds = "'auto', a regular expression, a CSV file or a function from case name to patient"
         raise InputError(f"group {group!r}: give {kinds}")
     if group == "auto":
-        if "hippocampus" in dataset.lower() or all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases):
+        if all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases):
             return {case: _hippocampus_pair(case) for case in cases}, "Hippocampus: volumes 2k - 1 and 2k"
         return {case: case for case in cases}, EACH_CASE
     if group.lower().endswith(".csv"):
@@ -74,11 +73,7 @@ def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str
 
 def _hippocampus_pair(name: str) -> str:
     """Volumes 2k - 1 and 2k of Task04 are very probably the two hippocampi of one person."""
-    number = re.search(r"\d+$", name)
-    if number is None:
-        rule = "group them by a rule of your own, GROUP=... (in Python: group=...)"
-        raise InputError(f"case {name!r}: Hippocampus cases are paired by number; {rule}")
-    return str((int(number.group()) + 1) // 2)
+    return str((int(re.search(r"\d+$", name).group()) + 1) // 2)
 
 
 def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:
@@ -94,9 +89,11 @@ def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:
 
 
 def _from_table(group: str, root: Path) -> dict[str, str]:
-    path = next((path for path in (Path(group), root / group) if path.is_file()), None)
+    path = next((path for path in (root / group, Path(group)) if path.is_file()), None)
     if path is None:
-        raise InputError(f"group {group}: no such file, also not in {root}; give a CSV file of case and patient")
+        raise InputError(
+            f"group {group}: no such file, neither in {root} nor here; give a CSV file of case and patient"
+        )
     try:
         table = pd.read_csv(path, dtype=str, skipinitialspace=True)
     except (OSError, ValueError) as error:  # pandas's own errors are ValueErrors

@@ -113,6 +113,7 @@ def _decode(stream: BinaryIO, packed: int, ratio: int) -> nib.Nifti1Image:
 def _header_faults(header: nib.Nifti1Header) -> list[str]:
     """What nibabel would correct or guess without a word, in words."""
     offset, sizes, codes = header["vox_offset"].item(), header["pixdim"], (header["qform_code"], header["sform_code"])
+    slope, inter = header["scl_slope"], header["scl_inter"]  # no scale where the slope is 0 or NaN
     faults = {
         "voxels that begin inside it or nowhere": not (offset >= header.single_vox_offset and offset == int(offset)),
         "bits per voxel that are not its type's": header["bitpix"] != 8 * header.get_data_dtype().itemsize,
@@ -120,7 +121,9 @@ def _header_faults(header: nib.Nifti1Header) -> list[str]:
         "a handedness (pixdim[0]) that is none": sizes[0] not in (-1, 0, 1),
         "no orientation, or an unknown one": not any(codes) or any(code not in range(6) for code in codes),
         "units other than mm": int(header["xyzt_units"]) & 7 not in (0, 2),
-        "an infinite intensity scale": bool(np.isinf(header["scl_slope"])),
+        "an infinite intensity scale": bool(
+            np.isinf(slope) or (np.isfinite(slope) and slope and not np.isfinite(inter))
+        ),
     }
     return [fault for fault, found in faults.items() if found]
 

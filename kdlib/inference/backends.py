@@ -42,6 +42,8 @@ def load_backend(folder: Path, student: Student, device: str = "auto") -> Backen
     Raises:
         InputError: the weights cannot be used, the device or the format's library is not there.
     """
+    if student.format != "torch" and device not in ("auto", "cpu"):
+        raise InputError(f"device {device!r}: a student of format {student.format!r} runs on the CPU; give auto or cpu")
     return BACKENDS[student.format](folder, student, device)
 
 

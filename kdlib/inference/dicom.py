@@ -23,8 +23,19 @@ MAY_BE_EMPTY = (  # DICOM's type 2: must be there, and may be empty
 
 
 def _volume(series):
-    """highdicom's volume of a series: rescaled, its slices sorted by their position along their normal."""
-    return library("highdicom").get_volume_from_series(series, dtype=np.float32)
+    """highdicom's volume of a series, its slices sorted by their position along their normal: in HU, so rescaled, but
+    neither inverted for display nor mapped to another quantity.
+
+    Raises: ValueError where a slice lies more than a tenth of a pixel beside where the volume has it (gantry tilt).
+    """
+    as_stored = dict(apply_presentation_lut=False, apply_real_world_transform=False)
+    volume = library("highdicom").get_volume_from_series(series, dtype=np.float32, **as_stored)
+    where = np.array([dataset.ImagePositionPatient for dataset in series], float)
+    where = where[np.argsort(where @ volume.affine[:3, 0])]  # slices are its first axis
+    beside = np.linalg.norm(where - (volume.affine[:3, [3]] + volume.affine[:3, [0]] * np.arange(len(where))).T, axis=1)
+    if beside.max() > 0.1 * min(volume.spacing[1:]):
+        raise ValueError(f"slices lie up to {beside.max():.1f} mm beside a straight stack (gantry tilt)")
+    return volume
 
 
 def read_series(folder: Path) -> tuple[nib.Nifti1Image, list]:
@@ -98,7 +109,11 @@ def _segmentation(highdicom, pydicom, series: Sequence, mask: np.ndarray, studen
             segment_number=value,
             segment_label=name,
             segmented_property_category=codes.cid7150.AnatomicalStructure,
-            segmented_property_type=getattr(codes.SCT, name.title().replace(" ", ""), codes.SCT.AnatomicalStructure),
+            segmented_property_type=getattr(
+                codes.cid7192,
+                name.title().replace(" ", ""),
+                codes.SCT.AnatomicalStructure,  # types of segmented anatomy
+            ),
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=how,
         )

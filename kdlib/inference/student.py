@@ -125,7 +125,7 @@ def load_student(folder: Path, data: str | Path | None = None) -> Student:
         student = structure(json.loads(path.read_text(encoding="utf-8")), Student)
     except InputError as error:
         raise InputError(f"{path}: {str(error).removesuffix(' @ student')}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): copy or export the student again") from None
     for name in WEIGHTS[student.format]:
         file = folder / name

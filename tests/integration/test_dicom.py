@@ -12,6 +12,7 @@ import pytest
 from test_predict import mask_at, student_folder
 
 from kdlib.apps.cli import main
+from kdlib.inference.dicom import read_series
 
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")
@@ -21,8 +22,11 @@ POSITION = (-30.0, -20.0, 100.0)  # of the first slice's first pixel, in mm (LPS
 SPACING = (0.9, 1.2)  # of rows and columns
 
 
-def write_series(folder: Path, modality: str = "CT", heights=None) -> np.ndarray:
-    """A series whose files are named against their order in the body. Returns HU [slices, rows, columns]."""
+def write_series(folder: Path, modality: str = "CT", heights=None, tilt: float = 0.0) -> np.ndarray:
+    """A series whose files are named against their order in the body, each slice `tilt` mm beside the one below it.
+
+    Returns: HU [slices, rows, columns].
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stored = np.random.default_rng(0).integers(0, 1400, SHAPE).astype(np.int16)
     heights = 2.5 * np.arange(SHAPE[0]) if heights is None else heights
@@ -42,7 +46,7 @@ def write_series(folder: Path, modality: str = "CT", heights=None) -> np.ndarray
         file.Rows, file.Columns = SHAPE[1:]
         file.PixelSpacing, file.SliceThickness = list(SPACING), 2.5
         file.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        file.ImagePositionPatient = [*POSITION[:2], POSITION[2] + float(height)]
+        file.ImagePositionPatient = [POSITION[0], POSITION[1] + tilt * number, POSITION[2] + float(height)]
         file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 1
         file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
         file.RescaleSlope, file.RescaleIntercept, file.RescaleType = 2, -1000, "HU"
@@ -118,6 +122,31 @@ def test_a_series_that_no_seg_can_refer_to_keeps_its_mask_and_costs_no_other(the
     assert {path.name for path in Path("out").iterdir()} == {"odd.nii.gz", "ser.nii.gz", "ser.dcm"}
 
 
+def test_what_is_stored_for_display_alone_changes_no_hu(there):
+    before, _ = read_series(Path("ser"))
+    for path in Path("ser").iterdir():
+        file = pydicom.dcmread(path)
+        file.PhotometricInterpretation = "MONOCHROME1"
+        mapping = pydicom.Dataset()
+        mapping.RealWorldValueFirstValueMapped, mapping.RealWorldValueLastValueMapped = 0, 1400
+        mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope = 0.0, 0.001
+        mapping.LUTLabel = mapping.LUTExplanation = "other"
+        unit = pydicom.sr.coding.Code("1", "UCUM", "no units")
+        mapping.MeasurementUnitsCodeSequence = [highdicom.sr.CodedConcept.from_code(unit)]
+        file.RealWorldValueMappingSequence = [mapping]
+        file.save_as(path)
+    after, _ = read_series(Path("ser"))
+    np.testing.assert_array_equal(np.asarray(after.dataobj), np.asarray(before.dataobj))
+
+
+def test_a_class_is_coded_as_anatomy_or_as_nothing_in_particular(there):
+    student_folder(Path("other"), "CT", ("Anterior", "Left Thing"))
+    assert main(["predict", "other", "ser", "-o", "seg.dcm"]) == 0
+    seg = highdicom.seg.segread("seg.dcm")
+    kinds = {seg.get_segment_description(number).segmented_property_type.meaning for number in (1, 2)}
+    assert kinds == {"Anatomical Structure"}, "SNOMED's anterior is a direction"
+
+
 def test_a_mask_without_any_voxel_is_a_dicom_seg_too(there):
     student_folder(Path("none"), "CT", ("spleen",), threshold=1.0)
     assert main(["predict", "none", "ser", "-o", "seg.dcm"]) == 0
@@ -146,7 +175,12 @@ def one_file() -> None:
         path.unlink()
 
 
+def tilted() -> None:
+    write_series(Path("bad"), tilt=0.09)  # 2 degrees
+
+
 BAD = {
+    "tilted": (tilted, "no regular volume: slices lie up to 0.5 mm beside a straight stack (gantry tilt)"),
     "uneven": (uneven, "the DICOM series is no regular volume"),
     "two": (two_series, "holds 2 DICOM series (1 of 'abdomen', 7 of 'abdomen'); give each a folder"),
     "truncated": (truncated, "no regular volume"),

@@ -94,6 +94,34 @@ def test_a_table_gives_pairs_and_patients(capsys):
     assert not os.path.samefile("out/imagesTr/a.nii.gz", "mine/images/a.nii.gz")
 
 
+def test_the_table_may_be_called_patients_csv(capsys):
+    save_pairs("mine/images/*.nii.gz", "mine/labels/*.nii.gz")
+    rows = [f"mine/images/{case}.nii.gz,mine/labels/{case}.nii.gz,p{case < 'c'}" for case in "abc"]
+    Path("patients.csv").write_text("\n".join(["image,mask,patient", *rows]))
+    assert imported("patients.csv", *LABELS) == 0
+    assert "table patients.csv" in capsys.readouterr().out
+
+
+def test_files_of_another_name_are_told(capsys):
+    save_pairs("mine/*_image.nii.gz", "mine/*_label.nii.gz", "ab")
+    save_pairs("mine/*_img.nii.gz", "mine/*_seg.nii.gz", "c")
+    assert imported("mine", *LABELS) == 0
+    said = capsys.readouterr().err
+    assert said == "not imported: 2 of 6 files, not named *_image or *_label: c_img.nii.gz, c_seg.nii.gz\n"
+
+
+def test_what_is_left_out_is_left_out_of_the_next_command_too(capsys):
+    save_pairs("mine/images/*.nii", "mine/labels/*.nii", ("c[0]", "c[1]", "c[2]"))
+    save("mine/labels/c[1].nii", mask=True, shape=(20, 20, 7))
+    for kind in ("images", "labels"):
+        save(f"mine/{kind}/c[2].nii", mask=kind == "labels", shape=(200, 20, 8))  # 600 mm in slices of 384
+    assert imported("mine", *LABELS, "--on-defect", "drop") == 0
+    assert capsys.readouterr().out.rstrip().endswith("""--changes '{"size": 160}'""")
+    assert [case.name for case in index("out").cases] == ["c[0]", "c[2]"]
+    listed = json.loads(Path("out/dataset.json").read_text())["training"]
+    assert [pair["image"] for pair in listed] == ["./imagesTr/c[0].nii", "./imagesTr/c[2].nii"]
+
+
 def test_labels_are_named_in_order_or_found(capsys):
     save_pairs("mine/images/*.nii.gz", "mine/labels/*.nii.gz")
     assert imported("mine") == 0
@@ -138,6 +166,7 @@ def test_defects_are_a_table_and_nothing_is_left_or_they_are_left_out(capsys):
         (["mine", "--images", "ct/*", "--masks", "seg/*"], "named ct/* and seg/*; give --images GLOB --masks GLOB"),
         (["mine/columns.csv"], "columns scan, mask; it needs image and mask"),
         (["mine/missing.csv"], "missing.csv, line 2: mine/a.nii.gz does not exist; give paths relative to the table"),
+        (["mine/other.csv"], "other.csv, line 2: mine/scan.mha is not NIfTI (.nii or .nii.gz); convert it first"),
         (["mine/twice.csv"], "two files are of case 'scan'; give each case a name of its own"),
         (["mine", "--labels", "spleen=one"], "labels 'spleen=one': give names, e.g."),
         (["mine", "--labels", "spleen=1,liver=1"], "give each label a value of its own, and none 0"),
@@ -148,6 +177,8 @@ def test_what_cannot_be_imported_is_one_line(capsys, words, message):
     save("mine/scan.nii.gz")
     Path("mine/columns.csv").write_text("scan,mask\n")
     Path("mine/missing.csv").write_text("image,mask\na.nii.gz,b.nii.gz\n")
+    Path("mine/other.csv").write_text("image,mask\nscan.mha,scan.mha\n")
+    Path("mine/scan.mha").touch()
     Path("mine/twice.csv").write_text("image,mask\n" + 2 * "scan.nii.gz,scan.nii.gz\n")
     if "--labels" in words:
         save_pairs("mine/*_image.nii.gz", "mine/*_label.nii.gz")

@@ -545,7 +545,8 @@ def test_forest_of_subsets(subsets):
     assert [[TERMS[x] for x, _ in line] for line in dark] == [
         [term for term in TERMS if term in terms[name].split("+")] for name in order["a"]
     ]
-    assert f"Holm's correction for {len(subsets)} comparisons" in figure.get_label()
+    counted = "1 comparison." if len(subsets) == 1 else f"{len(subsets)} comparisons."
+    assert f"Holm's correction for {counted}" in figure.get_label()
 
 
 @pytest.mark.parametrize("methods, cases, shares", [(MANY, 12, True), (MANY[:3], 1, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from itertools import product
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from kdlib.config import InputError
 from kdlib.data import index, make_phantom
-from kdlib.data.decathlon import Dataset
+from kdlib.data.decathlon import Dataset, DefectError
 
 AFFINE = np.diag([1.5, 1.5, 3.0, 1.0])
 LABELS = {"0": "background", "1": "spleen", "2": "portal vein, splenic vein"}
@@ -67,7 +68,7 @@ def test_index_describes_every_case(folder):
 def test_spacing_is_along_the_files_own_axes(folder):
     # the file's first axis runs to the head: 3 mm, whatever the orientation
     turned = np.array([[0, 0, -1.5, 7], [0, 2.0, 0, -3], [3.0, 0, 0, 5], [0, 0, 0, 1]])
-    write(folder / "imagesTr/a0.nii.gz", np.ones((6, 5, 4), np.int16), turned)
+    write(folder / "imagesTr/a0.nii.gz", np.arange(120, dtype=np.int16).reshape(6, 5, 4), turned)
     write(folder / "labelsTr/a0.nii.gz", label_array(1), turned)
     assert index(folder).case("a0").spacing == pytest.approx((3.0, 2.0, 1.5))
 
@@ -316,10 +317,29 @@ def test_misspelt_class_lists_the_labels(folder):
 def test_grouping(folder):
     assert [case.group for case in index(folder, group=lambda name: name[0]).cases] == ["a"] * 4
     describe(folder, [], name="Hippocampus")
+    assert [case.group for case in index(folder).cases] == ["a0", "a1", "a2", "a3"], "the cases' names count"
+    describe(folder, [], name="mine")
+    for part, number in product(("imagesTr", "labelsTr"), range(4)):
+        (folder / part / f"a{number}.nii.gz").rename(folder / part / f"hippocampus_00{number}.nii.gz")
     assert [case.group for case in index(folder).cases] == ["0", "1", "1", "2"]
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part / "a0.nii.gz").rename(folder / part / "odd.nii.gz")
-    with pytest.raises(InputError, match="case 'odd': Hippocampus cases are paired by number"):
+
+
+def test_the_table_of_patients_is_the_data_set_s_own_before_one_of_that_name_here(folder, tmp_path, monkeypatch):
+    table = pd.DataFrame({"case": ["a0", "a1", "a2", "a3"], "patient": ["p", "p", "q", "q"]})
+    table.to_csv(folder / "patients.csv", index=False)
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    table.assign(patient=list("wxyz")).to_csv("patients.csv", index=False)
+    assert [case.group for case in index(folder, group="patients.csv").cases] == list("ppqq")
+    (folder / "patients.csv").unlink()
+    assert [case.group for case in index(folder, group="patients.csv").cases] == list("wxyz")
+
+
+def test_a_volume_of_one_intensity_is_a_defect(folder):
+    path = folder / "imagesTr" / "a1.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.full(image.shape, 7, np.int16), image.affine), path)
+    with pytest.raises(DefectError, match=r"a1 .* the same intensity everywhere \(7\) . export it again"):
         index(folder)
 
 

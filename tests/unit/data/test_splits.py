@@ -246,12 +246,12 @@ def test_changed_data_is_refused(dataset, tmp_path):
     path = tmp_path / "splits.json"
     splits(dataset, SPLEEN, 4, path)
     before = path.read_bytes()
-    write(dataset.root / "imagesTr/c20.nii.gz", np.ones((5, 5, 2), np.int16))
+    write(dataset.root / "imagesTr/c20.nii.gz", np.arange(50, dtype=np.int16).reshape(5, 5, 2))
     write(dataset.root / "labelsTr/c20.nii.gz", np.ones((5, 5, 2), np.uint8))
     for part in ("imagesTr", "labelsTr"):
         (dataset.root / part / "c05.nii.gz").unlink()
     write(dataset.case("c02").label, np.ones((5, 5, 2), np.uint8))
-    write(dataset.case("c08").image, np.ones((5, 5, 2), np.int16))
+    write(dataset.case("c08").image, np.arange(50, dtype=np.int16).reshape(5, 5, 2))
     changed = index(dataset.root, group=lambda name: {"c01": "c00"}.get(name, name))
     with pytest.raises(InputError) as error:
         splits(changed, SPLEEN, 4, path)

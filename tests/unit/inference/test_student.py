@@ -53,6 +53,13 @@ def test_a_student_computes_in_its_own_precision(tmp_path, name, around):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # another layout in memory
 
 
+@pytest.mark.parametrize("device", ["cuda", "abacus"])
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "openvino-int8"])
+def test_what_runs_on_the_cpu_alone_takes_no_other_device(tmp_path, device, kind):
+    with pytest.raises(InputError, match=f"device '{device}': a student of format '{kind}' runs on the CPU"):
+        load_backend(tmp_path, dataclasses.replace(STUDENT, format=kind), device)
+
+
 def change(folder: Path, **fields) -> None:
     path = folder / "student.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
