@@ -98,15 +98,23 @@ def _chosen(description: object, **later: object) -> dict[str, object]:
 def _text_from_outside(loss: type) -> str:
     """Hash of the code of a loss, as far as it is not kdlib's or torch's own: its name alone says nothing of it.
 
-    Raises: InputError: there is no text, as of a class typed at a prompt.
+    That is the text of its methods, and its plain attributes: of a class in a notebook there is no text as a whole.
+
+    Raises: InputError: there is no text, as of methods typed at a prompt.
     """
     kinds = [kind for kind in loss.__mro__ if kind.__module__.partition(".")[0] not in ("kdlib", "torch", "builtins")]
-    try:
-        text = "\n".join(map(inspect.getsource, kinds))
-    except (OSError, TypeError):
-        asked = f"loss {loss.name!r}: its code cannot be read, and so its results not be told from those of other code"
-        raise InputError(f"{asked}; define it in a file, or in a cell of a notebook") from None
-    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+    parts = []
+    for name, value in (item for kind in kinds for item in sorted(vars(kind).items(), key=lambda item: item[0])):
+        method = getattr(value, "__func__", getattr(value, "fget", value))
+        if inspect.isfunction(method):
+            try:
+                parts.append(inspect.getsource(method))
+            except OSError:
+                asked = f"loss {loss.name!r}: its code cannot be read, so its results are not told from those of others"
+                raise InputError(f"{asked}; define it in a file, or in a cell of a notebook") from None
+        elif isinstance(value, str | int | float | tuple) and not name.startswith("__"):
+            parts.append(f"{name} = {value!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if kinds else ""
 
 
 def _architecture(run: Run) -> list | None:

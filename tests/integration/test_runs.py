@@ -7,8 +7,8 @@ import errno
 import functools
 import gzip
 import hashlib
-import importlib.util
 import json
+import linecache
 import os
 import shutil
 import subprocess
@@ -363,24 +363,34 @@ def test_a_network_from_outside_may_be_of_volumes_alone(phantom, tmp_path, monke
 
 
 def test_the_key_of_a_loss_from_outside_changes_with_its_code(phantom, tmp_path, monkeypatch):
-    def key() -> str:
-        recipe = Recipe("r", terms=(Term("B-B", "mine", 0.2),))
-        return run_key(dataclasses.replace(runs_on(phantom)[1], recipe=recipe), tmp_path)
+    """Of a class in a cell of a notebook, as IPython compiles one: its module, `__main__`, has no file."""
+    recipe = Recipe("r", terms=(Term("B-B", "mine", 0.2),))
+    run = dataclasses.replace(runs_on(phantom)[1], recipe=recipe)
 
-    keys = []
-    for number in (1, 1, 2):
-        path = tmp_path / f"mine_{len(keys)}.py"
-        path.write_text(f"from kdlib.losses import LOSSES\nclass Mine(LOSSES['fitnet']):\n    number = {number}\n")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)
-        spec.loader.exec_module(module)
-        monkeypatch.setitem(LOSSES, "mine", module.Mine)
-        keys.append(key())
-    assert keys[0] == keys[1] != keys[2]
-    monkeypatch.setitem(LOSSES, "mine", type("Typed", (LOSSES["fitnet"],), {"__module__": "__main__"}))
+    def key(text: str, cell: str) -> str:
+        if cell:
+            monkeypatch.setitem(linecache.cache, cell, (len(text), None, text.splitlines(True), cell))
+        names = {"__name__": "__main__"}
+        exec(compile(text, cell or "<stdin>", "exec"), names)
+        monkeypatch.setitem(LOSSES, "mine", names["Mine"])
+        return run_key(run, tmp_path)
+
+    text = """from kdlib.losses import LOSSES
+class Mine(LOSSES["fitnet"]):
+    number = 1
+    def compare(self, *parts):
+        return self.number * super().compare(*parts)
+    @staticmethod
+    def unused():
+        return 0
+"""
+    keys = {name: key(of, f"cell-{name}") for name, of in {
+        "first": text, "again": text, "attribute": text.replace("= 1", "= 2"),
+        "method": text.replace("return self", "return -self"), "static": text.replace("return 0", "return 1"),
+    }.items()}  # fmt: skip
+    assert keys["first"] == keys["again"] and len(set(keys.values())) == 4
     with pytest.raises(InputError, match="its code cannot be read.*define it in a file, or in a cell"):
-        key()
+        key(text, "")
 
 
 @pytest.mark.slow
