@@ -397,11 +397,11 @@ def override_profile(name: str, changes: dict[str, object] | None = None) -> Pro
     if changes:
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
         changes = {"reduced_from_thesis": f"{profile.reduced_from_thesis}; here {said}"} | changes
+    of_optimisation = dict.fromkeys(field.name for field in dataclasses.fields(Optimisation))
     for whose in ("teacher", "student"):
         if isinstance(own := changes.get(whose), Mapping):
-            known = dict.fromkeys(field.name for field in dataclasses.fields(Optimisation))
             for field in own:
-                lookup(f"field of the {whose}'s optimisation", field, known)
+                lookup(f"field of the {whose}'s optimisation", field, of_optimisation)
             changes[whose] = dataclasses.replace(getattr(profile, whose), **own)
     of_view = {field: changes.pop(field) for field in view if field in changes}
     return dataclasses.replace(profile, preprocessing=dataclasses.replace(profile.preprocessing, **of_view), **changes)

@@ -330,8 +330,8 @@ def fraction_sentences(table: pd.DataFrame) -> list[str]:
             continue
         best = known.loc[known["difference"].idxmax()]
         closed = f", {best['closed']} of the gap" if best["gap_closed"] > 0 else ""
-        known = f", {best['teacher']} {best['dice_teacher']:.3f}" * pd.notna(best["dice_teacher"])
-        reached = f"{student} (alone {best['dice_alone']:.3f}{known})"
+        of_teacher = f", {best['teacher']} {best['dice_teacher']:.3f}" * pd.notna(best["dice_teacher"])
+        reached = f"{student} (alone {best['dice_alone']:.3f}{of_teacher})"
         most = "gains most by" if best["difference"] > 0 else "gains by nothing, and loses least by"
         said.append(
             f"With {labels} of the labels {reached} {most} {best['learns']}: {best['change']} Dice, "

@@ -27,8 +27,7 @@ def everything(folders: Sequence[Path | str]) -> pd.DataFrame:
     Each chapter of a study is a family of tests of its own, as in its own table. A comparison that several chapters
     make stands once: that of most seeds, of these the last, since the last chapters train it beside their other label
     fractions and lengths; one that several studies make of the same trainings, under the first, or under that which has
-    more seeds of it. Left out: the
-    cumulative correction, whose protocols differ.
+    more seeds of it. Left out: the cumulative correction, whose protocols differ.
 
     Args:
         folders: of studies, with their `tables`.

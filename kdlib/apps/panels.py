@@ -125,14 +125,13 @@ class Picker(Panel):
         """Fills the lists below the one that was changed, then tells the panels; an error is said in one line."""
         if self._filling:
             return
-        before = vars(self).copy()
+        before = self.table, self.labels, self.run, self.teachers
         with self.errors_said():
             try:
                 for step in steps:
                     step()
             except BaseException:  # the panels go on showing what was chosen before
-                for name in ("table", "labels", "run", "teachers"):
-                    setattr(self, name, before[name])
+                self.table, self.labels, self.run, self.teachers = before
                 raise
             self.chosen += 1
 

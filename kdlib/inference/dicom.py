@@ -104,16 +104,13 @@ def _segmentation(highdicom, pydicom, series: Sequence, mask: np.ndarray, studen
     how = highdicom.AlgorithmIdentificationSequence(
         student.name, codes.DCM.ArtificialIntelligence, version, source="kdlib"
     )
+    types = codes.cid7192  # of segmented anatomy
     segments = [
         highdicom.seg.SegmentDescription(
             segment_number=value,
             segment_label=name,
             segmented_property_category=codes.cid7150.AnatomicalStructure,
-            segmented_property_type=getattr(
-                codes.cid7192,
-                name.title().replace(" ", ""),
-                codes.SCT.AnatomicalStructure,  # types of segmented anatomy
-            ),
+            segmented_property_type=getattr(types, name.title().replace(" ", ""), codes.SCT.AnatomicalStructure),
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=how,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdlib.config import InputError
 from kdlib.losses import base
-from kdlib.losses.base import Context, DistillationLoss, as_float, l2_normalize
+from kdlib.losses.base import Context, DistillationLoss, l2_normalize
 from kdlib.losses.linear import log_sum_exp
 from kdlib.losses.memory import MemoryBank
 from kdlib.strict import AtLeastOne, Positive, Range, Whole, checked
@@ -278,7 +278,7 @@ class CRD(DistillationLoss):
         patients = torch.arange(len(student), device=student.device)
         if self.student_bank is not None or self.same_patient:
             patients = base.patients_of(context, student, "CRD")
-        z, k = (l2_normalize(as_float(maps).flatten(2).mean(2)) for maps in (student, teacher))
+        z, k = (l2_normalize(maps.flatten(2).mean(2)) for maps in (student, teacher))
         loss = self._direction(0, z, k, self.teacher_bank, patients)
         loss = loss + self._direction(1, k, z, self.student_bank, patients)
         if self.student_bank is not None and self.training:

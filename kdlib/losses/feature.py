@@ -23,7 +23,7 @@ class FeatureMSE(DistillationLoss):
     reads, adapt = "features", "student"
 
     def compare(self, student, teacher, labels, kept, context):
-        return base.mean_square(as_float(student), as_float(teacher), kept)
+        return base.mean_square(student, teacher, kept)
 
 
 class FeatureCWD(ChannelWiseDistillation):
@@ -60,7 +60,7 @@ class AttentionTransfer(DistillationLoss):
 
     def attention(self, features: Tensor) -> Tensor:
         """The maps' attention, [B, positions], of length 1 (less where all features of an image are below 1e-4)."""
-        size = as_float(features).flatten(2).abs()
+        size = features.flatten(2).abs()
         # the map does not depend on the scale, but its powers over- and underflow: a constant, so no gradient is lost
         size = size / size.detach().amax(dim=(1, 2), keepdim=True).clamp(min=1e-4)
         # the strongest feature is now 1, and so the norm at least 1; where all are below 1e-4, gradients stay bounded
@@ -108,7 +108,7 @@ class RegionAffinity(DistillationLoss):
 
 def _affinity(features: Tensor, members: Tensor, counts: Tensor) -> Tensor:
     """Cosines [B, regions, regions] between the mean features of the regions."""
-    features = as_float(features).flatten(2)
+    features = features.flatten(2)
     means = members.to(features.dtype) @ features.transpose(1, 2) / counts.clamp(min=1)[:, :, None]
     means = l2_normalize(means, dim=2)
     return means @ means.transpose(1, 2)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses import base
-from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
+from kdlib.losses.base import DistillationLoss, l2_normalize
 from kdlib.losses.segmentation import probabilities
 from kdlib.strict import AtLeastOne, NotNegative, Positive
 
@@ -47,7 +47,7 @@ class PredictionKL(DistillationLoss):
 
     def of_pixels(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The divergence BH[WD] of every pixel, without the squared temperature."""
-        return divergence(*(self.log_probabilities(as_float(x) / self.temperature) for x in (student, teacher)))
+        return divergence(*(self.log_probabilities(x / self.temperature) for x in (student, teacher)))
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         return log_probabilities(logits)
@@ -131,7 +131,7 @@ class DKD(DistillationLoss):
 
     def _decoupled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of (p_t, 1 - p_t), and of the distribution among the other classes (0 at the own class)."""
-        log_p = log_probabilities(as_float(logits) / self.temperature)
+        log_p = log_probabilities(logits / self.temperature)
         is_own = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, labels, True)
         # summed from the other classes' logarithms: 1 - p_t would round to 0
         log_other = log_p.masked_fill(is_own, -torch.inf).logsumexp(1, keepdim=True)
@@ -167,7 +167,7 @@ class DIST(DistillationLoss):
 
     def compare(self, student, teacher, labels, kept, context):
         # [classes, pixels of the batch]
-        scaled = [as_float(logits) / self.temperature for logits in (student, teacher)]
+        scaled = [logits / self.temperature for logits in (student, teacher)]
         student, teacher = (probabilities(logits).transpose(0, 1).flatten(1) for logits in scaled)
         if kept is not None:
             student, teacher = (x[:, kept.flatten()] for x in (student, teacher))
@@ -201,7 +201,7 @@ class ChannelWiseDistillation(DistillationLoss):
         self.keep(Positive, temperature=temperature)
 
     def compare(self, student, teacher, labels, kept, context):
-        scaled = [as_float(maps).flatten(2) / self.temperature for maps in (student, teacher)]
+        scaled = [maps.flatten(2) / self.temperature for maps in (student, teacher)]
         if kept is None:
             log_p = [x.log_softmax(2) for x in scaled]
         else:

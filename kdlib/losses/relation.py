@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses import base
-from kdlib.losses.base import DistillationLoss, as_float, l2_normalize
+from kdlib.losses.base import DistillationLoss, l2_normalize
 from kdlib.losses.memory import MemoryBank
 from kdlib.losses.prediction import divergence
 from kdlib.strict import AtLeastOne, NotNegative, Positive, Range
@@ -32,7 +32,7 @@ class SimilarityPreserving(DistillationLoss):
     def compare(self, student, teacher, labels, kept, context):
         # the loss does not depend on a scale of all vectors together, but squares of large or small ones over- and
         # underflow: the greatest value is a constant, so no gradient is lost
-        vectors = [as_float(maps).flatten(1) for maps in (student, teacher)]
+        vectors = [maps.flatten(1) for maps in (student, teacher)]
         vectors = [q / q.detach().abs().amax().clamp(min=1e-30) for q in vectors]
         of_student, of_teacher = (l2_normalize(q @ q.T) for q in vectors)
         return F.mse_loss(of_student, of_teacher)
@@ -94,7 +94,7 @@ class IFVD(DistillationLoss):
     @staticmethod
     def _to_prototype(maps: Tensor, members: Tensor) -> Tensor:
         """Cosine [B, P] of every pixel to its class's mean."""
-        vectors = as_float(maps).flatten(2)
+        vectors = maps.flatten(2)
         prototypes = l2_normalize(_class_means(vectors, members))
         # to every prototype, then the own one: cheaper than a map of prototypes, for classes are fewer than channels
         along = ((vectors.transpose(1, 2) @ prototypes) * members).sum(2)
@@ -204,8 +204,8 @@ def _cut(size: Sequence[int], most: int) -> list[int]:
 
 
 def _pool(maps: Tensor, grid: Sequence[int], kept: Tensor | None = None) -> Tensor:
-    """Maps in single precision, averaged to the grid: over kept positions alone, 0 where there is none."""
-    pooled = getattr(F, f"adaptive_avg_pool{len(grid)}d")(as_float(maps), grid)
+    """Maps averaged to the grid: over kept positions alone, 0 where there is none."""
+    pooled = getattr(F, f"adaptive_avg_pool{len(grid)}d")(maps, grid)
     if kept is not None:  # at other positions the maps are 0
         pooled = pooled / _pool(kept[:, None].to(pooled.dtype), grid).clamp(min=1e-12)
     return pooled
