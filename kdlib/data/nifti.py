@@ -22,6 +22,7 @@ LARGEST = 2**33  # bytes of one volume: 512 x 512 x 2000 voxels of eight bytes a
 DEFLATE = 1032  # deflate packs at most so many bytes into one
 HEADERS = {348: (nib.Nifti1Header, nib.Nifti1Image), 540: (nib.Nifti2Header, nib.Nifti2Image)}  # by their size in bytes
 FARTHEST = 5000.0  # mm that a volume may reach along an axis; no body is longer
+RIGHT = 0.99  # least volume of a voxel over the product of its sides: 8 degrees of tilt, mm and ml right to 1 %
 AGAIN = "download or export it again, or remove the case"
 
 
@@ -133,8 +134,8 @@ def check_grid(image: nib.Nifti1Image) -> None:
     if not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
         raise Defect("affine without a volume", "set the voxel size and orientation")
     spacing = nib.affines.voxel_sizes(image.affine)
-    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 0.5:
-        raise Defect("affine far from right angles", "resample it onto a grid with right angles")
+    if not abs(np.linalg.det(image.affine[:3, :3] / spacing)) > RIGHT:
+        raise Defect("affine without right angles", "resample it onto a grid with right angles")
     if spacing.min() < 0.001 or (spacing * image.shape).max() > FARTHEST:
         raise Defect(f"voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, not a body's", "set the voxel size")
 

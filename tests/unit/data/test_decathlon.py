@@ -73,6 +73,18 @@ def test_spacing_is_along_the_files_own_axes(folder):
     assert index(folder).case("a0").spacing == pytest.approx((3.0, 2.0, 1.5))
 
 
+@pytest.mark.parametrize(("degrees", "sound"), [(0.5, True), (7, True), (9, False), (20, False)])
+def test_a_grid_that_a_gantry_tilted_is_a_defect(folder, degrees, sound):
+    # its slices are shifted against each other: sides of voxels would tell neither mm nor ml
+    tilted = np.diag([1.5, 1.5, 3.0, 1.0])
+    tilted[1, 2] = 3 * np.tan(np.radians(degrees))
+    write(folder / "imagesTr/a0.nii.gz", np.arange(120, dtype=np.int16).reshape(6, 5, 4), tilted)
+    write(folder / "labelsTr/a0.nii.gz", label_array(1), tilted)
+    defects = index(folder, on_defect="drop").defects
+    assert list(defects["file"]) == ([] if sound else ["imagesTr/a0.nii.gz", "labelsTr/a0.nii.gz"])
+    assert defects["defect"].eq("affine without right angles").all()
+
+
 # ---- defects -------------------------------------------------------------------------------------------------------
 
 
