@@ -163,7 +163,7 @@ class Run:
     Args:
         data: a folder in Decathlon layout, or "phantom".
         target: label names to segment ("spleen"), several joined by ",", or "all".
-        model: a name in `kdlib.models.MODELS`: "T1", "T2", "S1", "S2", or one added there.
+        model: a name in `kdlib.models.MODELS`: "T1", "S1", "E1" and others, or one added there.
         fold: outer fold whose patients are the test part.
         fraction: part of the training patients whose labels are used (nested: 0.5 lies in 1.0).
         teacher: the model that a distilled student learns from, several joined by "+", else None. A student

@@ -13,18 +13,18 @@ from kdlib.strict import check_fields, lookup
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a study is done. Each switch keeps one fault of the published study; `corrected` keeps none.
+    """How a study is done: each switch keeps one fault of the published study (docs/protocol.md), `corrected` none.
 
     Args:
-        redrawn_projectors: projections of features are drawn anew at every step and never trained (fault 1).
-        one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0 (fault 2).
+        redrawn_projectors: projections of features are drawn anew at every step and never trained.
+        one_channel_softmax: the prediction-map term takes a softmax over one channel; it is then exactly 0.
         own_optimisers: teacher, baseline and distilled students each have the published optimiser, learning rate,
-            schedule and batch, slices drawn at random, and distilled students Dice without cross entropy (fault 4).
-        test_selection: the best epoch is chosen on the test patients (fault 5).
-        pooled_dice: Dice of the pixels of all slices pooled, in selection and result (fault 7).
-        logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models (fault 9).
-        byte_image: intensities are clipped to 0..255 by an image conversion; no window, spacing or orientation (10).
-        unlabelled_contrast: contrast of one vector a slice, without labels (fault 12).
+            schedule and batch, slices drawn at random, and distilled students Dice without cross entropy.
+        test_selection: the best epoch is chosen on the test patients.
+        pooled_dice: Dice of the pixels of all slices pooled, in selection and result.
+        logit_threshold: the raw logit is cut at 0.5, a probability of 0.62; one-channel models.
+        byte_image: intensities are clipped to 0..255 by an image conversion; no window, spacing or orientation.
+        unlabelled_contrast: contrast of one vector a slice, without labels.
     """
 
     name: str

@@ -16,8 +16,8 @@ from kdlib.files import packed_or_not, read_csv
 
 NEAR = 0.02  # Dice between a student alone and its teacher that leaves little to distil
 PRINTED = [  # of `everything`, to print
-    "verdict", "data", "n", "seeds", "student", "labels", "times", "learns", "dice_alone", "dice_teacher", "change",
-    "closed",
+    "verdict", "study", "chapter", "data", "n", "seeds", "student", "labels", "times", "learns", "dice_alone",
+    "dice_teacher", "change", "closed",
 ]  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
         said.append(f"The most that a teacher brings, by labels{other}: {listed(parts)}.")
     if rows["knowledge"].nunique() > 1:
         parts = [
-            f"{name} {signed(f'{part.mean():+.3f}')} ({len(part)})"
+            f"{name} {signed(f'{part.mean():+.3f}')} Dice ({many(len(part), 'comparison')})"
             for name in KNOWLEDGE if len(part := rows.loc[rows["knowledge"] == name, "difference"])
         ]  # fmt: skip
         said.append(

@@ -80,7 +80,7 @@ def distiller(loss: str, student: str) -> Recipe:
 
     Args:
         loss: one of `comparison_losses()`.
-        student: "S1" or "S2", for the thesis's temperature of its contrast.
+        student: for the thesis's temperature of its contrast, 0.4 for "S1" and 0.1 for others.
 
     Raises: InputError: no such loss.
     """
@@ -107,7 +107,7 @@ def controls(student: str, teacher: str, **setting) -> list[Run]:
 
     Zero weights; a teacher with random weights; a shuffled teacher (another slice's features); projectors frozen at
     random weights, or redrawn at every step; and, without a teacher, label smoothing and a student trained for the
-    teacher's steps and its own together; and self-distillation.
+    teacher's steps and its own together, or for the time of the distilled one; and self-distillation.
 
     Args:
         setting: the other fields of the runs.

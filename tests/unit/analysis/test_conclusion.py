@@ -110,7 +110,7 @@ def test_sentences_are_of_people_and_count_what_has_converged(tmp_path):
     assert said[2].endswith("by +0.001 (1 comparison); where it lacks more, by +0.021 to +0.100 (2 comparisons).")
     mixed = conclusion.sentences(table[(table["study"] != "far") | (table["knowledge"] == "pseudo-labels")])[2]
     assert mixed.endswith("What the teachers give differs between the two, so the distance may not be the reason.")
-    assert said[-1].endswith("predictions +0.011 (2) and pseudo-labels +0.100 (1).")
+    assert said[-1].endswith("predictions +0.011 Dice (2 comparisons) and pseudo-labels +0.100 Dice (1 comparison).")
     assert "Phantom" in " ".join(conclusion.sentences(table[table["study"] == "made"]))
     rising = conclusion.sentences(table[table["study"] == "rising"])
     assert rising == ["No comparison of a converged student with itself alone."]
