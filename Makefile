@@ -56,7 +56,7 @@ Variables, e.g. make study DATA=/data/Task09_Spleen PROFILE=ct128 FOLDS="0 1 2 3
   SEEDS     0           seeds of the students; teachers have seed 0
   DEVICE    auto        auto, cpu or cuda
   RESULTS   results     folder of trained runs and of studies
-  STUDY                 name of the study's folder in RESULTS; made from data, target, profile and protocol when empty
+  STUDY                 name of the study's folder in RESULTS; made from data, target, profile, protocol and changes when empty
   ONLY                  experiments to run, e.g. ONLY="00_data 01_baseline"; when empty all but 05 and 07 to 11, which train most
   DRY                   DRY=1 lists what would be trained, and for how long
   CORES                 CPUs that the jobs share (on a cluster those of one job); when empty all that there are (2)

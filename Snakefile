@@ -35,7 +35,7 @@ wildcard_constraints:
     experiment=r"\d\d[a-z]?_[a-z_]+",
     teacher="T1|T2",
     fold=r"\d+",
-    seed=r"-?\d+",
+    seed=r"\d+",
 
 
 def given(experiment, job=None, **changed):

@@ -205,7 +205,7 @@ class Run:
             raise InputError(f"recipe {self.recipe.name!r}, teacher 'self': the student itself has {asked}")
         if self.recipe.unlabelled and self.fraction == 1:
             raise InputError(f"recipe {self.recipe.name!r}: with label fraction 1 no image is unlabelled; lower it")
-        if not 0 <= self.fold < self.profile.folds:
+        if self.fold >= self.profile.folds:
             known = f"profile {self.profile.name!r} has 0 to {self.profile.folds - 1}"
             raise InputError(f"fold {self.fold} does not exist: {known}")
         _ = self.preprocessing  # whatever it refuses

@@ -98,11 +98,12 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads a table; names of cases, patients and classes, and keys of runs, stay text."""
+    """Reads a table of `write_csv`; names of cases, patients and classes, and keys of runs, stay text, "NA" too."""
     import pandas as pd
 
+    text = dict.fromkeys(("case", "patient", "class", "run"), str)
     # whole: read in parts, a column that is empty in one of them has mixed types
-    return pd.read_csv(path, dtype=dict.fromkeys(("case", "patient", "class", "run"), str), low_memory=False)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], low_memory=False)
 
 
 def packed_or_not(path: Path) -> Path | None:

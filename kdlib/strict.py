@@ -84,7 +84,7 @@ def checked(what: str, value: Any, kind: Any) -> Any:
     """The value as an annotation wants it, see `check_fields`. Raises: InputError: what, its value, what is allowed."""
     try:
         return _read(value, kind)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{what} {value!r}: give {_words(kind)}") from None
 
 

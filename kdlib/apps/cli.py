@@ -43,13 +43,14 @@ def parser() -> Parser:
     study.add_argument("--only", nargs="+", default=[], metavar="NAME", help="experiments to run, even if up to date")
     study.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the experiments' notebooks")
     each = commands.add_parser("study", parents=[study], help="run every experiment, then write the report")
-    each.add_argument("--cores", default="", help="CPUs that all jobs share, on a cluster of each job; all, or 2")
+    each.add_argument("--cores", default="", help="CPUs that all jobs share, on a cluster of each job; none: all, or 2")
     each.add_argument("--executor", default="local", help="where the jobs run: local, slurm, or a Snakemake plugin")
     each.add_argument("--snakemake-args", default="", help="more options for Snakemake, as one text")
     commands.add_parser("dry-run", parents=[study], help="list what a study would train, and for how long")
     run = commands.add_parser("run", help="run one notebook")
     run.add_argument("notebook", type=Path)
-    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    said = "one of the notebook's; paths count from the notebook's folder"
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=said)
     run.add_argument("-o", "--output", type=Path, required=True, help="the executed copy")
     train = commands.add_parser("train", help="train runs that a file describes, on one or several processes")
     train.add_argument("file", type=Path, help="JSON: a run, or a list of runs, with the fields of kdlib.Run")
@@ -79,7 +80,9 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     line.add_argument("-o", "--output", type=Path, required=True, help="folder of the new data set")
     line.add_argument("--modality", required=True, choices=("CT", "MR"))
     line.add_argument("--labels", default="", help="e.g. 'spleen,liver' (values 1 and 2) or 'spleen=1,liver=6'")
-    line.add_argument("--images", metavar="GLOB", help="which files of the folder are images, e.g. 'ct/*.nii.gz'")
+    line.add_argument(
+        "--images", metavar="GLOB", help="which files are images, e.g. 'ct/*.nii.gz'; only * stands for others"
+    )
     line.add_argument("--masks", metavar="GLOB", help="which are masks, e.g. 'seg/*_seg.nii.gz'; * pairs them")
     line.add_argument("--on-defect", default="raise", choices=("raise", "drop"), help="drop: leave such cases out")
     line.add_argument("--copy", action="store_true", help="copy the files; else they are hard links where that can be")
@@ -118,8 +121,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     folder = options.folder.resolve()
-    if not any(folder.glob("notebooks/*.ipynb")) and not any(folder.glob("tables/*.csv")):
-        others = sorted({path.parents[1].name for path in folder.parent.glob("*/tables")})
+    if not any(folder.glob("notebooks/[0-9]*.ipynb")) and not any(folder.glob("tables/[0-9]*.csv")):
+        others = sorted({path.parents[1].name for path in folder.parent.glob("*/tables/[0-9]*.csv")})
         raise InputError(f"{folder} holds no study: {folder.parent} has {', '.join(others) or 'none'}")
     with recorded(options.record, folder):
         values = {"results": str(folder.parent), "study": folder.name}
@@ -162,12 +165,13 @@ def main(command: Sequence[str]) -> int:
         The exit status: 0, 1 for a job that failed, 2 for input that cannot be used, 130 when stopped by Ctrl-C, 143
         when stopped by SIGTERM.
     """
-    for_snakemake = False
+    for_snakemake = trains = False
     try:
         for word in command:
             if re.search("[\0\ud800-\udfff]", word):
                 raise InputError(f"{ascii(word)}: no text (NUL, or bytes that are no UTF-8); rename the file")
         options = parser().parse_args(command)
+        trains = options.command in ("study", "run", "train")
         for_snakemake = getattr(options, "record", None) is not None
         if options.command == "study":
             return run_study(options, command)
@@ -185,5 +189,8 @@ def main(command: Sequence[str]) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as stop:
         if not for_snakemake:
-            print("stopped: finished trainings are kept, the same command resumes from them", file=sys.stderr)
+            kept = (
+                "finished trainings are kept, the same command resumes from them" if trains else "what is written stays"
+            )
+            print(f"stopped: {kept}", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)

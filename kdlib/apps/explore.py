@@ -28,6 +28,7 @@ from kdlib.data.description import read_description
 from kdlib.data.slices import Geometry, intensity_range
 from kdlib.evaluation.masks import on_file_grid, predict_cases, true_mask
 from kdlib.experiments.recipes import WEIGHTS, thesis_recipe
+from kdlib.experiments.runner import initial_weights
 from kdlib.experiments.source import TrainingData, run_source, training_part
 from kdlib.experiments.store import run_key, trained, untrained
 from kdlib.files import read_csv
@@ -355,8 +356,11 @@ def train_small(
     train, val = training_part(run, fold, case_slices(student, seen)), case_slices(student, fold.val)
     heard = None if on_epoch is None else lambda arms: on_epoch(pd.DataFrame(arms[0].history))
     networks = teacher_networks(run, teachers) if run.teacher else {}
+    pruned = initial_weights([run], student.run.origin, len(student.classes), student.results, student.device)
     with precision(run.optimisation.precision):
-        (arm,) = train_cohort([run], train, val, steps, student.device, networks, epochs, on_epoch=heard)
+        (arm,) = train_cohort(
+            [run], train, val, steps, student.device, networks, epochs, on_epoch=heard, initial=pruned
+        )
     if arm.failure is not None:
         raise arm.failure
     return pd.DataFrame(arm.history)

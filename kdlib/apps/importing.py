@@ -80,7 +80,9 @@ def _from_csv(path: Path) -> dict[str, Pair]:
             raise InputError(f"{path}, line {number}: {missing[0]} does not exist; give paths relative to the table")
         if other := [file for file in files if not stem(file.name)]:
             raise InputError(f"{path}, line {number}: {other[0]} is not NIfTI (.nii or .nii.gz); convert it first")
-        _add(pairs, stem(files[0].name), Pair(*files, row.get("patient")), path)
+        image, mask = (stem(file.name) for file in files)
+        case = mask if image == f"{mask}_0000" else image  # nnU-Net's names
+        _add(pairs, case, Pair(*files, row.get("patient")), path)
     return pairs
 
 
@@ -103,6 +105,10 @@ def _from_folder(options: argparse.Namespace) -> dict[str, Pair]:
     if left := [str(file.relative_to(folder)) for file in files if file not in images and file not in found[1]]:
         named = f"{patterns[0]} or {patterns[1]}"
         print(f"not imported: {len(left)} of {len(files)} files, not named {named}: {shorten(left)}", file=sys.stderr)
+    masked = {*found[1].values()}
+    for file, case in images.items():  # nnU-Net's names
+        if case not in masked and (short := case.removesuffix("_0000")) in masked:
+            images[file] = short
     sides = ({}, {})
     for side, matched in zip(sides, (images, found[1]), strict=True):
         for file, case in matched.items():
@@ -130,11 +136,12 @@ def _add(found: dict, case: str, value: object, source: Path) -> None:
 
 def _labels(text: str) -> dict[str, int]:
     """Name -> value, of "spleen,liver" or "spleen=1,liver=6"."""
-    parts = enumerate(text.split(","), 1)
-    pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in parts]
+    parts = text.split(",")
+    valued = ["=" in part for part in parts]
+    pairs = [part.rpartition("=")[::2] if "=" in part else (part, str(number)) for number, part in enumerate(parts, 1)]
     names, values = ([word.strip() for word in words] for words in zip(*pairs, strict=True))
-    if not all(names) or len({*names}) < len(names) or not all(map(str.isdecimal, values)):
-        raise InputError(f"labels {text!r}: give names, e.g. 'spleen,liver' or 'spleen=1,liver=6'")
+    if any(valued) > all(valued) or not all(names) or len({*names}) < len(names) or not all(map(str.isdecimal, values)):
+        raise InputError(f"labels {text!r}: give names, or each with its value: 'spleen,liver' or 'spleen=1,liver=6'")
     if len({*map(int, values)} - {0}) < len(values):
         raise InputError(f"labels {text!r}: give each label a value of its own, and none 0, which is the background")
     return dict(zip(names, map(int, values), strict=True))
@@ -212,7 +219,20 @@ def _check(out: Path, pairs: dict[str, Pair], labels: dict[str, int], options: a
         print(f"left out: {row.case}, {row.defect}", file=sys.stderr)
     print(f"{out}: {len(dataset.cases)} cases, {dataset.grouping}, labels {', '.join(labels)}")
     profile = "ct96" if options.modality == "CT" else "hippocampus"
-    words = ["kdlib", "study", "--data", str(out), "--target", "all", "--profile", profile, "--only", "00_data"]
+    words = [
+        sys.executable,
+        "-m",
+        "kdlib",
+        "study",
+        "--data",
+        str(out),
+        "--target",
+        "all",
+        "--profile",
+        profile,
+        "--only",
+        "00_data",
+    ]
     words += ["--group", "patients.csv"] if grouped else []
     try:
         check_view(dataclasses.replace(dataset, on_defect="raise"), labels, PROFILES[profile].preprocessing)

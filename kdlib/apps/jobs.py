@@ -51,7 +51,7 @@ def recorded(done: Path | None, folder: Path) -> Iterator[None]:
     write_json(failed, {"cause": KILLED, "status": 1})
     print(f"== {name}")
     try:
-        with contextlib.redirect_stdout(_Labelled(name)):
+        with _labelled(name):
             yield
     except BaseException as error:
         cause = STOPPED if isinstance(error, KeyboardInterrupt) else str(error)
@@ -63,13 +63,23 @@ def recorded(done: Path | None, folder: Path) -> Iterator[None]:
     made = [path for part in ("tables", "figures", "slices") for path in folder.glob(f"{part}/{own}")]
     made += folder.glob("report.html") if name == "report" else []
     names = sorted(os.path.relpath(path, done.parent) for path in made)
-    write_json(done, {"finished": time.time(), "made": names})
+    write_json(done, {"made": names})
     failed.unlink()
 
 
-class _Labelled(io.TextIOBase):
+@contextlib.contextmanager
+def _labelled(name: str) -> Iterator[None]:
     """Puts a job's name before each of its lines: jobs side by side share one terminal."""
+    lines = _Labelled(name)
+    try:
+        with contextlib.redirect_stdout(lines):
+            yield
+    finally:
+        if lines.rest:  # the last one had no end
+            lines.write("\n")
 
+
+class _Labelled(io.TextIOBase):
     def __init__(self, name: str):
         self.stream, self.name, self.rest = sys.stdout, name, ""
 

@@ -184,6 +184,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object]) -> N
         Stopped: by SIGTERM or SIGINT.
     """
     values = check_parameters(notebook, parameters)
+    if os.path.isdir(output):
+        raise InputError(f"{output} is a folder: name the executed copy, e.g. {output / notebook.name}")
     partial = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")  # papermill saves after every cell
     failed, listing = output.with_name(f"{output.stem}.failed.ipynb"), partial.with_suffix(".runs")
     given = [word for name, value in parameters.items() for word in ("-p", name, as_text(value))]

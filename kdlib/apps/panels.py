@@ -117,6 +117,7 @@ class Picker(Panel):
         self._fill(self.study_list, dict(zip(names, names, strict=True)), study or names[0])
         self._list_runs(run)
         self._list_cases(case)
+        self._settle()
         self.study_list.observe(lambda _: self._try(self._list_runs, self._list_cases), "value")
         self.run_list.observe(lambda _: self._try(self._list_cases), "value")
         self.case_list.observe(lambda _: self._try(), "value")
@@ -125,15 +126,25 @@ class Picker(Panel):
         """Fills the lists below the one that was changed, then tells the panels; an error is said in one line."""
         if self._filling:
             return
-        before = self.table, self.labels, self.run, self.teachers
         with self.errors_said():
             try:
                 for step in steps:
                     step()
-            except BaseException:  # the panels go on showing what was chosen before
-                self.table, self.labels, self.run, self.teachers = before
+            except BaseException:  # lists and panels go on showing what was chosen before
+                self.table, self.labels, self.run, self.teachers = self._before
+                self._filling = True
+                for chooser, options, value in self._lists:
+                    chooser.options, chooser.value = options, value
+                self._filling = False
                 raise
+            self._settle()
             self.chosen += 1
+
+    def _settle(self) -> None:
+        """What a choice that fails falls back to."""
+        self._before = self.table, self.labels, self.run, self.teachers
+        choosers = self.study_list, self.run_list, self.case_list
+        self._lists = [(chooser, chooser.options, chooser.value) for chooser in choosers]
 
     def _fill(self, chooser: widgets.Dropdown, labels: Mapping[str, str], key: str) -> None:
         """A list of labels, at that of `key`. Raises: InputError: no such key."""
@@ -359,6 +370,7 @@ class ComparisonPanel(Panel):
         self.show()
 
     def show(self, change: object = None) -> None:
+        self.show_picture(None)
         if self.other.value is None:
             self.message.value = "no other run of this fold"
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import html
 import os
 import re
@@ -13,9 +14,12 @@ from pathlib import Path
 from kdlib.apps.notebooks import NOTEBOOKS, read_notebook, render
 from kdlib.config import InputError
 from kdlib.data.decathlon import credit
-from kdlib.files import write_text
+from kdlib.files import write_folder, write_text
 
-OPEN_LICENCES = ("cc0", "cc-by", "cc by", "apache", "mit", "odc", "public domain")
+OPEN_LICENCES = re.compile(  # that allow adaptations, for any purpose
+    r"(cc0|cc[ -]by([ -]sa)?|apache([ -]licen[cs]e)?|mit|odc[ -](by|odbl)|pddl|public domain)[ ,-]*"
+    r"(version |v)?(\d(\.\d)?)?( licen[cs]e)?", re.I,
+)  # fmt: skip
 PICTURE = "figures/02_overview.png"
 STYLE = (
     "body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif}"
@@ -27,16 +31,15 @@ def run_site(options: argparse.Namespace) -> int:
     studies = sorted({path.parents[1] for path in options.results.glob("*/notebooks/report.ipynb")})
     if not studies:
         raise InputError(f"{options.results} holds no study with a report: run make study first")
+    if options.output.resolve() == options.results.resolve():
+        raise InputError(f"{options.output} holds the studies themselves: give their pages another folder")
     for study in studies:
         target = options.output / study.name
-        shutil.rmtree(target, ignore_errors=True)
         if closed := _closed(study):
+            shutil.rmtree(target, ignore_errors=True)
             print(f"left out: {study}: {closed}, so its pages, which show scans, may not be published", file=sys.stderr)
-            continue
-        for page in render(study, leave_out=["06_figures"]):  # it draws again what the others show
-            write_text(target / page.relative_to(study), _without_paths(page, study))
-        if (picture := study / PICTURE).is_file():
-            shutil.copyfile(picture, target / "overview.png")
+        else:
+            write_folder(target, functools.partial(_write_pages, study), replace=True)
     links = [_link(page.parent) for page in sorted(options.output.glob("*/report.html"))]  # those of other days, too
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     page = f"<!DOCTYPE html><html lang='en'><head>{head}<title>kdlib: studies</title></head><body><h1>Studies</h1>"
@@ -49,6 +52,14 @@ def run_site(options: argparse.Namespace) -> int:
         write_text(Path(page), with_block(Path(page), block, options.results / study))
         print(f"wrote {block} of {study} into {page}")
     return 0
+
+
+def _write_pages(study: Path, folder: Path) -> None:
+    """The pages of a study, and its picture for the index, into a folder."""
+    for page in render(study, leave_out=["06_figures"]):  # it draws again what the others show
+        write_text(folder / page.relative_to(study), _without_paths(page, study))
+    if (picture := study / PICTURE).is_file():
+        shutil.copyfile(picture, folder / "overview.png")
 
 
 def _link(folder: Path) -> str:
@@ -69,9 +80,9 @@ def _closed(study: Path) -> str:
     for data in map(str, given - {"phantom"}):
         try:
             licence = credit(Path(data))[0]
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             return f"the licence in {data}/dataset.json cannot be read"
-        if not licence.lower().startswith(OPEN_LICENCES):
+        if not OPEN_LICENCES.fullmatch(licence.strip()):
             return f"{data}/dataset.json names no open licence ({licence or 'none'})"
     return ""
 
@@ -89,9 +100,12 @@ def _without_paths(page: Path, study: Path) -> str:
 def with_block(page: Path, block: str, study: Path) -> str:
     """A page with what `<study>/<block>.md` says between the page's two comments of that block.
 
-    Raises: InputError: the page has no place for it.
+    Raises: InputError: no such page, or it has no place for it.
     """
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{page} cannot be read: {error}") from None
     place = re.compile(rf"(<!-- {block}: [^\n]*-->\n).*?(<!-- end of {block} -->)", re.S)
     if not place.search(text):
         raise InputError(f"{page} has no place for it: write '<!-- {block}: ... -->' and '<!-- end of {block} -->'")

@@ -76,7 +76,7 @@ def _segment(
 ) -> str:
     """Writes the mask of one scan, and what else was asked for; says the volume of each class."""
     for file in files.values():
-        if file.exists() and (not options.overwrite or file.resolve() == path.resolve()):
+        if os.path.exists(file) and (not options.overwrite or file.resolve() == path.resolve()):
             what = "it is the scan" if file.resolve() == path.resolve() else "give --overwrite to replace it"
             raise InputError(f"{file} exists: {what}; or choose another output")
     scan = read_scan(path)

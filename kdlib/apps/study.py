@@ -58,12 +58,13 @@ def study_parameters(options: argparse.Namespace) -> tuple[dict[str, object], Pr
     except json.JSONDecodeError:
         raise InputError(f"changes {options.changes!r}: give a JSON object, e.g. '{{\"spacing\": 2.0}}'") from None
     folds, seeds = _numbers("folds", options.folds), _numbers("seeds", options.seeds)
-    if not folds or not seeds:
-        raise InputError("folds and seeds: give at least one of each, e.g. 0")
+    for name, numbers in (("folds", folds), ("seeds", seeds)):
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise InputError(f"{name} {numbers}: give at least one, and each once, e.g. '0 1'")
     profile, protocol = override_profile(options.profile, changes), lookup("protocol", options.protocol, PROTOCOLS)
     data = options.data
     if data != "phantom":
-        data = str(Path(data).expanduser().resolve())
+        data = str(Path(os.path.expanduser(data)).resolve())
         if not os.path.isdir(data):
             raise InputError(f"data folder {data} does not exist: give a folder in Decathlon layout, or 'phantom'")
     fields = dict(profile=profile, protocol=protocol, on_defect=options.on_defect)
@@ -71,17 +72,29 @@ def study_parameters(options: argparse.Namespace) -> tuple[dict[str, object], Pr
         Run(data, options.target, "T1", fold, seed=seed, **fields)  # whatever it refuses
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
         raise InputError(f"device {options.device!r}: choose 'auto', 'cpu' or 'cuda'")
-    if not options.target.strip() or options.target.startswith("-"):  # a job could not be given it as a word
-        raise InputError(f"target {options.target!r}: it must not be empty or begin with '-'")
+    for name, word in (("target", options.target), ("group", options.group)):
+        if not word.strip() or word.startswith("-"):  # a job could not be given it as a word
+            raise InputError(f"{name} {word!r}: it must not be empty or begin with '-'")
     parts = [Path(data).name, options.target, options.profile, *([protocol.name] * (protocol.name != "corrected"))]
-    study = options.study or re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    parts += [options.changes] * bool(changes)  # a study of its own
+    study = options.study or re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:100]
     check_study(study)
     return {
         "data": data, "target": options.target, "profile": options.profile, "changes": changes,
         "protocol": options.protocol, "folds": folds, "seeds": seeds, "on_defect": options.on_defect,
-        "group": options.group, "device": options.device, "results": str(Path(options.results).expanduser().resolve()),
-        "study": study,
+        "group": _group(options.group, data), "device": options.device,
+        "results": str(Path(os.path.expanduser(options.results)).resolve()), "study": study,
     }, profile  # fmt: skip
+
+
+def _group(group: str, data: str) -> str:
+    """How cases are grouped; a table outside the data set's folder as an absolute path, since jobs run elsewhere."""
+    if not group.lower().endswith(".csv") or os.path.isfile(Path(data, group)):
+        return group
+    path = Path(os.path.expanduser(group)).resolve()
+    if not os.path.isfile(path):
+        raise InputError(f"group {group}: no such file, neither in {data} nor here; give a CSV of case and patient")
+    return str(path)
 
 
 def plan(options: argparse.Namespace) -> dict[str, object]:
@@ -128,7 +141,7 @@ def run_study(options: argparse.Namespace, command: Sequence[str]) -> int:
         "parameters": texts,
         "cores": cores,
         "local": local,
-        "files": _fingerprint(shared["data"]),
+        "files": _fingerprint(shared["data"], shared["group"]),
         "ended": False,
     }
     print(f"study {shared['study']}: " + ", ".join(f"{key} {value}" for key, value in shared.items() if key != "study"))
@@ -192,9 +205,10 @@ def _done(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("jobs/*/done.json")}
 
 
-def _fingerprint(data: str) -> str:
-    """A mark that changes with the files of a data set: then every job looks at them again."""
+def _fingerprint(data: str, group: str) -> str:
+    """A mark that changes with a data set's files and its table of patients: then every job looks at them again."""
     paths = [path for name in ("dataset.json", "imagesTr/*", "labelsTr/*") for path in Path(data).glob(name)]
+    paths += [Path(data, group)] * group.lower().endswith(".csv")
     seen = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists())
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 

@@ -95,7 +95,7 @@ def _from_table(group: str, root: Path) -> dict[str, str]:
             f"group {group}: no such file, neither in {root} nor here; give a CSV file of case and patient"
         )
     try:
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        table = pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:  # pandas's own errors are ValueErrors
         raise InputError(f"{path}: not a CSV file ({error})") from None
     if not {"case", "patient"} <= set(table.columns):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from kdlib.config import InputError, Run, TrainingError, lookup
 from kdlib.data import Bank
@@ -235,10 +236,6 @@ def train_group(
         else trained(teacher, len(bank.classes), results, device)
         for name, teacher in run.teacher_runs().items() if any(each.is_taught for each in group)
     }  # fmt: skip
-    initial = {}
-    if run.origin:
-        larger = trained(run.origin, len(bank.classes), results, device)
-        initial = {each: prune_into(larger, new_model(each, len(bank.classes))).state_dict() for each in group}
     with precision(run.optimisation.precision):
         return train_cohort(
             group,
@@ -251,8 +248,22 @@ def train_group(
             [dataclasses.replace(checkpoint_of(run, results), read_only=processes.rank > 0) for run in group],
             parts,
             processes=processes,
-            initial=initial,
+            initial=initial_weights(group, run.origin, len(bank.classes), results, device),
         )
+
+
+def initial_weights(
+    group: Sequence[Run], origin: Run | None, classes: int, results: Path, device: torch.device
+) -> dict[Run, dict[str, Tensor]]:
+    """The weights that runs of a pruned network begin with; others begin with those of their seed.
+
+    Args:
+        origin: the run whose network theirs is pruned from, see `Run.origin`.
+    """
+    if origin is None:
+        return {}
+    larger = trained(origin, classes, results, device)
+    return {run: prune_into(larger, new_model(run, classes)).state_dict() for run in group}
 
 
 def _train(

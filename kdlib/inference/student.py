@@ -91,7 +91,7 @@ def find_student(reference: str | Path, results: str | Path = "results") -> Path
     Raises:
         InputError: nothing fits; lists what there is.
     """
-    results, path = Path(results), Path(reference).expanduser()
+    results, path = Path(results), Path(os.path.expanduser(reference))
     places = [path.parent if os.path.isfile(path) else path]  # Path.is_file raises where a name is too long
     if path.name == str(reference):
         places += [folder / path.name for folder in (results / "runs", results / "students", RELEASED)]

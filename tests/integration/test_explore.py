@@ -266,6 +266,13 @@ def test_an_unchanged_training_in_place_is_the_run_itself_and_leaves_nothing(fin
     assert files(small_study) == before
 
 
+def test_a_pruned_network_begins_in_place_with_its_own_weights(small_study, table):
+    run = Run("phantom", "spleen", "T1-pruned", profile=override_profile("quick", TINY))
+    student = explore.load_run(small_study, study([run], small_study, "cpu").runs["run"].item(), device="cpu")
+    history = explore.train_small(student, epochs=2, steps=4)
+    pd.testing.assert_frame_equal(history, pd.read_csv(student.folder / "history.csv"), rtol=1e-6)
+
+
 def test_a_training_in_place_takes_other_weights_and_never_reads_a_test_case(find, monkeypatch):
     student, teachers = find("S1", FULL)
     read, slices = set(), explore.case_slices
@@ -347,6 +354,31 @@ def test_panels_follow_the_choice(small_study, table):
     pick.run_list.value = table["run"][0]
     assert list(viewer.seen.masks) == ["truth", "teacher T1"] and pick.message.value == ""
     assert viewer.seen.case == pick.run.fold.val[0], "the case stays where the run has it"
+
+
+def test_a_choice_that_cannot_be_shown_leaves_the_one_before(small_study, table, monkeypatch):
+    pick = panels.Picker(small_study, device="cpu")
+    comparison = panels.ComparisonPanel(pick)
+    before = pick.study_list.value, pick.run_list.value, pick.run_list.options, pick.case
+    other = table.assign(run=[f"other-{key}" for key in table["run"]])
+    monkeypatch.setattr(explore, "finished_runs", lambda results, study: other)
+    pick.study_list.options = [*pick.study_list.options, ("other", "other")]
+    with monkeypatch.context() as patched:
+        patched.setattr(explore, "load_run", lambda *_: (_ for _ in ()).throw(InputError("a run of volumes")))
+        pick.study_list.value = "other"
+    assert "a run of volumes" in pick.message.value
+    assert (pick.study_list.value, pick.run_list.value, pick.run_list.options, pick.case) == before
+    comparison.metric.value = "hd95"
+    assert comparison.message.value == "" and is_picture(comparison.image)
+
+
+def test_a_comparison_with_nothing_shows_no_picture_of_another(small_study, table):
+    pick = panels.Picker(small_study, device="cpu")
+    comparison = panels.ComparisonPanel(pick)
+    assert is_picture(comparison.image)
+    comparison.other.options = []
+    comparison.show()
+    assert comparison.message.value == "no other run of this fold" and comparison.image.layout.display == "none"
 
 
 def test_the_viewer_takes_the_volume_where_there_is_webgl_and_a_click_moves_the_region(small_study):

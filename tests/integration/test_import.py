@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -50,6 +51,7 @@ LABELS = ("--labels", "spleen=1,liver=6")
         ("mine/*/image.nii.gz", "mine/*/mask.nii.gz", ()),
         ("mine/ct/*.nii.gz", "mine/x/y/*_seg.nii.gz", ("--images", "ct/*.nii.gz", "--masks", "x/y/*_seg.nii.gz")),
         ("mine/*.nii.gz", "mine/*_seg.nii.gz", ("--images", "*", "--masks", "*_seg")),
+        ("mine/images/*_0000.nii.gz", "mine/labels/*.nii.gz", ()),  # nnU-Net
     ],
 )
 def test_pairs_are_found_by_their_names(image, mask, words, capsys):
@@ -71,8 +73,8 @@ def test_the_next_command_is_one_that_a_study_takes(capsys):
     save_pairs("mine/images/*.nii.gz", "mine/labels/*.nii.gz")
     assert imported("mine", *LABELS) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "next: kdlib study --data out --target all --profile ct96 --only 00_data"
-    options = command_line().parse_args(last.split()[2:])
+    assert last == f"next: {sys.executable} -m kdlib study --data out --target all --profile ct96 --only 00_data"
+    options = command_line().parse_args(last.split()[4:])
     assert (options.data, options.only) == ("out", ["00_data"])
 
 
@@ -92,6 +94,15 @@ def test_a_table_gives_pairs_and_patients(capsys):
     dataset = index("out", group="patients.csv")
     assert [case.group for case in dataset.cases] == ["p1", "p1", "p2"]
     assert not os.path.samefile("out/imagesTr/a.nii.gz", "mine/images/a.nii.gz")
+
+
+def test_a_table_of_images_with_nnunets_names(capsys):
+    save_pairs("mine/*_0000.nii.gz", "mine/*.nii.gz")
+    Path("mine/pairs.csv").write_text(
+        "\n".join(["image,mask,patient", *(f"{c}_0000.nii.gz,{c}.nii.gz,NA" for c in "abc")])
+    )
+    assert imported("mine/pairs.csv", *LABELS) == 0
+    assert [(case.name, case.group) for case in index("out", group="patients.csv").cases] == [(c, "NA") for c in "abc"]
 
 
 def test_the_table_may_be_called_patients_csv(capsys):
@@ -168,7 +179,8 @@ def test_defects_are_a_table_and_nothing_is_left_or_they_are_left_out(capsys):
         (["mine/missing.csv"], "missing.csv, line 2: mine/a.nii.gz does not exist; give paths relative to the table"),
         (["mine/other.csv"], "other.csv, line 2: mine/scan.mha is not NIfTI (.nii or .nii.gz); convert it first"),
         (["mine/twice.csv"], "two files are of case 'scan'; give each case a name of its own"),
-        (["mine", "--labels", "spleen=one"], "labels 'spleen=one': give names, e.g."),
+        (["mine", "--labels", "spleen=one"], "labels 'spleen=one': give names, or each with its value"),
+        (["mine", "--labels", "spleen=6,liver"], "labels 'spleen=6,liver': give names, or each with its value"),
         (["mine", "--labels", "spleen=1,liver=1"], "give each label a value of its own, and none 0"),
         (["mine", "--labels", "spleen=0,liver=1"], "give each label a value of its own, and none 0"),
     ],

@@ -13,6 +13,7 @@ import pytest
 from nbformat import v4
 
 import kdlib
+from kdlib.apps import jobs, study
 from kdlib.apps.cli import main, parser
 from kdlib.apps.notebooks import NotebookError, check_parameters, convert, execute, read_parameters, render
 from kdlib.apps.study import plan
@@ -277,6 +278,12 @@ def test_executed_notebooks_become_pages_that_load_nothing_and_hide_their_code(t
         (["study", "--folds", "0 x"], "whole numbers"),
         (["study", "--folds", "7"], "fold 7"),
         (["study", "--folds", ""], "at least one"),
+        (["study", "--folds", "0 0"], "each once"),
+        (["study", "--group=-(.)$"], "group '-(.)$': it must not be empty or begin with '-'"),
+        (["study", "--group=patients.csv"], "group patients.csv: no such file"),
+        (["study", "--data", "~nobody-of-that-name/d"], "does not exist"),
+        (["study", "--changes", '{"spacing": 1' + "0" * 400 + "}"], "spacing"),
+        (["run", "{notebook}", "-o", ".", "-p", "folds", "0"], "is a folder"),
         (["study", "--seeds", "-1"], "seed"),
         (["study", "--only", "01_base"], "00_data, 01_baseline"),
         (["study", "--data", "no-such-folder"], "no-such-folder does not exist"),
@@ -311,6 +318,7 @@ def test_input_errors_are_one_line_and_status_2(notebook, monkeypatch, capsys, c
     [
         ([], "phantom-spleen-quick"),
         (["--protocol", "thesis"], "phantom-spleen-quick-thesis"),
+        (["--changes", '{"size": 64, "student": {"lr": 0.01}}'], "phantom-spleen-quick-size-64-student-lr-0-01"),
         (["--data", "Task09 Spleen/", "--profile", "ct128"], "task09-spleen-spleen-ct128"),
         (["--study", "My_study.2"], "My_study.2"),
     ],
@@ -322,6 +330,36 @@ def test_a_study_is_named_after_what_it_is_made_of(tmp_path, monkeypatch, words,
     assert shared["study"] == name
     assert shared["results"] == str(tmp_path / "results")
     assert shared["data"] in ("phantom", str(tmp_path / "Task09 Spleen"))
+
+
+def test_a_table_of_patients_is_found_where_the_command_is_typed_and_its_change_is_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    words = ["study", "--data", "data", "--group", "patients.csv"]
+    (tmp_path / "patients.csv").write_text("case,patient\na,1\n")
+    here = study.study_parameters(parser().parse_args(words))[0]
+    assert here["group"] == str(tmp_path / "patients.csv")
+    (tmp_path / "data" / "patients.csv").write_text("case,patient\na,1\n")
+    there = study.study_parameters(parser().parse_args(words))[0]
+    assert there["group"] == "patients.csv"
+    for shared, path in ((here, Path("patients.csv")), (there, Path("data/patients.csv"))):
+        before = study._fingerprint(shared["data"], shared["group"])
+        path.write_text("case,patient\na,1\nb,1\n")
+        assert study._fingerprint(shared["data"], shared["group"]) != before
+
+
+def test_the_conclusion_is_no_study_to_report_on(tmp_path, capsys):
+    for name, table in (("conclusion", "everything"), ("mine", "01_baseline")):
+        (tmp_path / name / "tables").mkdir(parents=True)
+        (tmp_path / name / "tables" / f"{table}.csv").write_text("a\n1\n")
+    assert main(["report", str(tmp_path / "conclusion")]) == 2
+    assert capsys.readouterr().err.endswith("holds no study: " + f"{tmp_path} has mine\n")
+
+
+def test_the_last_line_of_a_job_needs_no_end(tmp_path, capsys):
+    with jobs.recorded(tmp_path / "01_baseline" / "done.json", tmp_path):
+        print("one\ntwo", end="")
+    assert "01_baseline: one\n01_baseline: two\n==" in capsys.readouterr().out
 
 
 def test_the_wrapper_waits_for_neither_torch_nor_training_code():

@@ -10,6 +10,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from kdlib.apps.cli import main
+from kdlib.apps.site import OPEN_LICENCES
 
 
 def executed(path: Path, title: str, **parameters: str) -> None:
@@ -42,6 +43,31 @@ def test_studies_of_the_phantom_and_of_open_data_become_pages_without_paths(tmp_
         assert str(tmp_path) not in (out / name / "notebooks" / "01_baseline.html").read_text()
 
 
+@pytest.mark.parametrize("licence", ["CC0", "cc by 4.0", "CC-BY-SA-4.0", "Apache License, Version 2.0", "MIT License"])
+def test_open_licences_are_known_by_their_usual_names(licence):
+    assert OPEN_LICENCES.fullmatch(licence)
+
+
+def test_studies_are_never_written_over_and_pages_stay_until_new_ones_are_whole(tmp_path, capsys):
+    results, out = tmp_path / "results", tmp_path / "site"
+    study(results, "phantom", data="phantom")
+    kept = sorted(results.rglob("*"))
+    assert main(["site", f"--results={results}", f"--output={results}/../results"]) == 2
+    assert "holds the studies themselves" in capsys.readouterr().err and sorted(results.rglob("*")) == kept
+    assert main(["site", f"--results={results}", f"--output={out}"]) == 0
+    (results / "phantom" / "notebooks" / "02_distillation.ipynb").write_text("no notebook")
+    assert main(["site", f"--results={results}", f"--output={out}"]) == 2
+    assert sorted(path.name for path in (out / "phantom").rglob("*.html")) == ["01_baseline.html", "report.html"]
+
+
+def test_a_page_that_is_not_there_is_one_line(tmp_path, capsys):
+    study(tmp_path, "phantom", data="phantom")
+    (tmp_path / "phantom" / "answer.md").write_text("yes")
+    words = [f"--results={tmp_path}", f"--output={tmp_path}/site", "--block", "nowhere.md", "answer", "phantom"]
+    assert main(["site", *words]) == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.md cannot be read")
+
+
 def test_the_index_keeps_the_pages_of_studies_that_are_not_here(tmp_path):
     out = tmp_path / "site"
     for place, name in (("there", "phantom"), ("here", "later")):
@@ -56,6 +82,8 @@ def test_the_index_keeps_the_pages_of_studies_that_are_not_here(tmp_path):
     [
         ({"licence": "see README.md"}, "names no open licence (see README.md)"),
         ({}, "names no open licence (none)"),
+        ({"licence": "CC BY-NC-ND 4.0"}, "names no open licence (CC BY-NC-ND 4.0)"),
+        ({"licence": "MIT-internal, no redistribution"}, "names no open licence (MIT-internal"),
         (None, "cannot be read"),
     ],
 )

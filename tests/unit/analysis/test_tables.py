@@ -15,6 +15,7 @@ from kdlib.analysis.statistics import (
     pivot_thesis,
     save_table,
 )
+from kdlib.files import read_csv, write_csv
 
 
 @pytest.fixture
@@ -147,3 +148,9 @@ def test_by_patient_table_has_the_worst_first_and_what_its_scans_are_like():
     )
     of_mr = by_patient_table(table, cases.drop(columns="spleen mean intensity"))
     assert "intensity" not in of_mr and worst_patient_sentence(of_mr) == worst_patient_sentence(found)
+
+
+def test_a_patient_called_na_is_no_missing_one(tmp_path):
+    table = pd.DataFrame({"case": ["NA", "None"], "patient": ["null", "1"], "value": [np.nan, 0.5]})
+    write_csv(tmp_path / "table.csv", table)
+    pd.testing.assert_frame_equal(read_csv(tmp_path / "table.csv"), table, check_dtype=False)
