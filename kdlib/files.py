@@ -20,7 +20,7 @@ import numpy as np
 
 from kdlib.config import InputError
 
-RESERVED = ("data", "runs", "splits")  # folders of `results` that are no study
+RESULT_FOLDERS = ("data", "runs", "splits")  # folders of `results` that are no study
 
 if TYPE_CHECKING:  # the command line does not wait for its import
     import pandas as pd
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the command line does not wait for its import
 
 def check_study(name: str) -> None:
     """Raises InputError where a study's name is not that of a folder in results, or of one that is taken."""
-    if name in RESERVED:
+    if name in RESULT_FOLDERS:
         raise InputError(f"study name {name!r}: results keeps its {name} under that name; choose another")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         allowed = "up to 100 letters, digits, '.', '_' and '-', the first a letter or digit"

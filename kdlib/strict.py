@@ -26,6 +26,11 @@ class TrainingError(RuntimeError):
     _render_traceback_ = InputError._render_traceback_
 
 
+FORESEEN = {  # errors by the names that kernels and processes give: a `DefectError` has shown its table there
+    "InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError,
+}  # fmt: skip
+
+
 def lookup(kind: str, name: str, options: Mapping):
     """`options[name]`, or an error that lists the names there are."""
     if not isinstance(name, str) or name not in options:

@@ -24,8 +24,9 @@ import papermill
 import psutil
 from papermill.exceptions import PapermillExecutionError, strip_color
 
-from kdlib.config import InputError, TrainingError, lookup
+from kdlib.config import InputError, lookup
 from kdlib.files import check_study, write_text
+from kdlib.strict import FORESEEN
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict}
@@ -235,9 +236,8 @@ def _fold(path: Path) -> None:
 def _failure(notebook: Path, error: Exception, failed: Path) -> Exception:
     if isinstance(error, RuntimeError):  # of the kernel, not of the code in it
         return NotebookError(f"{notebook.name}: {error} (out of memory?); executed so far: {failed}")
-    known = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
-    if error.ename in known:
-        return known[error.ename](error.evalue)
+    if error.ename in FORESEEN:
+        return FORESEEN[error.ename](error.evalue)
     trace = strip_color("\n".join(error.traceback)).rstrip().splitlines()[-12:]
     lines = [f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}", *(f"    {line}" for line in trace)]
     return NotebookError("\n".join([*lines, f"executed so far: {failed}"]))

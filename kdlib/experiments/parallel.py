@@ -22,6 +22,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from kdlib.config import InputError, Run, TrainingError, from_json, to_json
 from kdlib.experiments.runner import check, study, train_group
+from kdlib.strict import FORESEEN
 from kdlib.training.device import pick_device
 from kdlib.training.fabric import Processes, launch
 from kdlib.training.interrupt import InterruptHandler
@@ -61,10 +62,9 @@ def train(runs: Sequence[Run], results: Path | str = "results", processes: int =
             launch(_work, processes, place, [to_json(run) for run in runs], str(Path(results).resolve()))
     except ProcessRaisedException as error:  # its text is a traceback, at whose end stands the error, of several lines
         ends = re.search(r"^(?:\w+\.)*(\w+): ((?s:.*))", str(error).rpartition(HEAD)[2].strip(), re.MULTILINE)
-        kinds = {"InputError": InputError, "DefectError": InputError, "TrainingError": TrainingError}
-        if ends is None or ends[1] not in kinds:
+        if ends is None or ends[1] not in FORESEEN:
             raise
-        raise kinds[ends[1]](ends[2]) from None
+        raise FORESEEN[ends[1]](ends[2]) from None
     except ProcessExitedException as error:
         cause = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
         found = f"process {error.error_index} of {processes} {cause}, and the others were ended"
