@@ -18,11 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kdlib.analysis.comparisons import ALPHA, SAME
 from kdlib.analysis.intervals import interval_text
 from kdlib.analysis.labels import method_labels, percent
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.sentences import many
 from kdlib.analysis.tables import markdown_table, summarise
 from kdlib.config import LOGIT_CUT, SWITCHES, InputError, Run, from_json
 from kdlib.files import read_csv, write_text
+from kdlib.metrics import METRICS
 from kdlib.recipe import MOST
 
 UNKNOWN = "not recorded"

@@ -13,9 +13,9 @@ from statsmodels.stats.power import TTestPower
 
 from kdlib.analysis.intervals import canonical_order, interval, seed_noise
 from kdlib.analysis.labels import IDENTITY, method_labels, methods
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import per_patient, rows_of, volumes
 from kdlib.config import InputError
+from kdlib.metrics import METRICS
 
 ALPHA = 0.05
 POWER = 0.8  # of the minimum detectable difference

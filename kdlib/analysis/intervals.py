@@ -134,7 +134,7 @@ def seed_noise(*tables: pd.DataFrame, metric: str = "dice") -> pd.DataFrame | No
         tables: tidy, of one group; or of two, for the difference of the first to the second. Their trainings of one
             fold and seed, which see the same batches, are then taken together; where the two have different seeds,
             each one's trainings stand for themselves.
-        metric: one of `kdlib.analysis.metrics.METRICS`.
+        metric: one of `kdlib.metrics.METRICS`.
 
     Returns: one row per patient, one column per training; the last level of the columns is the seed, the others name
         the group in which trainings are drawn. None where there is one training per fold.

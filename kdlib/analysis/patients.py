@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kdlib.analysis.metrics import METRICS
 from kdlib.config import InputError
+from kdlib.metrics import METRICS
 
 
 def rows_of(table: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def per_patient(table: pd.DataFrame, metric: str = "dice", by: Sequence[str] = (
 
     Args:
         table: tidy.
-        metric: one of `kdlib.analysis.metrics.METRICS`.
+        metric: one of `kdlib.metrics.METRICS`.
         by: columns that make the groups (no patients or cases); with "class" among them classes are not averaged.
 
     Returns: columns of `by`, `patient` and `value`, in the order of the table.

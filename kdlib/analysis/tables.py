@@ -14,11 +14,11 @@ from pandas.io.formats.style import Styler
 from kdlib.analysis.comparisons import ALPHA, by_patient, with_identity
 from kdlib.analysis.intervals import interval, interval_text, seed_noise
 from kdlib.analysis.labels import IDENTITY, method_labels, methods
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of, volumes
 from kdlib.analysis.sentences import signed
 from kdlib.config import InputError
 from kdlib.files import write, write_text
+from kdlib.metrics import METRICS
 
 IN_BOLD = ("better", "non-inferior")  # verdicts that a printed table sets in bold
 BOLD = "textbf:--rwrap;"

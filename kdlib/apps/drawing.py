@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from kdlib.analysis.figures.style import ERRORS, ORANGE, SKY, STYLE
-from kdlib.analysis.metrics import METRICS
 from kdlib.apps.explore import CaseView
 from kdlib.apps.gradients import Gradients
+from kdlib.metrics import METRICS
 
 # of classes, for the colour-blind (after Paul Tol), other than those of errors
 COLOURS = ("#44BB99", "#EEDD88", "#6655CC", "#BBCC33", "#DDDDDD", "#AA7744", "#99DDFF", "#AAAA00", "#FFAABB")

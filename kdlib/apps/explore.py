@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from kdlib.analysis.labels import method_labels
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.report import runs_of
 from kdlib.config import TEACHERS, InputError, Run, from_json, lookup
 from kdlib.data import Fold, SliceBank, build_bank
@@ -32,6 +31,7 @@ from kdlib.experiments.runner import initial_weights
 from kdlib.experiments.source import TrainingData, run_source, training_part
 from kdlib.experiments.store import run_key, trained, untrained
 from kdlib.files import read_csv
+from kdlib.metrics import METRICS
 from kdlib.models import MODELS
 from kdlib.record import read_manifest
 from kdlib.training.device import pick_device, precision

@@ -19,9 +19,9 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from kdlib.analysis.figures.style import ERRORS
-from kdlib.analysis.metrics import METRICS
 from kdlib.apps import drawing, explore, gradients
 from kdlib.config import TEACHERS, InputError, TrainingError, lookup
+from kdlib.metrics import METRICS
 
 
 def _legend(colours: Mapping[str, str]) -> str:

@@ -32,7 +32,7 @@ ORDER = (
 ON_REQUEST = (  # they train most
     "05_correction", "07_fractions", "08_length", "09_sweep", "10_capacity", "11_dimensions",
 )  # fmt: skip
-EXPERIMENTS = tuple(name for name in ORDER if name not in ON_REQUEST)
+BY_DEFAULT = tuple(name for name in ORDER if name not in ON_REQUEST)
 WAITING = "not run, because of what failed before it"
 MADE = {"notebooks": "html", "tables": "csv", "figures": "png", "cards": "md"}  # folder -> suffix
 
@@ -103,7 +103,7 @@ def plan(options: argparse.Namespace) -> dict[str, object]:
     Raises:
         InputError: an experiment does not exist, or its notebook cannot take these parameters.
     """
-    chosen = options.only or EXPERIMENTS
+    chosen = options.only or BY_DEFAULT
     for name in chosen:
         lookup("experiment", name, dict.fromkeys(ORDER))
     shared, profile = study_parameters(options)

@@ -16,8 +16,8 @@ from kdlib.data.summary import largest_slice
 from kdlib.data.volumes import Bank
 from kdlib.evaluation.masks import bounding_box, on_file_grid, predict_cases, true_mask
 from kdlib.losses import most_probable
+from kdlib.metrics import METRICS
 
-METRICS = ("dice", "iou", "recall", "precision", "hd95", "assd", "nsd", "volume_error", "truth_volume")  # in this order
 TOLERANCE = 2.0  # mm that a surface may be off and still count as right (NSD)
 
 

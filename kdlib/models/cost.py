@@ -36,7 +36,7 @@ def cost(
 
     Returns: a table with columns model, size ("study" or "thesis"), parameters (of the whole network),
         inference_parameters (without the reconstruction decoder), gflops (10^9 operations, two per multiply-add),
-        latency_ms (median of one thread, batch of 1, float32, channels last) and threads.
+        latency_ms (median of one thread, batch of 1, float32, channels last).
     """
     rows = []
     for name in models:
@@ -46,11 +46,11 @@ def cost(
 
 
 def cost_of(name: str, width: float, size: int, classes: int, dims: int) -> dict[str, float]:
-    """What one network costs: parameters, inference_parameters, gflops, latency_ms and threads, as `cost` has them."""
+    """What one network costs: parameters, inference_parameters, gflops and latency_ms, as `cost` has them."""
     model, found = untimed(name, width, size, classes, dims)
     model = model.to(memory_format=CHANNELS_LAST[dims])
     shape = model.in_channels, *[size] * dims
-    return found | dict(latency_ms=milliseconds(lambda image: model(image, reconstruct=False), shape), threads=1)
+    return found | dict(latency_ms=milliseconds(lambda image: model(image, reconstruct=False), shape))
 
 
 def untimed(name: str, width: float, size: int, classes: int, dims: int = 2) -> tuple[UNet, dict[str, float]]:

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from kdlib.apps.cli import parser
 from kdlib.apps.notebooks import read_parameters
-from kdlib.apps.study import EXPERIMENTS, plan
+from kdlib.apps.study import BY_DEFAULT, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -144,7 +144,7 @@ def test_the_citation_names_the_thesis():
 
 
 def test_every_experiment_has_its_notebook():
-    assert {path.stem for path in NOTEBOOKS} >= set(EXPERIMENTS)
+    assert {path.stem for path in NOTEBOOKS} >= set(BY_DEFAULT)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -37,11 +37,11 @@ from kdlib.config import (
     to_json,
 )
 from kdlib.data import SliceBank
-from kdlib.evaluation.cases import METRICS
 from kdlib.experiments import parallel
 from kdlib.experiments.recipes import thesis_recipe
 from kdlib.experiments.runner import study
 from kdlib.experiments.store import manifest, run_folder
+from kdlib.metrics import METRICS
 from kdlib.models import MODELS, build_model
 from kdlib.training.fabric import ALONE, Processes, launch
 from kdlib.training.loop import train_cohort

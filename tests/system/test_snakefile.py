@@ -15,7 +15,7 @@ from nbformat import v4
 
 from kdlib.apps.cli import main
 from kdlib.apps.jobs import KILLED
-from kdlib.apps.study import EXPERIMENTS
+from kdlib.apps.study import BY_DEFAULT
 
 PARAMETERS = """\
 data: str = "phantom"
@@ -55,7 +55,7 @@ def write(folder: Path, name: str, *cells: str) -> Path:
 
 @pytest.fixture
 def notebooks(tmp_path) -> Path:
-    for name in EXPERIMENTS:
+    for name in BY_DEFAULT:
         write(tmp_path / "notebooks", name)
     write(tmp_path / "notebooks", "report", "print(study)")
     return tmp_path / "notebooks"

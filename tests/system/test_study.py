@@ -13,7 +13,7 @@ import pytest
 
 from kdlib.apps.cli import main
 from kdlib.apps.notebooks import NOTEBOOKS, execute
-from kdlib.apps.study import EXPERIMENTS
+from kdlib.apps.study import BY_DEFAULT
 from kdlib.config import SWITCHES, InputError
 
 TINY = {
@@ -56,7 +56,7 @@ def test_every_experiment_ends_and_leaves_tables_figures_and_pages(done):
     folder = done / "tiny"
     for suffix in (".ipynb", ".html"):
         found = {path.stem for path in (folder / "notebooks").glob(f"*{suffix}")}
-        assert found == {*EXPERIMENTS, "report"} - ({"report"} if suffix == ".html" else set())
+        assert found == {*BY_DEFAULT, "report"} - ({"report"} if suffix == ".html" else set())
     assert (folder / "protocol.md").is_file() and list((folder / "cards").glob("*.md"))
     figures = {path.stem for path in (folder / "figures").glob("*.pdf")}
     assert {"00_by_hand", "02_overview", "02b_controls", "02b_features", "03_ablation", "04_loss_comparison"} <= figures

@@ -15,7 +15,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "kdlib").rglob("*.py"))
 }
-BASE = {"strict", "recipe", "protocol", "config", "files", "record"}
+BASE = {"strict", "recipe", "protocol", "config", "files", "record", "metrics"}
 ALLOWED = {  # room -> the rooms that it may import from
     "data": set(),
     "models": set(),

@@ -15,10 +15,10 @@ from scipy import stats
 from kdlib.analysis.figures import style
 from kdlib.analysis.intervals import interval, interval_text
 from kdlib.analysis.labels import method_labels
-from kdlib.analysis.metrics import METRICS
 from kdlib.analysis.patients import patients_text, per_patient, rows_of
 from kdlib.analysis.sentences import signed
 from kdlib.config import InputError
+from kdlib.metrics import METRICS
 
 
 @plt.rc_context(style.STYLE)

@@ -113,12 +113,12 @@ def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | N
     Args:
         table: tidy, with the identity columns.
         cost: one row per (model, size): model, size ("study" as trained here, or "thesis": full width, 256 x 256),
-            inference_parameters, latency_ms of a slice or patch, and threads.
+            inference_parameters and latency_ms of a slice or patch.
         thesis: `THESIS_TABLE`, drawn in a panel of its own; None leaves it out.
 
     Raises: InputError: a missing column, or a model without its cost.
     """
-    style.need_columns(cost, ["model", "size", *COSTS, "threads"], "cost", "tables/02_cost.csv of notebook 02")
+    style.need_columns(cost, ["model", "size", *COSTS], "cost", "tables/02_cost.csv of notebook 02")
     style.need_columns(table, ["model", "method", "role"], "efficiency", "`Results.cases`")
     means, own = summarise(table), cost[cost["size"] == "study"].set_index("model")
     if missing := sorted(set(means["model"]) - set(own.index)):
@@ -141,10 +141,9 @@ def efficiency(table: pd.DataFrame, cost: pd.DataFrame, thesis: pd.DataFrame | N
     roles |= {f"distilled from {name}": (mark, means["teacher"] == name) for name, mark in (("T1", "P"), ("T2", "X"))}
     looks = {name: dict(color=style.DARK, marker=marker) for name, (marker, here) in roles.items() if here.any()}
     style.legend_below(figure, style.legend_lines(looks, **style.NO_LINE))
-    threads = " or ".join(map(str, sorted(cost["threads"].unique())))
     note = f"Points: mean over patients ({patients_text(means['n'], means['volumes'])}) at the network's true cost; "
     note += "intervals stand in the table. Costs are without a teacher's reconstruction decoder; latency: "
-    note += f"median, batch 1, {threads} thread{'s' * (threads != '1')}."
+    note += "median, batch 1, 1 thread."
     if thesis is not None:
         note += " Right: single runs of the thesis at full width, pixels of its test set pooled."
     figure.set_label(f"{note} {cost_sentence(cost)}")

@@ -12,8 +12,8 @@ import pytest
 from analysis_tables import identity
 
 from kdlib.analysis.cards import FAULTS, WHY, write_cards
-from kdlib.analysis.metrics import METRICS
 from kdlib.config import PROTOCOLS, SWITCHES, InputError, Preprocessing, Recipe, Run, Term, override_profile, to_json
+from kdlib.metrics import METRICS
 
 DICE = {"c1": 0.5, "c2": 0.8, "c3": 0.9, "c4": 0.7}
 RECIPE = Recipe("distilled", terms=(Term("PMD", "kl", 0.2, 4.0),))

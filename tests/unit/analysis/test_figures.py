@@ -357,7 +357,7 @@ def costs(models=("T1", "T2", "S1", "S2")) -> pd.DataFrame:
     rows = []
     for number, (size, model) in enumerate(itertools.product(("study", "thesis"), models)):
         cost = dict(inference_parameters=10 ** (4 + number % 4), gflops=2.0 ** (number % 4), latency_ms=10.0 + number)
-        rows.append(dict(model=model, size=size, threads=1) | cost)
+        rows.append(dict(model=model, size=size) | cost)
     return pd.DataFrame(rows)
 
 

@@ -23,4 +23,4 @@ def test_every_model_costs_once_here_and_once_at_the_thesis_size():
     spared = count_parameters(small.reconstruction)
     assert table["parameters"][0] == count_parameters(small) == table["inference_parameters"][0] + spared
     assert table["gflops"][0] == pytest.approx(gflops(small, 32, reconstruct=False))
-    assert (table["latency_ms"] > 0).all() and (table["threads"] == 1).all()
+    assert (table["latency_ms"] > 0).all()
