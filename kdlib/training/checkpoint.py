@@ -30,8 +30,8 @@ TENSOR = "tensor of this file"  # key that stands in the JSON for a tensor, with
 # what a training or its evaluation passes through; drawing, statistics and notebooks read finished tables alone, and
 # recipes are part of a run's key
 SOURCES = (
-    "config.py", "recipe.py", "protocol.py", "strict.py", "data/*.py", "evaluation/*.py", "experiments/runner.py",
-    "experiments/source.py", "losses/*.py", "models/*.py", "training/*.py",
+    "config.py", "recipe.py", "protocol.py", "strict.py", "metrics.py", "data/*.py", "evaluation/*.py",
+    "experiments/runner.py", "experiments/source.py", "losses/*.py", "models/*.py", "training/*.py",
 )  # fmt: skip
 
 
