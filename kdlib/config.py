@@ -313,18 +313,11 @@ def to_json(run: Run) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
-def from_json(record: str | Mapping) -> Run:
-    """The run of a description: the fields of `Run`, of which profile and protocol may be names.
-
-    Args:
-        record: JSON text, or what it holds.
+def from_json(record: object) -> Run:
+    """The run that JSON describes: an object of the fields of `Run`, of which profile and protocol may be names.
 
     Raises: InputError: a field that does not exist, is missing, or has a value of another type or out of range.
     """
-    try:
-        record = json.loads(record) if isinstance(record, str) else record
-    except json.JSONDecodeError as error:
-        raise InputError(f"a run cannot be read as JSON: {error}") from None
     return structure(record, Run)
 
 
