@@ -120,7 +120,7 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
             raise InputError(f"{path}: parameter {name!r}: {error}") from None
         except ValueError:
             raise InputError(f"{path}: parameter {name!r} is {declared[name]}, not {value!r}") from None
-    for part in str(values.get("study", "x")).split("/"):  # a per-fold job lies in its study's folder
+    for part in str(values.get("study", "x")).split("/"):
         check_study(part)
     return values
 

@@ -153,7 +153,8 @@ class SliceBank:
 
     def hide_labels(self, cases: Iterable[str]) -> SliceBank:
         """The bank with the labels of these cases replaced by `UNLABELLED`: what was never there cannot be read."""
-        hidden = torch.tensor([name in set(cases) for name in self.cases], device=self.labels.device)[self.case_index]
+        named = set(cases)
+        hidden = torch.tensor([name in named for name in self.cases], device=self.labels.device)[self.case_index]
         return dataclasses.replace(self, labels=self.labels.masked_fill(hidden[:, None, None], UNLABELLED))
 
     @property

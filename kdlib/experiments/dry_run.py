@@ -35,7 +35,12 @@ def steps_of(run: Run, results: Path) -> int:
 
 
 def slices_of(run: Run, results: Path) -> int:
-    """Slices of all training patients, by the headers of the scans; or patches of them."""
+    """Slices of all training patients, by the headers of the scans; or patches of them.
+
+    0 where the profile fixes the steps, so that nobody counts them.
+    """
+    if run.profile.teacher_steps and run.profile.student_steps:
+        return 0
     found = run_source(run, results)
     train = set(found.folds[run.fold].train)
     if run.preprocessing.dimensions == 3:

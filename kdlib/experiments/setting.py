@@ -56,7 +56,7 @@ class Setting:
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
             if not numbers or len(set(numbers)) < len(numbers):
                 raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
-        for name in (self.study.split("/")[0], *self.reuse):
+        for name in (*self.study.split("/"), *self.reuse):  # a per-fold job lies in its study's folder
             check_study(name)
         pick_device(self.device)
         self.everywhere("S1")  # whatever a run refuses

@@ -35,6 +35,7 @@ from kdlib.apps.study import study_parameters
 from kdlib.config import InputError
 from kdlib.data import build_bank, index, split_file, splits
 from kdlib.data.decathlon import Dataset
+from kdlib.experiments.setting import Setting
 from kdlib.experiments.tables import Results
 from kdlib.files import check_study, read_arrays
 from kdlib.training.checkpoint import load_weights
@@ -258,6 +259,8 @@ def test_a_job_lies_in_the_folder_of_its_study():
     for name in ("x/../../y", "/x", "x//y", "x/", "x/./y", "x/.hidden", "x/a b", "runs/x"):
         with pytest.raises(InputError, match="study name"):
             check_parameters(path, shared | {"study": name})
+        with pytest.raises(InputError, match="study name"):
+            Setting(study=name)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

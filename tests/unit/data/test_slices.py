@@ -301,6 +301,13 @@ def test_select_keeps_nothing_of_the_other_cases(bank):
         assert tensor.untyped_storage().data_ptr() != getattr(bank, name).untyped_storage().data_ptr()
 
 
+def test_hidden_labels_are_those_of_the_named_cases_alone(bank):
+    hidden = bank.hide_labels(iter(["b", "c"]))
+    assert {bank.cases[number] for number in hidden.case_index[~hidden.labelled].tolist()} == {"b", "c"}
+    kept = hidden.labelled
+    assert kept.any() and torch.equal(hidden.labels[kept], bank.labels[kept])
+
+
 def test_select_names_what_is_wrong(bank):
     with pytest.raises(InputError, match="nobody"):
         bank.select(["a", "nobody"])
