@@ -90,7 +90,7 @@ def by_class(cases: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
         wide = of.pivot_table(index=place, columns="metric", values="value")
         best = wide.loc[wide["truth_volume"] > 0, "dice"].groupby(place[:3]).max()  # where there is something to find
         lost = (best == 0).groupby("method").sum()  # trainings without a right voxel of the class in any test case
-        never_alone, never = (lost[verdicts[name]].to_numpy() for name in ("b", "a"))
+        never_alone, never = (lost.reindex(verdicts[name], fill_value=0).to_numpy() for name in ("b", "a"))
         found = answer(of, verdicts, {}).assign(volume=size, never_alone=never_alone, never=never)
         found.insert(1, "class", name)
         rows.append(found)

@@ -19,7 +19,7 @@ from kdlib.analysis.comparisons import ranks
 from kdlib.analysis.labels import methods
 from kdlib.analysis.tables import THESIS_TABLE
 from kdlib.config import InputError, lookup
-from kdlib.files import read_arrays, read_csv
+from kdlib.files import packed_or_not, read_arrays, read_csv
 
 
 class Results(Protocol):
@@ -39,9 +39,10 @@ class Saved(NamedTuple):
 
     def read(self, kind: str, name: str, reader: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
         path = self.folder / kind / name
-        if not path.is_file():
+        found = packed_or_not(path)
+        if found is None:
             raise InputError(f"{path} does not exist: run notebook {name.partition('_')[0]} of this study to its end")
-        return reader(path)
+        return reader(found)
 
     def table(self, name: str) -> pd.DataFrame:
         return self.read("tables", f"{name}.csv", read_csv)

@@ -74,8 +74,9 @@ def finished_runs(results: Path | str, study: str) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"no run of study {study} is kept in {results.resolve() / 'runs'}: run the study again there")
     labels = table["method"].map(method_labels(table))
-    places = zip(labels, table["fold"], table["seed"], strict=True)
-    return table.assign(label=[f"{label}, fold {fold}, seed {seed}" for label, fold, seed in places])
+    protocols = table["protocol"].map("{}, ".format) if table["protocol"].nunique() > 1 else [""] * len(table)
+    places = zip(labels, protocols, table["fold"], table["seed"], strict=True)
+    return table.assign(label=[f"{label}, {name}fold {fold}, seed {seed}" for label, name, fold, seed in places])
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,8 @@ def teachers_of(student: Finished, table: pd.DataFrame, data: str, device: str =
     """
     keys = [run_key(run, student.results) for run in student.run.teacher_runs().values()]
     if not keys and student.run.model not in TEACHERS:
-        keys = table.loc[table["model"].isin(TEACHERS) & (table["fold"] == student.run.fold), "run"].tolist()[:1]
+        place = (table["fold"] == student.run.fold) & (table["protocol"] == student.run.protocol.name)
+        keys = table.loc[table["model"].isin(TEACHERS) & place, "run"].tolist()[:1]
     return tuple(load_run(student.results, key, data, device) for key in keys)
 
 

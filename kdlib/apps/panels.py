@@ -361,7 +361,8 @@ class ComparisonPanel(Panel):
     def _list(self) -> None:
         table, mine = self.pick.table, self.pick.run.run
         table = table[(table["fold"] == mine.fold) & (table["run"] != self.pick.run.key)]
-        alike = table[["model", "fraction", "length"]] == [mine.model, mine.fraction, mine.length]
+        own = {"model": mine.model, "fraction": mine.fraction, "length": mine.length, "protocol": mine.protocol.name}
+        alike = table[list(own)] == list(own.values())
         same = table[(table["role"] == "baseline") & alike.all(axis=1)]
         with _silent(self.other, self.show):
             self.other.options = list(zip(table["label"], table["run"], strict=True))

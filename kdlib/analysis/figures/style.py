@@ -87,7 +87,8 @@ def method_styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 def _style(row: tuple) -> dict[str, str]:
     if row.role == "control":
-        marker = CONTROL_MARKERS[list(CONTROLS).index(row.control) % len(CONTROL_MARKERS)]
+        kind = [*CONTROLS, row.control].index(row.control)  # a recipe of one's own may name another
+        marker = CONTROL_MARKERS[kind % len(CONTROL_MARKERS)]
         return dict(color=CONTROL_COLOUR, marker=marker, linestyle=":")
     other = OTHER_COLOURS[zlib.crc32(str(row.Index).encode()) % len(OTHER_COLOURS)], "h"
     whole = None if row.teacher else row.fraction == 1

@@ -159,6 +159,14 @@ def test_by_class_tells_where_it_helps_and_where_it_hurts(cases):
     assert page.startswith(said) and "| **worse** | adrenal | 5.0 | S1 | T1 | 0.735 | 0.705 |" in page
 
 
+def test_a_class_that_no_test_patient_has_is_missed_by_no_training(cases):
+    empty = cases[cases["metric"] == "dice"].assign(metric="truth_volume", value=0.0)
+    history = pd.DataFrame([dict(identity(name), run=name, epoch=epoch, name="val_dice", value=0.7)
+                            for name in VALUES for epoch in (1, 4, 5)])  # fmt: skip
+    table = by_class(pd.concat([cases, empty], ignore_index=True), history)
+    assert len(table) and (table[["never_alone", "never"]] == 0).all(axis=None) and (table["volume"] == 0).all()
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_the_report_of_several_classes_says_where_it_helps(several, tmp_path):
     row = dict(verdict="better", student="S1", teacher="T1", dice_alone=0.7, dice_distilled=0.8, change="+0.100",

@@ -179,6 +179,8 @@ def test_styles_follow_the_columns_not_the_names():
     styles = list(method_styles(pd.DataFrame(rows)).values())
     assert styles == list(method_styles(pd.DataFrame(renamed)).values())
     assert styles[2]["color"] == styles[3]["color"] and styles[2]["marker"] != styles[3]["marker"]
+    mine = list(method_styles(pd.DataFrame([dict(rows[2], control="mine")])).values())
+    assert mine[0]["color"] == styles[2]["color"] and mine[0]["marker"]
     other = method_styles(pd.DataFrame([identity("S1 (25 %)")]))["S1 (25 %)"]
     assert other not in method_styles(pd.DataFrame(map(identity, METHODS))).values()
 
