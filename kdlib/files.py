@@ -35,6 +35,12 @@ def check_study(name: str) -> None:
         raise InputError(f"study name {name[:100]!r}: use {allowed}")
 
 
+def check_study_or_job(path: str) -> None:
+    """`check_study` of every part: a per-fold job lies in its study's folder. Raises: InputError as it does."""
+    for part in path.split("/"):
+        check_study(part)
+
+
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Writes a file whole or not at all: into a neighbour, onto the disk, then renamed.
 

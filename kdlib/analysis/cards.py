@@ -268,9 +268,11 @@ def _families(folder: Path) -> pd.DataFrame:
     """One row per family of comparisons, a table or a question of it: what its tests could decide, and did."""
     rows = []
     for path in sorted((folder / "tables").glob("*.csv")):
+        columns = {"verdict", "n", "smallest_p"}
+        if path.stem.endswith("_answer") or not columns <= set(pd.read_csv(path, nrows=0)):
+            continue
         table = read_csv(path)
-        again = path.stem.endswith("_answer") or ("class" in table and table["class"].nunique() == 1)
-        if again or not {"verdict", "n", "smallest_p"} <= set(table):  # again: what <chapter>_comparisons has
+        if "class" in table and table["class"].nunique() == 1:  # as in <chapter>_answer, what <chapter>_comparisons has
             continue
         table = table.dropna(subset=["verdict"])
         for question, family in table.groupby("question", sort=False) if "question" in table else [("", table)]:

@@ -74,9 +74,10 @@ def finished_runs(results: Path | str, study: str) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"no run of study {study} is kept in {results.resolve() / 'runs'}: run the study again there")
     labels = table["method"].map(method_labels(table))
-    protocols = table["protocol"].map("{}, ".format) if table["protocol"].nunique() > 1 else [""] * len(table)
-    places = zip(labels, protocols, table["fold"], table["seed"], strict=True)
-    return table.assign(label=[f"{label}, {name}fold {fold}, seed {seed}" for label, name, fold, seed in places])
+    if table["protocol"].nunique() > 1:
+        labels += ", " + table["protocol"]
+    places = zip(labels, table["fold"], table["seed"], strict=True)
+    return table.assign(label=[f"{label}, fold {fold}, seed {seed}" for label, fold, seed in places])
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ import psutil
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from kdlib.config import InputError, lookup
-from kdlib.files import check_study, write_text
+from kdlib.files import check_study_or_job, write_text
 from kdlib.strict import FORESEEN
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -120,8 +120,7 @@ def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, objec
             raise InputError(f"{path}: parameter {name!r}: {error}") from None
         except ValueError:
             raise InputError(f"{path}: parameter {name!r} is {declared[name]}, not {value!r}") from None
-    for part in str(values.get("study", "x")).split("/"):
-        check_study(part)
+    check_study_or_job(str(values.get("study", "x")))
     return values
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Recipe, Run, lookup, override_profile
 from kdlib.experiments.source import run_source
-from kdlib.files import check_study
+from kdlib.files import check_study, check_study_or_job
 from kdlib.strict import Whole, check_fields
 from kdlib.training.device import pick_device
 
@@ -56,7 +56,8 @@ class Setting:
         for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
             if not numbers or len(set(numbers)) < len(numbers):
                 raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
-        for name in (*self.study.split("/"), *self.reuse):  # a per-fold job lies in its study's folder
+        check_study_or_job(self.study)
+        for name in self.reuse:
             check_study(name)
         pick_device(self.device)
         self.everywhere("S1")  # whatever a run refuses

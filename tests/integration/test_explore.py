@@ -84,6 +84,14 @@ def test_without_a_study_every_panel_is_there_and_says_how_to_make_one(tmp_path,
         explore.finished_runs(small_study, "tini")
 
 
+def test_runs_of_several_protocols_have_names_of_their_own(small_study, table, monkeypatch):
+    assert not table["label"].str.contains("corrected").any(), "one protocol needs no name"
+    both = pd.concat([table, table.assign(protocol="thesis")], ignore_index=True).drop(columns="label")
+    monkeypatch.setattr(explore, "runs_of", lambda folder: both)
+    labels = explore.finished_runs(small_study, "tiny")["label"]
+    assert labels.is_unique and labels.str.contains(", corrected, fold").sum() == len(table)
+
+
 def test_a_study_whose_runs_are_gone_says_so(small_study, tmp_path):
     shutil.copytree(small_study / "tiny", tmp_path / "tiny")
     with pytest.raises(InputError, match="holds no study whose runs are kept"):

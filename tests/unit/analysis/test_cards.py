@@ -163,7 +163,10 @@ def test_families_that_can_decide_nothing_are_named(toy):
     asked.to_csv(toy.folder / "tables" / "10_comparisons.csv", index=False)
     for again in ("02_answer", "02_classes"):
         table.assign(**{"class": "spleen"}).to_csv(toy.folder / "tables" / f"{again}.csv", index=False)
+    classes = table.assign(**{"class": ["NA", "spleen", "NA"]})
+    classes.to_csv(toy.folder / "tables" / "03_classes.csv", index=False)
     text = toy.protocol()
+    assert rows(text, "03_classes"), "two classes, of which one is called NA"
     assert "02_answer" not in text and "02_classes" not in text, "the tests of 02_comparisons once more"
     assert [row[1] for row in rows(text, "10_comparisons, ")] == ["2", "1"], "a family for each question"
     assert rows(text, "02_few")[0][1:5] == ["3", "6", "0.094", "no, whatever the data: too few patients"]
