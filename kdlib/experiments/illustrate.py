@@ -52,11 +52,14 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
         out), row and column of the anchor on that grid (-1 where it lies on another slice), positives and negatives (of
         the anchor in the whole batch), images (of the batch), step (of the batch, from 0) and term.
 
-    Raises: InputError: the run has no supervised contrastive loss, or its training slices show no target.
+    Raises: InputError: the run has no supervised contrastive loss, it has images without labels, or its training slices
+        show no target.
     """
     labelled = [term for term in run.effective_recipe.terms if term.loss == "supcon"]
     if not labelled:
         raise InputError(f"{run.method} has no supervised contrastive loss, so it has no pairs to show")
+    if run.recipe.unlabelled:
+        raise InputError(f"{run.method} has images without labels, which show no pairs: give a run without them")
     if run.preprocessing.dimensions == 3:
         raise InputError(f"{run.method} is a run of volumes, and pairs are shown on slices: give a run of a 2D profile")
     results = Path(results).resolve()

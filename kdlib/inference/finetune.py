@@ -24,6 +24,7 @@ from kdlib.training.batch import load_batch
 from kdlib.training.device import seeded_rng
 from kdlib.training.frozen import FrozenTeachers
 from kdlib.training.loop import training_step
+from kdlib.training.schedule import optimiser_of
 from kdlib.training.state import new_state
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -87,9 +88,10 @@ def finetune(
         the network, in eval mode, with float32 weights.
     """
     teachers, device = teachers or {}, next(network.parameters()).device
-    slow = dataclasses.replace(run.profile.student, lr=run.profile.student.lr / slowdown)
-    run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, student=slow))
     state = new_state(run, len(train.classes), steps, device, teachers, train.patients)
+    slow = dataclasses.replace(run.optimisation, lr=run.optimisation.lr / slowdown)
+    learned = [parameter for group in state.optimiser.param_groups for parameter in group["params"]]
+    state.optimiser, state.schedule = optimiser_of(slow, learned, steps)
     state.model.load_state_dict(network.state_dict())
     if projectors is not None:
         state.distiller.load_state_dict(projectors)

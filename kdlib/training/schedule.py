@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from kdlib.config import TEACHER_RECIPE, Run
+from kdlib.config import TEACHER_RECIPE, Optimisation, Run
 
 
 def steps_per_epoch(run: Run, slices: int) -> int:
@@ -44,10 +44,9 @@ def epochs_of(run: Run, slices: int) -> int:
 
 
 def optimiser_of(
-    run: Run, parameters: Iterable[nn.Parameter], steps: int
+    how: Optimisation, parameters: Iterable[nn.Parameter], steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Optimiser and schedule of the learning rate for a training of `steps` optimiser steps."""
-    how = run.optimisation
     if how.optimiser == "adamw":
         fused = how.kernels == "fused" or None  # None is torch's own choice
         optimiser = torch.optim.AdamW(parameters, how.lr, how.betas, weight_decay=how.weight_decay, fused=fused)

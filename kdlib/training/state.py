@@ -188,6 +188,6 @@ def new_state(
     parameters = [*model.parameters(), *(distiller.parameters() if distiller is not None else ())]
     hooks = FeatureHooks(model, model.scales, layers)
     segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)
-    optimiser, schedule = optimiser_of(run, parameters, steps)
+    optimiser, schedule = optimiser_of(run.optimisation, parameters, steps)
     parts = run, model, hooks, distiller, segmentation, optimiser, schedule
     return RunState(*parts, micro_batches=micro_batches, terms_from=round(recipe.warmup * steps))

@@ -173,6 +173,9 @@ def test_pairs_need_a_contrast_with_labels(place):
     ):
         with pytest.raises(InputError, match="no supervised contrastive loss"):
             pairs_of(changed, results)
+    hidden = dataclasses.replace(run, fraction=0.5, recipe=dataclasses.replace(run.recipe, unlabelled=True))
+    with pytest.raises(InputError, match="images without labels"):
+        pairs_of(hidden, results)
 
 
 def as_table(arrays) -> pd.DataFrame:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from small_training import blobs, distilled, frozen_teacher, run_of, same
 from torch import nn
 
+from kdlib.config import PROTOCOLS
 from kdlib.inference.finetune import finetune, rounded
 from kdlib.models import build_model
 from kdlib.training.state import new_model, new_state
@@ -62,6 +64,15 @@ def test_a_student_learns_on_from_the_same_teacher(run, teachers):
     assert same(tuned.state_dict(), finetune(run, network, blobs(), 12, teachers, slowdown=1).state_dict())
     with rounded(tuned):
         assert volume_dice(tuned, blobs(1, seed=9)) > 0.3  # bright squares that it has not seen, at int8's precision
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_learning_rate_is_slowed_down_whatever_optimiser_the_run_had(protocol):
+    run = dataclasses.replace(run_of("S1"), protocol=PROTOCOLS[protocol])
+    network = new_model(run, 1)
+    networks = network, *(finetune(run, network, blobs(), 3, slowdown=slowdown) for slowdown in (1e9, 1))
+    before, slowed, learned = (each.get_parameter("segmentation.head.weight") for each in networks)
+    assert torch.allclose(before, slowed, atol=1e-7, rtol=0) and not torch.allclose(before, learned, atol=1e-5)
 
 
 def test_a_distilled_student_hears_its_teacher():
