@@ -8,7 +8,7 @@ import math
 import numbers
 import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,13 @@ def lookup(kind: str, name: str, options: Mapping):
     if not isinstance(name, str) or name not in options:
         raise InputError(f"{kind} {name!r} does not exist: choose from {', '.join(options)}")
     return options[name]
+
+
+def check_each_once(**lists: Sequence[object]) -> None:
+    """Raises InputError for an empty list, or one that names something twice."""
+    for name, given in lists.items():
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"{name} {list(given)}: give at least one, and each once")
 
 
 def either(names) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from kdlib.apps.notebooks import NOTEBOOKS, as_text, check_parameters, convert, read_parameters
 from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Run, lookup, override_profile
 from kdlib.files import check_study, write_json
+from kdlib.strict import check_each_once
 
 ROOT = NOTEBOOKS.parent
 ORDER = (
@@ -58,9 +59,7 @@ def study_parameters(options: argparse.Namespace) -> tuple[dict[str, object], Pr
     except json.JSONDecodeError:
         raise InputError(f"changes {options.changes!r}: give a JSON object, e.g. '{{\"spacing\": 2.0}}'") from None
     folds, seeds = _numbers("folds", options.folds), _numbers("seeds", options.seeds)
-    for name, numbers in (("folds", folds), ("seeds", seeds)):
-        if not numbers or len(set(numbers)) < len(numbers):
-            raise InputError(f"{name} {numbers}: give at least one, and each once, e.g. '0 1'")
+    check_each_once(folds=folds, seeds=seeds)
     profile, protocol = override_profile(options.profile, changes), lookup("protocol", options.protocol, PROTOCOLS)
     data = options.data
     if data != "phantom":

@@ -22,7 +22,7 @@ import pandas as pd
 
 from kdlib.config import InputError
 from kdlib.data.description import Description, is_plain, read_description
-from kdlib.data.grouping import EACH_CASE, Group, group_cases, shorten, suggest_pairs
+from kdlib.data.grouping import EACH_CASE, group_cases, shorten, suggest_pairs
 from kdlib.data.nifti import Defect, check_grid, check_intensities, read, stem
 from kdlib.files import entries
 
@@ -138,7 +138,7 @@ def _suggestion(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -> Dataset:
+def index(folder: str | Path, on_defect: str = "raise", group: str = "auto") -> Dataset:
     """Read every file of a folder once and describe it.
 
     Images and labels are paired by file name (an image may end in nnU-Net's `_0000`); name, modality and labels come
@@ -179,7 +179,7 @@ def index(folder: str | Path, on_defect: str = "raise", group: Group = "auto") -
         raise_defects(root, table, len(names), len(scans))
     patients, grouping = group_cases(list(scans), group, root)
     cases = tuple(replace(scan.case, group=patients[name]) for name, scan in scans.items())
-    odd = _warnings(scans, about, {*files["imagesTr"]}, grouping if group == "auto" else "")
+    odd = _warnings(scans, about, grouping if group == "auto" else "")
     for _, rows in odd.groupby(["warning", "remedy"], sort=False):
         first = rows.iloc[0]
         affected = [name for name in rows["case"] if name]
@@ -315,13 +315,13 @@ def _inspect(
     return rows, _Scan(case, tuple(image.extremes().tolist()), image.inter, image.pixel_hash())
 
 
-def _warnings(scans: dict[str, _Scan], about: Description, on_disk: set[str], grouping: str) -> pd.DataFrame:
+def _warnings(scans: dict[str, _Scan], about: Description, grouping: str) -> pd.DataFrame:
     """What is odd about cases that are used; `grouping` is "" where the user said how to group."""
     rows, same = [], defaultdict(list)
     for name, scan in scans.items():
         if oddity := _odd_values(about.modality, scan):
             rows.append((name, f"imagesTr/{scan.case.image.name}", *oddity))
-        if about.training and name not in about.training and name in on_disk:
+        if about.training and name not in about.training:
             unlisted = "on disk, but not in the list of dataset.json; it is used", "list it, or remove the files"
             rows.append((name, f"imagesTr/{scan.case.image.name}", *unlisted))
         same[scan.pixels].append(name)

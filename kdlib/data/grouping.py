@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from kdlib.config import InputError
 
-Group = str | Callable[[str], str]
 EACH_CASE = "each case is a patient"
 
 
-def group_cases(cases: Sequence[str], group: Group, root: Path) -> tuple[dict[str, str], str]:
+def group_cases(cases: Sequence[str], group: str, root: Path) -> tuple[dict[str, str], str]:
     """Case name -> patient, and in a few words how the patients were recognised.
 
     Args:
         cases: names of the cases.
         group: "auto" (the pairs of the Decathlon's Hippocampus task, else each case is a patient); a regular
-            expression that finds the patient in a case name, as its groups or as its whole match; a CSV file with
-            columns case and patient; or a function from case name to patient.
+            expression that finds the patient in a case name, as its groups or as its whole match; or a CSV file with
+            columns case and patient.
         root: folder of the data set, where a CSV file is looked for first.
 
     Raises: InputError for an expression or a table that leaves a case without a patient.
     """
-    if callable(group):
-        return {case: str(group(case)) for case in cases}, "function"
     if not isinstance(group, str) or not group:
-        kinds = "'auto', a regular expression, a CSV file or a function from case name to patient"
-        raise InputError(f"group {group!r}: give {kinds}")
+        raise InputError(f"group {group!r}: give 'auto', a regular expression or a CSV file")
     if group == "auto":
         if all(re.fullmatch(r"(?i)hippocampus_?\d+", case) for case in cases):
-            return {case: _hippocampus_pair(case) for case in cases}, "Hippocampus: volumes 2k - 1 and 2k"
+            # very probably the two hippocampi of one person
+            pairs = {case: str((int(re.search(r"\d+$", case).group()) + 1) // 2) for case in cases}
+            return pairs, "Hippocampus: volumes 2k - 1 and 2k"
         return {case: case for case in cases}, EACH_CASE
     if group.lower().endswith(".csv"):
         patients, source = _from_table(group, root), f"table {Path(group).name}"
@@ -69,11 +67,6 @@ def suggest_pairs(cases: Sequence[str], labels: Sequence[str]) -> tuple[str, str
     example = " and ".join([case for case in cases if stems[case] == shared[0]][:2])
     found = f"names suggest {len(count)} patients for {len(cases)} cases ({example}), nothing groups them"
     return found, f"group them, e.g. with GROUP='(.+)[_.-]' or GROUP=patients.csv (columns case and patient); {own}"
-
-
-def _hippocampus_pair(name: str) -> str:
-    """Volumes 2k - 1 and 2k of Task04 are very probably the two hippocampi of one person."""
-    return str((int(re.search(r"\d+$", name).group()) + 1) // 2)
 
 
 def _from_expression(cases: Sequence[str], expression: str) -> dict[str, str]:

@@ -269,10 +269,9 @@ def restore(scores: Tensor, geometry: Geometry) -> Tensor:
 
     Raises: InputError: the scores are not of this case's number and size of slices.
     """
-    grid = geometry.grid
+    grid, to_slices = geometry.grid, geometry._to_slices()
     if tuple(scores.shape[1:]) != grid:
         raise InputError(f"scores of shape {tuple(scores.shape)}: this case's slices have [D, H, W] = {list(grid)}")
-    to_slices = geometry._to_slices()
     inside = [torch.from_numpy(mask).to(scores.device) for mask in geometry.in_view()]
     for dim, position in enumerate(geometry.positions(), 4 - len(inside)):
         position = torch.from_numpy(position).to(scores.device).clamp(0, grid[dim - 1] - 1)
@@ -315,7 +314,11 @@ def image_slices(
     Raises: InputError for an MR volume that is constant, named by its path.
     """
     placed = place_slices(image.shape, affine, preprocessing)
-    image = placed.orient(_unit_range(image, modality, preprocessing, path))
+    low, high = intensity_range(image, modality, preprocessing)
+    if low == high:
+        constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
+        raise InputError(f"{path}: {constant}; leave it out")
+    image = placed.orient(((image - low) / (high - low)).clip(0, 1).astype(np.float32))
     image = np.rint(_resample(image, placed.factor) * 255).clip(0, 255).astype(np.uint8)
     return placed, _pad_or_crop(image, placed)
 
@@ -335,15 +338,6 @@ def intensity_range(image: np.ndarray, modality: str, preprocessing: Preprocessi
         return preprocessing.window
     body = image[image != 0]
     return tuple(np.percentile(body, preprocessing.percentiles)) if body.size else (0.0, 0.0)
-
-
-def _unit_range(image: np.ndarray, modality: str, preprocessing: Preprocessing, path: Path) -> np.ndarray:
-    """The image clipped to its `intensity_range`, as 0..1."""
-    low, high = intensity_range(image, modality, preprocessing)
-    if low == high:
-        constant = f"MR volume is constant (percentiles {preprocessing.percentiles} are equal)"
-        raise InputError(f"{path}: {constant}; leave it out")
-    return ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
 
 
 def _pixels(voxels: int, factor: float) -> int:

@@ -74,7 +74,6 @@ def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, se
 
     Raises: InputError for too few patients, for a file that cannot be read, or that was made from other data.
     """
-    path = Path(path)
     asked = {"dataset": dataset.name, "classes": classes, "folds": folds, "seed": seed}
     if path.exists():
         record = _read(path)
@@ -82,7 +81,9 @@ def splits(dataset: Dataset, classes: dict[str, int], folds: int, path: Path, se
             remedy = "restore that, or use another results folder (or delete the file) if you mean to start anew"
             raise InputError(f"{path}: the split was made from something else: {'; '.join(changes)}; {remedy}")
     else:
-        record = _make(dataset, asked)
+        cases = {case.name: _describe(case, classes, dataset.modality) for case in dataset.cases}
+        parts = {"stratified by": _covariate(dataset.modality), "parts": _stratify(cases, folds, seed)}
+        record = {"format": FORMAT, **asked, **parts, "cases": cases}
         write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
     groups = {name: entry["patient"] for name, entry in record["cases"].items()}
     found = tuple(Fold(*(tuple(fold[part]) for part in PARTS), groups) for fold in record["parts"])
@@ -116,12 +117,6 @@ def split_warnings(folds: Sequence[Fold], dataset: Dataset, classes: dict[str, i
 def _covariate(modality: str) -> str:
     """What the parts are stratified by; so a split's record also says which modality it was made of."""
     return "mean intensity in the target (HU)" if modality == "CT" else "volume of the target (ml)"
-
-
-def _make(dataset: Dataset, asked: dict) -> dict:
-    cases = {case.name: _describe(case, asked["classes"], dataset.modality) for case in dataset.cases}
-    parts = _stratify(cases, asked["folds"], asked["seed"])
-    return {"format": FORMAT, **asked, "stratified by": _covariate(dataset.modality), "parts": parts, "cases": cases}
 
 
 def _describe(case: Case, classes: dict[str, int], modality: str) -> dict:

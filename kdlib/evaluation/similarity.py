@@ -80,7 +80,7 @@ def features_at(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Scale -> [points, channels] on the CPU, at `points` ([N,K,2 or 3], x, y (, z) in -1..1) of the slices."""
     parts: dict[str, list[Tensor]] = {name: [] for name in scales or model.scales}
-    with closing(FeatureHooks(model, model.scales, parts)) as taps, inference(model, bank.dims) as device:
+    with closing(FeatureHooks(model, parts)) as taps, inference(model, bank.dims) as device:
         for chosen, places in zip(index.split(batch), points.split(batch), strict=True):
             images, _ = bank.batch(chosen.to(bank.images[0].device))
             images = images.to(device, memory_format=CHANNELS_LAST[bank.dims])

@@ -35,6 +35,7 @@ from kdlib.experiments.recipes import (
 )
 from kdlib.experiments.setting import Setting
 from kdlib.models import MODELS, ExternalModel
+from kdlib.strict import check_each_once
 
 IN_3D = {"dimensions": 3, "size": 32, "channels": "repeat"}  # makes a profile of slices one of volumes
 
@@ -165,7 +166,7 @@ def label_fractions(
 ) -> list[Run]:
     """With how few labels does distillation help? Of each student: baseline, distilled, distilled with unlabelled
     images and its three controls at every label fraction; and the teacher, which has all labels."""
-    _check_given(students=students, fractions=fractions)
+    check_each_once(students=students, fractions=fractions)
     _check_students(*students)
     runs = teachers(setting, [teacher])
     for fraction, student in product(fractions, students):
@@ -183,7 +184,7 @@ def training_length(
 ) -> list[Run]:
     """Does distillation raise the plateau, or only the speed? Each length is a full schedule of its own; the teacher
     has its usual one."""
-    _check_given(lengths=lengths)
+    check_each_once(lengths=lengths)
     _check_students(student)
     runs = teachers(setting, [teacher])
     for length in lengths:
@@ -191,13 +192,6 @@ def training_length(
         runs += setting.everywhere(student, **half)
         runs += setting.everywhere(student, prediction_recipe(), unlabelled(), teacher=teacher, **half)
     return runs
-
-
-def _check_given(**lists: Sequence[object]) -> None:
-    """Raises InputError for an empty list, or one that names something twice."""
-    for name, given in lists.items():
-        if not given or len(set(given)) < len(given):
-            raise InputError(f"{name} {list(given)}: give at least one, and each once")
 
 
 def _check_students(*models: str) -> None:
@@ -231,7 +225,7 @@ def capacity(
     lookup("teacher", teacher, dict.fromkeys(TEACHERS))
     for model in repeated:
         lookup("repeated student", model, dict.fromkeys(students))
-    _check_given(students=students, fractions=fractions)
+    check_each_once(students=students, fractions=fractions)
     if len(fractions) > 2:
         raise InputError(f"fractions {list(fractions)}: give one or two, most labels are compared with fewest")
     runs, once = teachers(setting, [teacher]), dataclasses.replace(setting, seeds=setting.seeds[:1])

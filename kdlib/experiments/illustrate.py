@@ -67,7 +67,7 @@ def pairs(run: Run, results: Path | str = "results") -> dict[str, np.ndarray]:
     bank = training_part(run, fold, run_bank(run, results))
     model = new_model(run, len(bank.classes))
     names = scales_of([run.effective_recipe])
-    shapes = probe(model, model.scales, names, size=run.preprocessing.size)
+    shapes = probe(model, names, run.preprocessing.input_shape)
     grids = {}
     for term in labelled:
         name, factor = split_scale(term.student_layers[0])

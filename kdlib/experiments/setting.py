@@ -8,10 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from kdlib.config import PROTOCOLS, TEACHERS, InputError, Profile, Recipe, Run, lookup, override_profile
+from kdlib.config import PROTOCOLS, TEACHERS, Profile, Recipe, Run, lookup, override_profile
 from kdlib.experiments.source import run_source
 from kdlib.files import check_study, check_study_or_job
-from kdlib.strict import Whole, check_fields
+from kdlib.strict import Whole, check_each_once, check_fields
 from kdlib.training.device import pick_device
 
 
@@ -53,9 +53,7 @@ class Setting:
             if isinstance(getattr(self, name), str | os.PathLike):
                 object.__setattr__(self, name, kind(getattr(self, name)))
         check_fields(self)
-        for name, numbers in (("folds", self.folds), ("seeds", self.seeds)):
-            if not numbers or len(set(numbers)) < len(numbers):
-                raise InputError(f"{name} {list(numbers)}: give at least one, and each once")
+        check_each_once(folds=self.folds, seeds=self.seeds)
         check_study_or_job(self.study)
         for name in self.reuse:
             check_study(name)

@@ -174,6 +174,12 @@ def near_boundary(labels: Tensor, radius: int) -> Tensor:
     return (greatest != least)[:, 0]
 
 
+def classes_of(labels: Tensor) -> Tensor:
+    """The labels that occur, ascending, without ignored ones."""
+    classes = labels.unique()
+    return classes[classes >= 0]
+
+
 def patients_of(context: Context, maps: Tensor, term: str) -> Tensor:
     """The patient of each image, [B] int64 on the maps' device."""
     if context.patients is None:

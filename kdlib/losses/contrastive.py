@@ -128,8 +128,7 @@ class SupervisedContrastiveLoss(DistillationLoss):
         if self.samples is None:
             return (flat >= 0).nonzero()[:, 0]
         near = base.near_boundary(labels, self.radius).flatten() if self.hard else None
-        classes = flat.unique()
-        classes = classes[classes >= 0]
+        classes = base.classes_of(labels)
         share = max(1, self.samples // len(classes))
         drawn = []
         for label in classes:
@@ -214,8 +213,7 @@ class PrototypeContrast(DistillationLoss):
         self.keep(bool, per_image=per_image)
 
     def compare(self, student, teacher, labels, kept, context):
-        classes = labels.unique()
-        classes = classes[classes >= 0]
+        classes = base.classes_of(labels)
         # [G, positions, d]: groups are the images, or the batch as one
         student, teacher = (l2_normalize(maps.movedim(1, -1), dim=-1).flatten(1, -2) for maps in (student, teacher))
         labels = labels.flatten(1)

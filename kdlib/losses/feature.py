@@ -96,8 +96,7 @@ class RegionAffinity(DistillationLoss):
     reads, adapt = "features", "none"
 
     def compare(self, student, teacher, labels, kept, context):
-        classes = labels.unique()
-        members = labels.flatten(1)[:, None] == classes[classes >= 0][:, None]  # [B, regions, positions]
+        members = labels.flatten(1)[:, None] == base.classes_of(labels)[:, None]  # [B, regions, positions]
         counts = members.sum(2)
         present = counts > 0
         pairs = (present[:, :, None] & present[:, None]).triu(1)

@@ -87,7 +87,7 @@ class IFVD(DistillationLoss):
     reads, adapt = "features", "none"
 
     def compare(self, student, teacher, labels, kept, context):
-        members = _members(labels, _classes(labels))
+        members = _members(labels, base.classes_of(labels))
         of_student, of_teacher = (self._to_prototype(maps, members) for maps in (student, teacher))
         return base.mean_square(of_student, of_teacher, None if kept is None else kept.flatten(1))
 
@@ -150,7 +150,7 @@ class CrossImageRelation(DistillationLoss):
             return loss
         patients = base.patients_of(context, student, "a memory") if self.training else None
 
-        classes = _classes(labels)
+        classes = base.classes_of(labels)
         flat = labels.flatten(1)
         own = torch.searchsorted(classes, flat.contiguous())
         groups = own + len(classes) * torch.arange(len(labels), device=labels.device)[:, None]
@@ -214,12 +214,6 @@ def _pool(maps: Tensor, grid: Sequence[int], kept: Tensor | None = None) -> Tens
 def _pooled(kept: Tensor, grid: Sequence[int]) -> Tensor:
     """Which positions of the grid hold a kept one, [B, P] bool."""
     return _pool(kept[:, None].float(), grid).flatten(1) > 0
-
-
-def _classes(labels: Tensor) -> Tensor:
-    """The labels that occur, ascending, without ignored ones."""
-    classes = labels.unique()
-    return classes[classes >= 0]
 
 
 def _members(labels: Tensor, classes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Structured pruning of a U-Net: the channels of smallest L1 norm are masked, then taken out.
+"""Structured pruning of a U-Net: the channels of smallest L1 norm are taken out.
 
 Of each convolution as many output channels stay as the smaller network has (Li et al. 2017, arXiv 1608.08710). What is
 left is that smaller network, with the weights of the larger one.
@@ -40,14 +40,10 @@ def layers(network: UNet) -> list[tuple[str, str | None, list[str]]]:
     return [*found, ("segmentation.head", None, below)]
 
 
-def _channels(network: UNet, path: str) -> int:
-    return network.get_submodule(path).out_channels
-
-
 def check_smaller(network: UNet, smaller: UNet, what: str) -> None:
     """Raises InputError where `smaller` is not `network` with fewer channels; `what` says in the message what is."""
     for path, _, _ in layers(smaller):
-        have, wanted = _channels(network, path), _channels(smaller, path)
+        have, wanted = (each.get_submodule(path).out_channels for each in (network, smaller))
         if have < wanted:
             raise InputError(
                 f"{what}: it keeps {wanted} channels of {path}, and the network that it is pruned from has {have}; "
@@ -55,35 +51,24 @@ def check_smaller(network: UNet, smaller: UNet, what: str) -> None:
             )
 
 
-def mask_channels(network: UNet, smaller: UNet) -> None:
-    """Sets, in place, all but the channels of largest L1 norm to 0, with the bias and the batch norm of each; of every
-    convolution as many stay as `smaller` has. The masks remain (`torch.nn.utils.prune`)."""
-    for path, norm, _ in layers(network):
-        layer, drop = network.get_submodule(path), _channels(network, path) - _channels(smaller, path)
-        axis = int(layer.transposed)  # of the output channels in the weight
-        prune.ln_structured(layer, "weight", drop, n=1, dim=axis)
-        kept = layer.weight_mask.movedim(axis, 0).flatten(1).amax(1)
-        prune.custom_from_mask(layer, "bias", kept)
-        for name in ("weight", "bias") if norm else ():
-            prune.custom_from_mask(network.get_submodule(norm), name, kept)
-
-
 @torch.no_grad()
 def prune_into(network: UNet, smaller: UNet) -> UNet:
     """Gives `smaller` the weights of `network`'s channels of largest L1 norm, and returns it.
 
-    It computes what `network` computes with the other channels masked (`mask_channels`). `network` is not changed.
+    It computes what `network` computes with the other channels set to 0, their biases and batch norms too. `network` is
+    not changed.
 
     Args:
         network: trained; its reconstruction decoder is left out.
         smaller: the same U-Net with at most as many channels in each convolution.
     """
     masked = copy.deepcopy(network).to(next(smaller.parameters()).device)
-    mask_channels(masked, smaller)
     kept: dict[str, torch.Tensor] = {}  # path of a convolution -> whether each of its output channels stays
     for path, norm, sources in layers(masked):
         source, target = masked.get_submodule(path), smaller.get_submodule(path)
-        kept[path], axis = source.bias_mask.bool(), int(source.transposed)
+        axis = int(source.transposed)  # of the output channels in the weight
+        prune.ln_structured(source, "weight", source.out_channels - target.out_channels, n=1, dim=axis)
+        kept[path] = source.weight_mask.movedim(axis, 0).flatten(1).amax(1).bool()
         weight = source.weight.index_select(axis, kept[path].nonzero().flatten())
         if sources:
             inputs = torch.cat([kept[name] for name in sources]).nonzero().flatten()

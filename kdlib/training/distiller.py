@@ -61,20 +61,18 @@ class DistillationTerm(nn.Module):
     Args:
         term: what is compared, where and how.
         student, teacher: scale name -> [N, H, W (, D)] (see `probe`).
-        dims: 2 or 3 spatial dimensions.
         redrawn: draw its projectors anew at every step, as the published code does.
     """
 
-    def __init__(
-        self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, dims: int = 2, redrawn: bool = False,
-    ):  # fmt: skip
+    def __init__(self, term: Term, student: Mapping[str, Sequence[int]], teacher: Mapping, redrawn: bool):
         super().__init__()
         self.term = term
         loss, arguments = _arguments(term)
         self.adapters = nn.ModuleList()
         if loss.adapt == "own":
-            channels = [[shape[0] for shape in shapes] for shapes in self._read(student, teacher)]
-            self.loss = loss(*channels, dims, **arguments)
+            shapes = self._read(student, teacher)
+            channels = [[shape[0] for shape in side] for side in shapes]
+            self.loss = loss(*channels, len(shapes[0][0]) - 1, **arguments)
             return
         self.loss = loss(**arguments)
         if loss.reads == "features":
@@ -131,13 +129,12 @@ class Distiller(nn.Module):
         student: scale name -> [N, H, W (, D)] of the student (see `probe`).
         teachers: teacher -> the same of it.
         seed: of the projectors.
-        dims: 2 or 3 spatial dimensions.
         patients: numbers of the training patients, whose features alone may enter a memory.
     """
 
     def __init__(
         self, recipe: Recipe, student: Mapping[str, Sequence[int]], teachers: Mapping[str, Mapping[str, Sequence[int]]],
-        seed: int, dims: int = 2, patients: Iterable[int] = (),
+        seed: int, patients: Iterable[int] = (),
     ):  # fmt: skip
         super().__init__()
         self.shuffled = recipe.teacher == "shuffled"
@@ -147,7 +144,7 @@ class Distiller(nn.Module):
             for term in recipe.terms:
                 name = term.name if len(teachers) == 1 else f"{teacher} {term.name}"
                 with seeded_rng(derive_seed(seed, "projector", name)):
-                    self.terms[name] = DistillationTerm(term, student, shapes, dims, recipe.redrawn_projectors)
+                    self.terms[name] = DistillationTerm(term, student, shapes, recipe.redrawn_projectors)
                 self.weights[name] = term.weight / len(teachers)
                 self.teacher_of[name] = teacher
         known = sorted(set(patients))

@@ -55,7 +55,7 @@ class FrozenTeachers:
         processes: Processes = ALONE,
     ):  # fmt: skip
         layers = scales_of(recipes, "teacher")
-        self.hooks = {name: FeatureHooks(teacher, teacher.scales, layers) for name, teacher in teachers.items()}
+        self.hooks = {name: FeatureHooks(teacher, layers) for name, teacher in teachers.items()}
         self.replay, self.processes = replay, processes
         self.kept: dict[int, dict[str, dict[str, Tensor]]] = {}
 

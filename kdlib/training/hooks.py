@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,22 +15,21 @@ class FeatureHooks:
     """Reads named layers of any model during its forward pass, without changing the model.
 
     Args:
-        model: the network.
-        layers: scale name -> submodule path; kdlib's models carry theirs as `model.scales`.
+        model: the network; its `scales` say which submodule's output each scale is.
         names: the scales to read.
 
-    Raises: InputError: a scale that `layers` does not name, or a path that the model does not have; and, at a pass, a
+    Raises: InputError: a scale that the model does not name, or a path that the model does not have; and, at a pass, a
         layer that does not give one tensor, or whose tensor the next one changes in place.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, str], names: Iterable[str]):
+    def __init__(self, model: nn.Module, names: Iterable[str]):
         self.model = model
         self.features: dict[str, tuple[str, int, Tensor]] = {}  # scale -> its layer, and when it was read, and the maps
         self.names = list(names)
         modules = dict(model.named_modules())
         self._handles = []
         for name in self.names:
-            path = lookup(f"scale of {type(model).__name__}", name, layers)
+            path = lookup(f"scale of {type(model).__name__}", name, model.scales)
             if path not in modules:
                 layer = f"{type(model).__name__} has no layer {path!r} (scale {name!r})"
                 raise InputError(f"{layer}; layers: {', '.join(filter(None, modules))}")
@@ -76,19 +75,17 @@ def scales_of(recipes: Iterable[Recipe], side: str = "student") -> list[str]:
 
 
 @torch.no_grad()
-def probe(
-    model: nn.Module, layers: Mapping[str, str], names: Iterable[str], channels: int = 3, dims: int = 2, size: int = 64
-) -> dict[str, torch.Size]:
-    """[N, H, W (, D)] of each named scale for an image of this size, found by one forward pass in eval mode."""
-    parameter = next(model.parameters())
-    hooks, training = FeatureHooks(model, layers, names), model.training
+def probe(model: nn.Module, names: Iterable[str], input_shape: Sequence[int]) -> dict[str, torch.Size]:
+    """[N, H, W (, D)] of each named scale for an image of this shape, found by one forward pass in eval mode."""
+    parameter, dims = next(model.parameters()), len(input_shape) - 1
+    hooks, training = FeatureHooks(model, names), model.training
     model.eval()  # batch statistics must not see the probe
-    _, features = hooks(torch.zeros(1, channels, *[size] * dims, device=parameter.device, dtype=parameter.dtype))
+    _, features = hooks(torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     hooks.close()
     kind = type(model).__name__
     for name in hooks.names:
-        layer = f"layer {layers[name]!r} (scale {name!r}) of {kind}"
+        layer = f"layer {model.scales[name]!r} (scale {name!r}) of {kind}"
         if name not in features:
             raise InputError(f"{layer} is never run: name another")
         if features[name].dim() != dims + 2:

@@ -173,20 +173,19 @@ def new_state(
         micro_batches: parts that every batch is split into; processes: that train the run.
     """
     model, recipe, view = new_model(run, classes), run.effective_recipe, run.preprocessing
-    dims, shape = view.dimensions, dict(channels=view.input_shape[0], dims=view.dimensions, size=view.size)
     if processes.size > 1 and device.type == "cuda":  # batch norms over the images of all processes; CUDA alone can
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     layers, distiller = scales_of([recipe]), None
     if recipe.terms:
-        shapes = probe(model, model.scales, layers, **shape)
+        shapes = probe(model, layers, view.input_shape)
         read = scales_of([recipe], "teacher")
-        of_teachers = {name: probe(teacher, teacher.scales, read, **shape) for name, teacher in teachers.items()}
+        of_teachers = {name: probe(teacher, read, view.input_shape) for name, teacher in teachers.items()}
         if run.teacher == "self":
             of_teachers = {"self": shapes}
-        distiller = Distiller(recipe, shapes, of_teachers, run.seed, dims, patients).to(device)
-    model = model.to(device, memory_format=CHANNELS_LAST[dims])
+        distiller = Distiller(recipe, shapes, of_teachers, run.seed, patients).to(device)
+    model = model.to(device, memory_format=CHANNELS_LAST[view.dimensions])
     parameters = [*model.parameters(), *(distiller.parameters() if distiller is not None else ())]
-    hooks = FeatureHooks(model, model.scales, layers)
+    hooks = FeatureHooks(model, layers)
     segmentation = SegmentationLoss(recipe.segmentation == "dice+ce", recipe.smoothing)
     optimiser, schedule = optimiser_of(run.optimisation, parameters, steps)
     parts = run, model, hooks, distiller, segmentation, optimiser, schedule

@@ -38,7 +38,7 @@ def test_a_folded_network_gives_the_same_numbers_to_rounding(model):
         network(images)  # statistics that are not 0 and 1
     network.eval()
     names = ["encoder2", "bottleneck", "decoder1"]
-    plain, quick = (teacher_forward(FeatureHooks(m, m.scales, names), images) for m in (network, folded(network)))
+    plain, quick = (teacher_forward(FeatureHooks(m, names), images) for m in (network, folded(network)))
     for name, maps in plain.items():
         torch.testing.assert_close(quick[name], maps)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in each.modules()) for each in (network, folded(network))]
@@ -52,7 +52,7 @@ def test_a_convolution_that_is_a_scale_is_not_folded():
     for layer, norms in (("0", 1), ("1", 0)):
         network = ExternalModel(net, {"bottleneck": layer}).eval()
         each = network, folded(network)
-        plain, quick = (teacher_forward(FeatureHooks(m, m.scales, ["bottleneck"]), images) for m in each)
+        plain, quick = (teacher_forward(FeatureHooks(m, ["bottleneck"]), images) for m in each)
         torch.testing.assert_close(quick, plain)
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in each[1].modules()) == norms
 

@@ -299,7 +299,7 @@ def test_a_batch_without_foreground_balances_nothing():
     arm = new_state(run, 1, 6, CPU, frozen_teacher())
     images, labels = blobs().batch(torch.arange(4))
     teacher = frozen_teacher()["T1"]
-    seen = {"T1": teacher_forward(FeatureHooks(teacher, teacher.scales, ["bottleneck"]), images)}
+    seen = {"T1": teacher_forward(FeatureHooks(teacher, ["bottleneck"]), images)}
     batch = Batch(images, labels, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), 0, seen)
     training_step(arm, dataclasses.replace(batch, labels=torch.zeros_like(labels)))
     assert arm.weights["B-B"] == 1.0 and not arm.diagnostics.balanced

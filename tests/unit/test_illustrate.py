@@ -119,7 +119,7 @@ def test_the_pairs_are_those_that_a_training_step_draws(place, monkeypatch):
 
     monkeypatch.setattr(SupervisedContrastiveLoss, "draw", recorded)
     _, own = arm.hooks(images)
-    _, taught = FeatureHooks(teacher, teacher.scales, list(own))(images)
+    _, taught = FeatureHooks(teacher, list(own))(images)
     seed = derive_seed(run.seed, "terms", step)
     terms = {name: term for name, term in arm.distiller.terms.items() if name == "D-D"}
     arm.distiller.terms = torch.nn.ModuleDict(terms)

@@ -327,7 +327,7 @@ def test_misspelt_class_lists_the_labels(folder):
 
 
 def test_grouping(folder):
-    assert [case.group for case in index(folder, group=lambda name: name[0]).cases] == ["a"] * 4
+    assert [case.group for case in index(folder, group="^a").cases] == ["a"] * 4
     describe(folder, [], name="Hippocampus")
     assert [case.group for case in index(folder).cases] == ["a0", "a1", "a2", "a3"], "the cases' names count"
     describe(folder, [], name="mine")

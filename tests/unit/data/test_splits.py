@@ -252,7 +252,10 @@ def test_changed_data_is_refused(dataset, tmp_path):
         (dataset.root / part / "c05.nii.gz").unlink()
     write(dataset.case("c02").label, np.ones((5, 5, 2), np.uint8))
     write(dataset.case("c08").image, np.arange(50, dtype=np.int16).reshape(5, 5, 2))
-    changed = index(dataset.root, group=lambda name: {"c01": "c00"}.get(name, name))
+    names = sorted(path.name[:3] for path in (dataset.root / "imagesTr").iterdir())
+    patients = pd.DataFrame({"case": names, "patient": ["c00" if name == "c01" else name for name in names]})
+    patients.to_csv(dataset.root / "patients.csv", index=False)
+    changed = index(dataset.root, group="patients.csv")
     with pytest.raises(InputError) as error:
         splits(changed, SPLEEN, 4, path)
     for text in (

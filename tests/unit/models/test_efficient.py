@@ -26,7 +26,7 @@ def test_e1_sees_the_whole_slice_and_s1_a_few_pixels():
 def test_e1_keeps_the_grid_and_names_every_scale(dims, size):
     model = build_model("E1", spatial_dims=dims, classes=2).eval()
     assert model(torch.rand(1, 3, *[size] * dims)).segmentation.shape == (1, 3, *[size] * dims)
-    shapes = probe(model, model.scales, model.scales, dims=dims, size=size)
+    shapes = probe(model, model.scales, (3, *[size] * dims))
     assert {name: shape[1] for name, shape in shapes.items()} == {
         "encoder1": size, "encoder2": size // 2, "encoder3": size // 4, "encoder4": size // 8, "bottleneck": size // 16,
         "decoder1": size, "decoder2": size // 2, "decoder3": size // 4, "decoder4": size // 8, "logits": size,

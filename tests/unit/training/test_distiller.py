@@ -35,18 +35,23 @@ def pair(student: str = "S1", teacher: str = "T1", dims: int = 2, classes: int =
     models = [build_model(name, spatial_dims=dims, classes=classes, width=0.125) for name in (student, teacher)]
     scales = ("encoder1", "encoder2", "bottleneck", "decoder1")
     size = {2: 64, 3: 32}[dims]
-    shapes = [probe(model, model.scales, scales, dims=dims, size=size) for model in models]
+    shapes = [probe(model, scales, (3, *[size] * dims)) for model in models]
     return models, [shapes[0], {teacher: shapes[1]}]
 
 
+def with_scales(net: nn.Module, **scales: str) -> nn.Module:
+    net.scales = scales
+    return net
+
+
 def features_of(model, images, scales):
-    output, features = FeatureHooks(model, model.scales, scales)(images)
+    output, features = FeatureHooks(model, scales)(images)
     return features | {"logits": output.segmentation}
 
 
 def test_taps_read_the_thesis_scales():
     model = build_model("T1")
-    taps = FeatureHooks(model.eval(), model.scales, scales_of([thesis_recipe("S1")]))
+    taps = FeatureHooks(model.eval(), scales_of([thesis_recipe("S1")]))
     with torch.no_grad():
         output, features = taps(torch.zeros(1, 3, 64, 64), reconstruct=False)
     shapes = {name: tuple(feature.shape[1:]) for name, feature in features.items()}
@@ -61,9 +66,9 @@ def test_taps_read_the_thesis_scales():
 def test_a_scale_that_does_not_exist_lists_those_that_do():
     model = build_model("S1")
     with pytest.raises(InputError, match="encoder1, encoder2, bottleneck"):
-        FeatureHooks(model, model.scales, ["encoder9"])
-    with pytest.raises(InputError, match="no layer 'body'.*layers: "):
-        FeatureHooks(model, {"bottleneck": "body"}, ["bottleneck"])
+        FeatureHooks(model, ["encoder9"])
+    with pytest.raises(InputError, match="no layer 'network.body'.*layers: "):
+        FeatureHooks(ExternalModel(model, {"bottleneck": "body"}), ["bottleneck"])
 
 
 def test_a_layer_that_gives_no_tensor_is_named():
@@ -71,7 +76,7 @@ def test_a_layer_that_gives_no_tensor_is_named():
         def forward(self, x):
             return [x, x]
 
-    taps = FeatureHooks(nn.Sequential(nn.Conv2d(3, 4, 1), Several()), {"body": "1"}, ["body"])
+    taps = FeatureHooks(with_scales(nn.Sequential(nn.Conv2d(3, 4, 1), Several()), body="1"), ["body"])
     with pytest.raises(InputError, match="layer '1' .scale 'body'. gives a list"):
         taps(torch.zeros(1, 3, 8, 8))
 
@@ -79,8 +84,8 @@ def test_a_layer_that_gives_no_tensor_is_named():
 def test_a_layer_that_the_next_one_changes_in_place_is_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     with pytest.raises(InputError, match="layer '0' .scale 'body'. is changed in place by the one after it"):
-        FeatureHooks(net, {"body": "0"}, ["body"])(torch.rand(1, 3, 8, 8))
-    output, features = FeatureHooks(net, {"body": "1"}, ["body"])(torch.rand(1, 3, 8, 8))
+        FeatureHooks(with_scales(net, body="0"), ["body"])(torch.rand(1, 3, 8, 8))
+    output, features = FeatureHooks(with_scales(net, body="1"), ["body"])(torch.rand(1, 3, 8, 8))
     assert features["body"] is output
 
 
@@ -96,9 +101,9 @@ def test_layers_that_cannot_be_tapped_are_named():
     net.unused = nn.Conv2d(4, 4, 1)
     net.forward = lambda x: net[2](net[1](net[0](x)))
     with pytest.raises(InputError, match="layer 'unused' .scale 'a'. of Sequential is never run"):
-        probe(net, {"a": "unused"}, ["a"])
+        probe(with_scales(net, a="unused"), ["a"], (3, 64, 64))
     with pytest.raises(InputError, match="layer '1' .* gives .1, 4, 4096., not .batch, channels, 2 spatial"):
-        probe(net, {"a": "1"}, ["a"])
+        probe(with_scales(net, a="1"), ["a"], (3, 64, 64))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -118,19 +123,20 @@ def test_networks_of_monai_teach_and_learn_unchanged(build, layers, dims):
     model = ExternalModel(build(dims), dict(zip(("encoder2", "bottleneck", "decoder1"), layers, strict=True)))
     ours = build_model("S1", spatial_dims=dims, classes=1)
     recipe, names = thesis_recipe("S1"), scales_of([thesis_recipe("S1")])
-    shapes = {name: probe(net, net.scales, names, dims=dims, size=32 if dims == 3 else 64)
+    shapes = {name: probe(net, names, (3, *[32 if dims == 3 else 64] * dims))
               for name, net in (("theirs", model), ("ours", ours))}  # fmt: skip
     images, labels = torch.rand(2, 3, *[32] * dims), torch.randint(0, 2, (2, *[32] * dims))
     features = {name: features_of(net, images, names) for name, net in (("theirs", model), ("ours", ours))}
     for student, teacher in (("theirs", "ours"), ("ours", "theirs")):
-        distiller = Distiller(recipe, shapes[student], {"T": shapes[teacher]}, seed=0, dims=dims)
+        distiller = Distiller(recipe, shapes[student], {"T": shapes[teacher]}, seed=0)
         losses = distiller(features[student], {"T": features[teacher]}, labels, seed=1)
         assert all(torch.isfinite(value) and value > 0 for value in losses.values())
 
 
 def test_an_outside_model_joins_by_naming_its_layers():
     net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, stride=2))
-    assert probe(net, {"encoder2": "0", "bottleneck": "2"}, ["encoder2", "bottleneck"], size=32) == {
+    named = with_scales(net, encoder2="0", bottleneck="2")
+    assert probe(named, ["encoder2", "bottleneck"], (3, 32, 32)) == {
         "encoder2": (5, 32, 32),
         "bottleneck": (7, 15, 15),
     }
@@ -139,7 +145,7 @@ def test_an_outside_model_joins_by_naming_its_layers():
 def test_probing_leaves_the_model_as_it_was():
     model = build_model("S1").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe(model, model.scales, ["bottleneck"])
+    probe(model, ["bottleneck"], (3, 64, 64))
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -149,7 +155,7 @@ def test_probing_leaves_the_model_as_it_was():
 def test_every_term_is_alive_and_the_teacher_gets_nothing(loss, dims, classes, teacher):
     (student, frozen), channels = pair("S1", teacher, dims, classes)
     recipe = thesis_recipe("S1", loss)
-    distiller = Distiller(recipe, *channels, seed=0, dims=dims)
+    distiller = Distiller(recipe, *channels, seed=0)
     grid = (32,) * dims
     images, labels = torch.rand(2, 3, *grid), torch.randint(0, classes + 1, (2, *grid))
     frozen.requires_grad_(False).eval()
@@ -320,7 +326,7 @@ def test_every_loss_teaches_through_the_harness(loss, dims, classes):
     recipe = Recipe("one", terms=(term,))
     values = []
     for _ in range(2):
-        distiller = Distiller(recipe, *channels, seed=0, dims=dims, patients=[0, 1])
+        distiller = Distiller(recipe, *channels, seed=0, patients=[0, 1])
         for _ in range(2):  # terms with a memory have something in it at the second
             scales = scales_of([recipe])
             own, taught = (features_of(model, images, scales) for model in (student, teacher))
