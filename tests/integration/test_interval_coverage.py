@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 
 @pytest.fixture(scope="module")
 def coverage() -> dict:
-    """The functions of the benchmark that simulates studies."""
-    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"))
+    """The functions of the benchmark that simulates studies; the truth of a kind is drawn once."""
+    found = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"))
+    own = found["coverage"].__globals__
+    own["truth"] = functools.cache(own["truth"])
+    return found
 
 
 @pytest.mark.parametrize("n", [24, 41])

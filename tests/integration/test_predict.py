@@ -17,7 +17,7 @@ import kdlib
 from kdlib.apps.cli import main
 from kdlib.apps.notebooks import NOTEBOOKS, execute
 from kdlib.config import Preprocessing, Run
-from kdlib.data import build_bank, index, make_phantom
+from kdlib.data import build_bank, index
 from kdlib.evaluation.masks import on_file_grid, predict_cases
 from kdlib.experiments.source import run_source
 from kdlib.inference.predict import largest_components
@@ -85,8 +85,8 @@ def as_evaluated(data: Path, folder: Path, model: torch.nn.Module, view: Preproc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("published", [False, True])
-def test_a_mask_is_what_the_evaluation_gives_on_the_phantom(tmp_path, published):
-    data, view = make_phantom(tmp_path / "phantom"), Preprocessing(64, 5.0, published=published)
+def test_a_mask_is_what_the_evaluation_gives_on_the_phantom(tmp_path, phantom_of, published):
+    data, view = phantom_of(5), Preprocessing(64, 5.0, published=published)
     classes = tuple(index(data).classes("all"))
     model = student_folder(tmp_path / "s1", "CT", classes, view)
     as_evaluated(data, tmp_path / "s1", model, view, 3)

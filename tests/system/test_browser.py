@@ -33,16 +33,17 @@ SHOTS = os.environ.get("KDLIB_SHOTS")  # a folder to keep screenshots in
 
 @pytest.fixture(scope="module")
 def chromium():
-    """`chromium(*flags)` is a running browser."""
+    """`chromium(*flags)` is a running browser, one for the same flags."""
     with playwright.sync_playwright() as driver:
-        opened = []
+        opened = {}
 
         def start(*flags: str):
-            opened.append(driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *flags]))
-            return opened[-1]
+            if flags not in opened:
+                opened[flags] = driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *flags])
+            return opened[flags]
 
         yield start
-        for browser in opened:
+        for browser in opened.values():
             browser.close()
 
 

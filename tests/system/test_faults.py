@@ -32,7 +32,7 @@ PATHS = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.
 FORKS = multiprocessing.get_context("forkserver")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def imported():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", PATHS)
@@ -42,7 +42,7 @@ def imported():
         forkserver.ensure_running()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def phantom(phantom_of) -> Path:
     return phantom_of(5)
 
@@ -61,7 +61,7 @@ def finish(process) -> tuple[int, str]:
     return process.exitcode, process.output.read_text() if process.output.exists() else ""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(phantom, tmp_path_factory) -> tuple[Path, Path, float]:
     folder = tmp_path_factory.mktemp("undisturbed")
     begin = time.perf_counter()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -46,6 +47,9 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+requires = functools.cache(importlib.metadata.requires)
+
+
 def required(python: str) -> set[str]:
     """All that `.[dev,deploy]` needs on that Python, over every installed package; PyTorch pins what CUDA needs."""
     found, seen, queue = set(), set(), list(REQUIREMENTS)
@@ -57,7 +61,7 @@ def required(python: str) -> set[str]:
         seen.add((name, *sorted(extras)))
         found.add(name)
         try:
-            lines = importlib.metadata.requires(name) or []
+            lines = requires(name) or []
         except importlib.metadata.PackageNotFoundError:  # only another Python needs it
             continue
         for needed in map(Requirement, lines):

@@ -68,8 +68,10 @@ def job_of(wildcards: str, environment: dict[str, str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, tmp_path, capfd):
+def test_a_study_on_slurm_survives_a_killed_job_and_equals_the_local_one(slurm, phantom_of, tmp_path, capfd):
     results = tmp_path / 'my "$HOME" & more'
+    for folder in (results, tmp_path / "local"):  # else each makes its own
+        shutil.copytree(phantom_of(20), folder / "data" / "phantom")
     command = [
         sys.executable, "-m", "kdlib", "study", "--results", results, "--study", "tiny", "--device", "cpu",
         "--only", "01_baseline", "--notebooks", training_only(tmp_path / "notebooks"), "--changes", json.dumps(CHANGES),

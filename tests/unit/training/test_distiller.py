@@ -324,12 +324,11 @@ def test_every_loss_teaches_through_the_harness(loss, dims, classes):
     labels = labels.repeat_interleave(4, 3) if dims == 3 else labels
     teacher.requires_grad_(False).eval()
     recipe = Recipe("one", terms=(term,))
-    values = []
+    values, scales = [], scales_of([recipe])
+    own, taught = (features_of(model, images, scales) for model in (student, teacher))
     for _ in range(2):
         distiller = Distiller(recipe, *channels, seed=0, patients=[0, 1])
         for _ in range(2):  # terms with a memory have something in it at the second
-            scales = scales_of([recipe])
-            own, taught = (features_of(model, images, scales) for model in (student, teacher))
             value = distiller(own, {"T1": taught}, labels, 5, torch.tensor([0, 0, 1]))[term.name]
         values.append(value)
     assert values[0].shape == () and torch.isfinite(values[0]) and torch.equal(*values)
