@@ -71,6 +71,13 @@ def torchdistill() -> ModuleType:
     return importlib.import_module("torchdistill")
 
 
+@pytest.fixture
+def timed_shortly(monkeypatch):
+    """Networks are timed for a tenth of the usual time: for tests that look at other things than how long they take."""
+    module = importlib.import_module("kdlib.models.cost")  # `kdlib.models.cost` itself is the function of that name
+    monkeypatch.setattr(module, "SECONDS", 0.05)
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
     """`made_once(name, make)` is a folder that `make(folder)` fills: once in a run of pytest, by whichever of its

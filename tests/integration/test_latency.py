@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from kdlib.models import build_model, count_parameters
 
 
 @pytest.mark.slow
-def test_a_network_is_timed_in_every_library_that_is_there(monkeypatch):
-    monkeypatch.setattr(sys.modules["kdlib.models.cost"], "SECONDS", 0.05)
+def test_a_network_is_timed_in_every_library_that_is_there(timed_shortly):
     generator, threads = torch.get_rng_state(), torch.get_num_threads()
     table = network_costs(["E1-30px"], 0.125, 32, classes=2, runtimes=["eager", "onnx", "openvino-int8"])
     assert torch.equal(torch.get_rng_state(), generator) and torch.get_num_threads() == threads
@@ -26,8 +24,7 @@ def test_a_network_is_timed_in_every_library_that_is_there(monkeypatch):
     assert table["receptive_field"].tolist() == [30]
 
 
-def test_a_library_that_is_not_there_leaves_its_column_empty(monkeypatch):
-    monkeypatch.setattr(sys.modules["kdlib.models.cost"], "SECONDS", 0.05)
+def test_a_library_that_is_not_there_leaves_its_column_empty(timed_shortly, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
     spared = count_parameters(build_model("T1", width=0.125).reconstruction)

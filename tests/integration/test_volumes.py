@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -215,8 +214,7 @@ def test_a_training_of_volumes_does_not_depend_on_what_memory_held_before(model)
     assert one.history == other.history and same(one.model.state_dict(), other.model.state_dict())
 
 
-def test_costs_are_those_of_patches(monkeypatch):
-    monkeypatch.setattr(sys.modules["kdlib.models.cost"], "SECONDS", 0.05)
+def test_costs_are_those_of_patches(timed_shortly):
     table = cost(0.125, 16, models=["S1"], dims=3).set_index("size")
     flat = cost(0.125, 16, models=["S1"]).set_index("size")
     assert table.loc["study", "parameters"] == sum(p.numel() for p in build_model("S1", 3, 1).parameters())

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -9,8 +7,7 @@ from kdlib.models import build_model, count_parameters, gflops
 from kdlib.models.cost import cost
 
 
-def test_every_model_costs_once_here_and_once_at_the_thesis_size(monkeypatch):
-    monkeypatch.setattr(sys.modules["kdlib.models.cost"], "SECONDS", 0.05)
+def test_every_model_costs_once_here_and_once_at_the_thesis_size(timed_shortly):
     generator, threads = torch.get_rng_state(), torch.get_num_threads()
     table = cost(0.125, 32, classes=2, models=["T1", "S1"])
     assert torch.equal(torch.get_rng_state(), generator) and torch.get_num_threads() == threads

@@ -71,6 +71,10 @@ def test_the_pruned_network_computes_what_the_masked_one_does(dims, classes):
     before = larger(images).segmentation
     smaller = prune_into(larger, build_model("T1-pruned", dims, classes=classes)).eval()
     assert torch.equal(larger(images).segmentation, before), "the larger one is not changed"
+    # the kept channels are those of largest L1 norm, recomputed here
+    convolution = larger.encoder["2"].conv1
+    chosen = convolution.weight.abs().flatten(1).sum(1).topk(9).indices.sort().values
+    assert torch.equal(smaller.encoder["2"].conv1.bias, convolution.bias[chosen])
     for path, norm, _ in layers(larger):
         layer = larger.get_submodule(path)
         weight = layer.weight.movedim(int(layer.transposed), 0)  # of the output channels
